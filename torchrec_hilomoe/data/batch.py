@@ -1,0 +1,102 @@
+"""``CTRBatch``: what the loader hands to the training pipeline.
+
+Shape legend:
+    B  rows of this rank's batch
+    F  dense features
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+__all__ = ["CTRBatch", "Position"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far training has read: independent of world size, workers and batch size.
+
+    An epoch's rows, in that epoch's order, are cut into ``lanes`` contiguous lanes of equal
+    length. A global batch takes the same number of rows from each, so one number is enough.
+
+    Attributes:
+        epoch: The epoch being read, from 0.
+        lane_rows: Rows consumed from each lane of that epoch.
+        lanes: Number of lanes.
+    """
+
+    epoch: int
+    lane_rows: int
+    lanes: int
+
+
+@dataclass
+class CTRBatch(Pipelineable):
+    """A rank's share of one global batch, jagged to the model's door.
+
+    Invariants: ``pooled`` and ``unpooled`` have ``Schema.pooled_keys`` and
+    ``Schema.unpooled_keys`` as keys and stride ``B``; every candidate field has exactly one id
+    a row; the fields of a sequence group have equal lengths; rows whose weight is 0 are padding
+    or bad records and count nowhere.
+
+    Attributes:
+        pooled: Ids for the pooled collection.
+        unpooled: Ids for the sequence collection: candidate fields, then histories.
+        dense: ``(B, F)`` float32.
+        labels: ``(B,)`` float32, 0 or 1.
+        weights: ``(B,)`` float32.
+        groups: ``(B,)`` int64, the groups of GAUC.
+        longest: The longest history in the batch, known on the host so that padding needs no
+            device synchronisation; at least 1.
+        mean_rows: Rows of the global batch divided by the world size: the loss's denominator,
+            which makes the average over ranks the mean over the global batch.
+        position: Where training resumes once this batch has been trained on.
+    """
+
+    pooled: KeyedJaggedTensor
+    unpooled: KeyedJaggedTensor
+    dense: Tensor
+    labels: Tensor
+    weights: Tensor
+    groups: Tensor
+    longest: int
+    mean_rows: float
+    position: Position
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "CTRBatch":
+        """Copy every tensor to ``device``."""
+        return CTRBatch(
+            pooled=self.pooled.to(device=device, non_blocking=non_blocking),
+            unpooled=self.unpooled.to(device=device, non_blocking=non_blocking),
+            dense=self.dense.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            weights=self.weights.to(device, non_blocking=non_blocking),
+            groups=self.groups.to(device, non_blocking=non_blocking),
+            longest=self.longest,
+            mean_rows=self.mean_rows,
+            position=self.position,
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of every tensor until ``stream`` is done with it."""
+        self.pooled.record_stream(stream)
+        self.unpooled.record_stream(stream)
+        for tensor in (self.dense, self.labels, self.weights, self.groups):
+            tensor.record_stream(stream)
+
+    def pin_memory(self) -> "CTRBatch":
+        """Copy every tensor to page-locked memory."""
+        return CTRBatch(
+            pooled=self.pooled.pin_memory(),
+            unpooled=self.unpooled.pin_memory(),
+            dense=self.dense.pin_memory(),
+            labels=self.labels.pin_memory(),
+            weights=self.weights.pin_memory(),
+            groups=self.groups.pin_memory(),
+            longest=self.longest,
+            mean_rows=self.mean_rows,
+            position=self.position,
+        )
