@@ -26,6 +26,10 @@ class BlockSource(ABC):
         """Rows of each block, known without reading it."""
 
     @abstractmethod
+    def describe(self, block: int) -> str:
+        """Say where a block is, for messages: the file and the row group."""
+
+    @abstractmethod
     def read(self, epoch: int, block: int) -> pa.Table:
         """Return ``schema.columns`` of a block.
 

@@ -1,0 +1,1 @@
+"""Raw files to prepared folders: one module a data set."""
