@@ -1,0 +1,183 @@
+"""BST, the Behaviour Sequence Transformer (Chen et al., 2019, arXiv 1905.06874).
+
+The definition follows BARS's tuned runs of it: positions are concatenated, not added, and
+layer norm is off by default.
+
+Shape legend:
+    B  rows
+    N  tokens of all rows together: events and one target a row
+    W  width of a token: event fields and a position, each one embedding wide
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.backbones.layers.attention import SelfAttention
+from torchrec_hilomoe.backbones.layers.jagged import Tokens, tokens_of
+from torchrec_hilomoe.backbones.layers.mlp import MLP
+from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
+
+__all__ = ["BST", "TransformerLayer"]
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and a feed-forward map ``W -> W -> W`` with leaky ReLU.
+
+    Args:
+        width: ``W``.
+        num_heads: Attention heads.
+        dropout: After the attention and after the feed-forward map.
+        residual: Whether each half adds to its input.
+        layer_norm: Whether each half is normalised.
+        targets_only: Whether only each row's target is computed, as for a last layer whose other
+            tokens nobody reads.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        dropout: float,
+        residual: bool,
+        layer_norm: bool,
+        targets_only: bool,
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.targets_only = targets_only
+        self.attention = SelfAttention(
+            width, num_heads, dropout=dropout, targets_only=targets_only
+        )
+        self.ffn_in = nn.Linear(width, width)
+        self.ffn_out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm_attention = nn.LayerNorm(width) if layer_norm else nn.Identity()
+        self.norm_ffn = nn.LayerNorm(width) if layer_norm else nn.Identity()
+
+    def forward(self, x_NW: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """Return ``(N, W)``, or ``(B, W)`` if ``targets_only``; see :class:`SelfAttention`."""
+        attended_NW = self.dropout(self.attention(x_NW, offsets, longest))
+        x_NW = x_NW[offsets[:-1]] if self.targets_only else x_NW
+        hidden_NW = self.norm_attention(x_NW + attended_NW if self.residual else attended_NW)
+        mapped_NW = self.dropout(self.ffn_out(F.leaky_relu(self.ffn_in(hidden_NW))))
+        return self.norm_ffn(hidden_NW + mapped_NW if self.residual else mapped_NW)
+
+
+class BST(Backbone):
+    """A transformer over each history with the target as one more token; then an MLP head.
+
+    Args:
+        widths: Sizes of the features.
+        position_dim: Width of a position's vector; the embedding width in the published runs.
+        num_layers: Transformer layers over each history; at least 1.
+        num_heads: Attention heads; must divide the width of a token.
+        dropout: Inside the transformer and the head.
+        residual: Whether attention and feed-forward add to their inputs.
+        layer_norm: Whether they are normalised.
+        pooling: ``"target"`` keeps the target's token, ``"mean"`` averages all of them.
+        head: Hidden widths of the head.
+        batch_norm: Whether the head's hidden layers are normalised.
+
+    Raises:
+        ValueError: If the schema has no history, or the heads do not divide the width.
+    """
+
+    SITES: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {
+            "head": ("head.hidden.*",),
+            "ffn": ("*.ffn_in", "*.ffn_out"),
+            "attention": ("*.attention.*",),
+        }
+    )
+
+    def __init__(
+        self,
+        widths: FeatureWidths,
+        *,
+        position_dim: int,
+        num_layers: int = 1,
+        num_heads: int = 4,
+        dropout: float = 0.0,
+        residual: bool = True,
+        layer_norm: bool = False,
+        pooling: Literal["target", "mean"] = "target",
+        head: Sequence[int] = (1024, 512, 256),
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if not widths.histories:
+            raise ValueError(
+                "BST needs a behaviour sequence, but the schema has none. "
+                "Add one to Schema.sequences."
+            )
+        if num_layers < 1:
+            raise ValueError(f"BST.num_layers must be at least 1, got {num_layers}.")
+        self.pooling = pooling
+        self.positions = nn.ParameterList(
+            nn.Parameter(torch.empty(history.max_length + 1, position_dim))
+            for history in widths.histories
+        )
+        token_widths = [history.event + position_dim for history in widths.histories]
+        self.transformers = nn.ModuleList(
+            nn.ModuleList(
+                TransformerLayer(
+                    width,
+                    num_heads,
+                    dropout=dropout,
+                    residual=residual,
+                    layer_norm=layer_norm,
+                    targets_only=pooling == "target" and layer == num_layers - 1,
+                )
+                for layer in range(num_layers)
+            )
+            for width in token_widths
+        )
+        self.head = MLP(
+            widths.candidate + widths.context + sum(token_widths),
+            head,
+            dropout=dropout,
+            batch_norm=batch_norm,
+        )
+        self.reset_positions()
+
+    def reset_positions(self) -> None:
+        """Start the learnable positions as sines and cosines of the distance to the target."""
+        for position in self.positions:
+            with torch.no_grad():
+                position.copy_(_sinusoids(*position.shape))
+
+    def forward(self, features: SequenceFeatures) -> Tensor:
+        """Return logits ``(B,)``."""
+        summaries = [
+            self._summary(index, tokens_of(features.histories[index], features.longest))
+            for index in range(len(self.transformers))
+        ]
+        return self.head(torch.cat([features.candidate, features.context, *summaries], dim=1))
+
+    def _summary(self, index: int, tokens: Tokens) -> Tensor:
+        position_NP = self.positions[index][tokens.recency]
+        x_NW = torch.cat([tokens.values, position_NP], dim=1)
+        for layer in self.transformers[index]:
+            x_NW = layer(x_NW, tokens.offsets, tokens.longest)
+        if self.pooling == "target":
+            return x_NW
+        return torch.segment_reduce(x_NW, "mean", offsets=tokens.offsets, axis=0)
+
+
+def _sinusoids(count: int, width: int) -> Tensor:
+    """Vaswani et al., 2017, section 3.5, for distances 0 to ``count - 1``."""
+    step_C1 = torch.arange(count, dtype=torch.float32).unsqueeze(1)
+    even_W = torch.arange(0, width, 2, dtype=torch.float32)
+    angle_CW = step_C1 * torch.exp(even_W * (-math.log(10_000.0) / width))
+    table_CW = torch.zeros(count, width)
+    table_CW[:, 0::2] = torch.sin(angle_CW)
+    table_CW[:, 1::2] = torch.cos(angle_CW)[:, : width // 2]
+    return table_CW

@@ -1,0 +1,77 @@
+"""Between jagged rows and padded tensors: the only place where sequences are padded.
+
+Shape legend:
+    B  rows
+    T  events of all rows together
+    N  tokens of all rows together, targets included: T + B
+    L  the longest row of the batch
+    W  width
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchrec_hilomoe.embeddings.features import History
+
+__all__ = ["Tokens", "pad", "tokens_of", "unpad", "valid"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Each row's target and events, jagged: the target first, then the events.
+
+    Attributes:
+        values: ``(N, W)``.
+        offsets: ``(B + 1,)`` int64, where each row begins; its target stands there.
+        recency: ``(N,)`` int64, distance to the target: 0 the target, 1 the latest event.
+        longest: Most tokens in a row.
+    """
+
+    values: Tensor
+    offsets: Tensor
+    recency: Tensor
+    longest: int
+
+
+def tokens_of(history: History, longest: int) -> Tokens:
+    """Put each row's target before its events.
+
+    Args:
+        history: One behaviour sequence.
+        longest: Most events in a row of the batch.
+    """
+    events_TW, lengths_B = history.events, history.lengths
+    rows_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
+    ends_B = torch.cumsum(lengths_B, dim=0)
+    row_T = torch.repeat_interleave(rows_B, lengths_B, output_size=events_TW.shape[0])
+    event_T = torch.arange(events_TW.shape[0], device=lengths_B.device)
+    targets_B = ends_B - lengths_B + rows_B
+    # Targets and events together fill every place once; sorting the places assembles the rows.
+    place_N = torch.cat([targets_B, event_T + row_T + 1])
+    recency_N = torch.cat([torch.zeros_like(targets_B), ends_B[row_T] - event_T])
+    values_NW = torch.cat([history.target, events_TW])
+    order_N = torch.argsort(place_N)
+    return Tokens(
+        values=values_NW[order_N],
+        offsets=torch.cat([targets_B, (ends_B[-1:] + lengths_B.shape[0])]),
+        recency=recency_N[order_N],
+        longest=longest + 1,
+    )
+
+
+def pad(values_NW: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """Return ``(B, L, W)``, zero beyond each row's end."""
+    return torch.ops.fbgemm.jagged_to_padded_dense(values_NW, [offsets], [longest], 0.0)
+
+
+def unpad(padded_BLW: Tensor, offsets: Tensor, total: int) -> Tensor:
+    """Return the ``(N, W)`` values of the rows, without padding."""
+    return torch.ops.fbgemm.dense_to_jagged(padded_BLW, [offsets], total)[0]
+
+
+def valid(offsets: Tensor, longest: int) -> Tensor:
+    """Return ``(B, L)`` booleans: true where a row has a token."""
+    lengths_B = offsets[1:] - offsets[:-1]
+    return torch.arange(longest, device=offsets.device) < lengths_B.unsqueeze(1)

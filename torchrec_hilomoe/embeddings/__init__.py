@@ -1,0 +1,1 @@
+"""Step 2, KJT -> VECTORS: sharded lookups that give the backbones their sequence features."""

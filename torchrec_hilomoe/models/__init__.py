@@ -1,0 +1,1 @@
+"""Step 5, PARTS -> MODEL: the model that is exported, and the task that is trained."""

@@ -1,0 +1,34 @@
+"""The ranker: jagged ids and dense features in, logits out.
+
+Shape legend:
+    B  rows
+    F  dense features
+"""
+
+from torch import Tensor, nn
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
+
+__all__ = ["CTRModel"]
+
+
+class CTRModel(nn.Module):
+    """Lookups, then a backbone.
+
+    Args:
+        sparse: The two sharded collections.
+        backbone: One of :data:`torchrec_hilomoe.backbones.registry.BACKBONES`.
+    """
+
+    def __init__(self, sparse: SparseArch, backbone: Backbone) -> None:
+        super().__init__()
+        self.sparse = sparse
+        self.backbone = backbone
+
+    def forward(
+        self, pooled: KeyedJaggedTensor, unpooled: KeyedJaggedTensor, dense_BF: Tensor, longest: int
+    ) -> Tensor:
+        """Return logits ``(B,)``; arguments as in :class:`SparseArch`."""
+        return self.backbone(self.sparse(pooled, unpooled, dense_BF, longest))

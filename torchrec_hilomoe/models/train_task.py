@@ -1,0 +1,66 @@
+"""What the TorchRec pipeline drives: a batch in, the loss and what metrics need out.
+
+Shape legend:
+    B  rows
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrec_hilomoe.data.batch import CTRBatch, Position
+from torchrec_hilomoe.models.ctr_model import CTRModel
+
+__all__ = ["TaskOutput", "TrainTask"]
+
+
+@dataclass(frozen=True)
+class TaskOutput:
+    """A batch's results; no tensor carries a gradient.
+
+    Attributes:
+        loss: ``()``, this rank's term of the global mean.
+        logits: ``(B,)``.
+        labels: ``(B,)``.
+        weights: ``(B,)``, 0 for rows that count nowhere.
+        groups: ``(B,)``.
+        position: Where training resumes after this batch.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    labels: Tensor
+    weights: Tensor
+    groups: Tensor
+    position: Position
+
+
+class TrainTask(nn.Module):
+    """Binary cross-entropy over the global batch.
+
+    The sum over a rank's rows is divided by the mean number of rows a rank has, not by its own:
+    then the average over ranks, which is what data parallelism takes, is the mean over the
+    global batch however unevenly the rows are spread.
+
+    Args:
+        model: The ranker.
+    """
+
+    def __init__(self, model: CTRModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: CTRBatch) -> tuple[Tensor, TaskOutput]:
+        """Return the loss ``()`` and the :class:`TaskOutput`."""
+        logits_B = self.model(batch.pooled, batch.unpooled, batch.dense, batch.longest).float()
+        losses_B = F.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="none")
+        loss = (losses_B * batch.weights).sum() / batch.mean_rows
+        return loss, TaskOutput(
+            loss=loss.detach(),
+            logits=logits_B.detach(),
+            labels=batch.labels,
+            weights=batch.weights,
+            groups=batch.groups,
+            position=batch.position,
+        )
