@@ -1,0 +1,12 @@
+"""Endless generated clicks, drawn from known probabilities, so that the best AUC is known.
+
+``population`` draws users and the items' category tree, ``sessions`` draws visits of those users,
+``worlds`` says how likely each visit's click is, ``source`` makes numbered blocks of them, and
+``write`` stores them as a prepared folder for those who ask.
+"""
+
+from torchrec_hilomoe.data.synthetic.source import best_auc, SyntheticSource
+from torchrec_hilomoe.data.synthetic.worlds import WorldName, WORLDS
+from torchrec_hilomoe.data.synthetic.write import write_synthetic
+
+__all__ = ["WORLDS", "SyntheticSource", "WorldName", "best_auc", "write_synthetic"]
