@@ -1,0 +1,191 @@
+"""Arrow columns become numpy arrays, and their bad rows become known.
+
+No step loops over rows, except to describe bad ones.
+
+Shape legend:
+    N  rows of the block
+    V  ids of a column, all rows together
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.schema import Schema, SequenceGroup
+
+__all__ = [
+    "Faults",
+    "Ragged",
+    "check_columns",
+    "check_parallel",
+    "dense_column",
+    "flat_column",
+    "id_column",
+    "label_column",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ragged:
+    """A column of ids as stored: row ``n`` is ``values[offsets[n]:offsets[n + 1]]``.
+
+    Attributes:
+        values: ``(V,)``, of any integer type.
+        offsets: ``(N + 1,)`` int64, from 0.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+
+class Faults:
+    """Which rows of a block are bad, and why.
+
+    Args:
+        rows: ``N``.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.bad_N = np.zeros(rows, dtype=bool)
+        self._found: list[tuple[np.ndarray, Callable[[int], str]]] = []
+
+    def add(self, bad_N: np.ndarray, describe: Callable[[int], str]) -> None:
+        """Mark rows; ``describe`` tells a marked row's fault when somebody asks."""
+        if bad_N.any():
+            self.bad_N |= bad_N
+            self._found.append((bad_N, describe))
+
+    def of(self, row: int) -> str:
+        """Describe every fault of a row."""
+        faults = "; ".join(describe(row) for bad_N, describe in self._found if bad_N[row])
+        return f"row {row}: {faults}"
+
+
+def check_columns(columns: pa.Schema, schema: Schema, where: str) -> None:
+    """Refuse columns that are missing or whose type cannot hold what the schema says.
+
+    Args:
+        columns: The Arrow schema of a file.
+        schema: What is wanted.
+        where: The file, for the message.
+
+    Raises:
+        DataError: Naming every fault.
+    """
+    lists = {field.name for field in schema.sequence_fields}
+    lists |= {feature.name for feature in schema.pooled if feature.max_length > 1}
+    ids = {feature.name for feature in schema.id_features}
+    faults = []
+    for name in schema.columns:
+        if columns.get_field_index(name) < 0:
+            how = "occurs twice" if name in columns.names else "is missing"
+            faults.append(f"column {name!r} {how}")
+            continue
+        stored = columns.field(name).type
+        if name in lists:
+            fits, wanted = _is_list(stored) and _is_id(stored.value_type), "a list of integers"
+        elif name in ids or name == schema.group:
+            fits, wanted = _is_id(stored), "an integer"
+        else:
+            fits, wanted = _is_number(stored), "a number"
+        if not fits:
+            faults.append(f"column {name!r} is {stored}, the schema wants {wanted}")
+    if faults:
+        raise DataError(
+            f"{where}: {'; '.join(faults)}. Prepare the data again, or correct its schema.json."
+        )
+
+
+def _is_list(stored: pa.DataType) -> bool:
+    return pa.types.is_list(stored) or pa.types.is_large_list(stored)
+
+
+def _is_id(stored: pa.DataType) -> bool:
+    return pa.types.is_integer(stored)
+
+
+def _is_number(stored: pa.DataType) -> bool:
+    floating = pa.types.is_floating(stored)
+    return floating or pa.types.is_integer(stored) or pa.types.is_boolean(stored)
+
+
+def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ragged:
+    """Return a column of ids, one or many a row; nulls and ids outside the table are bad."""
+    array = table.column(name).combine_chunks()
+    if _is_list(array.type):
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        base, end = int(offsets[0]), int(offsets[-1])
+        flat, offsets = array.values.slice(base, end - base), offsets - base
+        if array.null_count:
+            faults.add(_mask(array.is_null()), lambda row: f"{name} is null")
+    else:
+        flat, offsets = array, np.arange(len(array) + 1)
+    if flat.null_count:
+        null_N = _rows_with(_mask(flat.is_null()), offsets)
+        faults.add(null_N, lambda row: f"{name} has a null id")
+        flat = pc.fill_null(flat, 0)
+    values = flat.to_numpy(zero_copy_only=False)
+    if len(values) and (values.min() < 0 or values.max() >= table_rows):
+        wrong_V = (values < 0) | (values >= table_rows)
+
+        def describe(row: int) -> str:
+            mine = slice(offsets[row], offsets[row + 1])
+            first = values[mine][wrong_V[mine]][0]
+            return f"{name} has id {first}, outside its table's 0 to {table_rows - 1}"
+
+        faults.add(_rows_with(wrong_V, offsets), describe)
+    return Ragged(values=values, offsets=offsets)
+
+
+def flat_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
+    """Return a column of numbers; nulls become 0 and are bad."""
+    array = table.column(name).combine_chunks()
+    if array.null_count:
+        faults.add(_mask(array.is_null()), lambda row: f"{name} is null")
+        array = pc.fill_null(array, pa.scalar(0).cast(array.type))
+    return array.to_numpy(zero_copy_only=False)
+
+
+def dense_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
+    """Return a float column; what is not finite as float32 is bad."""
+    with np.errstate(over="ignore"):
+        values_N = flat_column(table, name, faults).astype(np.float32)
+    faults.add(~np.isfinite(values_N), lambda row: f"{name} is {values_N[row]}")
+    return values_N
+
+
+def label_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
+    """Return the labels as float32; what is neither 0 nor 1 is bad."""
+    stored_N = flat_column(table, name, faults)
+    wrong_N = (stored_N != 0) & (stored_N != 1)
+    faults.add(wrong_N, lambda row: f"{name} is {stored_N[row]}, not 0 or 1")
+    return (stored_N == 1).astype(np.float32)
+
+
+def check_parallel(group: SequenceGroup, columns: Mapping[str, Ragged], faults: Faults) -> None:
+    """Mark rows whose fields of one sequence group have different numbers of events."""
+    counts = {field.name: np.diff(columns[field.name].offsets) for field in group.fields}
+    first_N, *others = counts.values()
+    unequal_N = np.zeros(len(first_N), dtype=bool)
+    for count_N in others:
+        unequal_N |= count_N != first_N
+
+    def describe(row: int) -> str:
+        lengths = ", ".join(f"{name} {count_N[row]}" for name, count_N in counts.items())
+        return f"the fields of sequence group {group.name!r} have unequal lengths ({lengths})"
+
+    faults.add(unequal_N, describe)
+
+
+def _mask(array: pa.Array) -> np.ndarray:
+    return array.to_numpy(zero_copy_only=False)
+
+
+def _rows_with(wrong_V: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return which rows have a marked entry."""
+    before = np.concatenate([[0], np.cumsum(wrong_V)])
+    return before[offsets[1:]] > before[offsets[:-1]]

@@ -1,0 +1,205 @@
+"""A block becomes buffers that a batch can be sliced from: checked, cut and in epoch order.
+
+Everything that can be done once a block is done here, so that a batch costs slices only. A bad
+row stays in its place, with weight 0 and nothing in it: who reads which row is arithmetic on
+row counts, which a removed row would upset.
+
+Shape legend:
+    N  rows of the block
+    V  ids of a column, all rows together
+    F  dense features
+    K  keys of the pooled or of the unpooled features
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from torchrec_hilomoe.data.columns import (
+    check_parallel,
+    dense_column,
+    Faults,
+    flat_column,
+    id_column,
+    label_column,
+    Ragged,
+)
+from torchrec_hilomoe.data.schema import Schema
+
+__all__ = ["DecodedBlock", "IdColumns", "decode_block", "padding_block"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdColumns:
+    """The columns of one jagged tensor, one entry a key.
+
+    Attributes:
+        values: ``(V,)`` of each key, of any integer type.
+        offsets: ``(N + 1,)`` int64 of each key: where a row's ids begin in ``values``.
+        lengths: ``(K, N)`` int32.
+    """
+
+    values: tuple[np.ndarray, ...]
+    offsets: tuple[np.ndarray, ...]
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedBlock:
+    """A block, checked, cut to the schema's lengths and in the epoch's order.
+
+    Attributes:
+        pooled: The columns of ``Schema.pooled_keys``.
+        unpooled: The columns of ``Schema.unpooled_keys``.
+        dense: ``(N, F)`` float32.
+        labels: ``(N,)`` float32.
+        weights: ``(N,)`` float32: 0 for a bad row, else 1.
+        groups: ``(N,)`` int64.
+        bad: Place in this order to a description: the stored row's number and its faults.
+    """
+
+    pooled: IdColumns
+    unpooled: IdColumns
+    dense: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+    groups: np.ndarray
+    bad: Mapping[int, str]
+
+
+def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray | None) -> DecodedBlock:
+    """Check, cut and reorder a block.
+
+    Args:
+        table: Columns that ``check_columns`` accepts.
+        schema: What they mean.
+        order_N: The stored row at each place; ``None`` for the order of the table.
+
+    Returns:
+        The block, in the order asked for.
+    """
+    rows = table.num_rows
+    faults = Faults(rows)
+    order_N = np.arange(rows) if order_N is None else order_N
+    columns = {
+        feature.name: id_column(table, feature.name, schema.tables[feature.table], faults)
+        for feature in schema.id_features
+    }
+    for group in schema.sequences:
+        check_parallel(group, columns, faults)
+    dense_NF = np.empty((rows, len(schema.dense)), dtype=np.float32)
+    for index, name in enumerate(schema.dense):
+        dense_NF[:, index] = dense_column(table, name, faults)
+    labels_N = label_column(table, schema.label, faults)
+    groups_N = flat_column(table, schema.group, faults).astype(np.int64)
+
+    cutter = _Cutter(columns, faults.bad_N, order_N)
+    ordered_bad_N = faults.bad_N[order_N]
+    dense_NF, labels_N, groups_N = dense_NF[order_N], labels_N[order_N], groups_N[order_N]
+    for array in (dense_NF, labels_N, groups_N):
+        array[ordered_bad_N] = 0
+    return DecodedBlock(
+        pooled=_pooled(schema, cutter),
+        unpooled=_unpooled(schema, cutter),
+        dense=dense_NF,
+        labels=labels_N,
+        weights=(~ordered_bad_N).astype(np.float32),
+        groups=groups_N,
+        bad={int(at): faults.of(int(order_N[at])) for at in np.flatnonzero(ordered_bad_N)},
+    )
+
+
+def padding_block(schema: Schema) -> DecodedBlock:
+    """Return one row of weight 0, with the padding id wherever a row must have an id."""
+
+    def column(single: bool) -> Ragged:
+        return Ragged(values=np.zeros(int(single), np.int64), offsets=np.array([0, int(single)]))
+
+    columns = {field.name: column(True) for field in schema.candidate}
+    columns |= {field.name: column(False) for field in schema.sequence_fields}
+    columns |= {feature.name: column(feature.max_length == 1) for feature in schema.pooled}
+    cutter = _Cutter(columns, np.zeros(1, dtype=bool), np.zeros(1, dtype=np.int64))
+    return DecodedBlock(
+        pooled=_pooled(schema, cutter),
+        unpooled=_unpooled(schema, cutter),
+        dense=np.zeros((1, len(schema.dense)), dtype=np.float32),
+        labels=np.zeros(1, dtype=np.float32),
+        weights=np.zeros(1, dtype=np.float32),
+        groups=np.zeros(1, dtype=np.int64),
+        bad={},
+    )
+
+
+class _Cutter:
+    """Takes the ids that are kept of each column, in the epoch's order.
+
+    Args:
+        columns: What is stored, by name.
+        bad_N: Rows that keep nothing.
+        order_N: The stored row at each place.
+    """
+
+    def __init__(
+        self, columns: Mapping[str, Ragged], bad_N: np.ndarray, order_N: np.ndarray
+    ) -> None:
+        self._columns = columns
+        self._bad_N = bad_N
+        self._order_N = order_N
+        self.rows = len(order_N)
+
+    def single(self, name: str) -> "_Cut":
+        """Take a column of one id a row; a bad row gets the padding id."""
+        values_N = self._columns[name].values[self._order_N]
+        values_N[self._bad_N[self._order_N]] = 0
+        counts_N = np.ones(self.rows, dtype=np.int32)
+        return _Cut(values=values_N, offsets=np.arange(self.rows + 1), counts=counts_N)
+
+    def many(self, name: str, max_length: int, keep: str) -> "_Cut":
+        """Take a column of many ids a row, cut to ``max_length``; a bad row gets none."""
+        column = self._columns[name]
+        counts_N = np.minimum(np.diff(column.offsets), max_length)
+        counts_N[self._bad_N] = 0
+        starts_N = column.offsets[1:] - counts_N if keep == "last" else column.offsets[:-1]
+        counts_N, starts_N = counts_N[self._order_N], starts_N[self._order_N]
+        offsets = np.concatenate([[0], np.cumsum(counts_N)])
+        # Entry v of row n comes from starts[n] + (v - offsets[n]) of what is stored.
+        source_V = np.repeat(starts_N - offsets[:-1], counts_N)
+        source_V += np.arange(len(source_V))
+        return _Cut(values=column.values[source_V], offsets=offsets, counts=counts_N)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """One key of :class:`IdColumns`."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+    counts: np.ndarray
+
+
+def _id_columns(cuts: list[_Cut], rows: int) -> IdColumns:
+    lengths_KN = np.array([cut.counts for cut in cuts], dtype=np.int32).reshape(len(cuts), rows)
+    return IdColumns(
+        values=tuple(cut.values for cut in cuts),
+        offsets=tuple(cut.offsets for cut in cuts),
+        lengths=lengths_KN,
+    )
+
+
+def _pooled(schema: Schema, cutter: _Cutter) -> IdColumns:
+    cuts = [
+        cutter.single(feature.name)
+        if feature.max_length == 1
+        else cutter.many(feature.name, feature.max_length, "last")
+        for feature in schema.pooled
+    ]
+    return _id_columns(cuts, cutter.rows)
+
+
+def _unpooled(schema: Schema, cutter: _Cutter) -> IdColumns:
+    cuts = [cutter.single(field.name) for field in schema.candidate]
+    for group in schema.sequences:
+        cuts += [cutter.many(field.name, group.max_length, group.keep) for field in group.fields]
+    return _id_columns(cuts, cutter.rows)

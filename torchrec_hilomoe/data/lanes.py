@@ -1,0 +1,167 @@
+"""Which rows a rank reads, and when: arithmetic on row counts alone.
+
+An epoch's rows stand in one order, fixed by the seed and the epoch. That order is cut into
+``lanes`` contiguous lanes; a global batch takes the next rows of every lane, and a rank owns
+neighbouring lanes. So the rows of a global batch do not depend on the number of ranks, and a
+block is decoded by one rank, or by two where the border of their lanes falls inside it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Epoch", "Segment", "World", "choose_lanes"]
+
+PREFERRED_LANES = 8
+# Streams of random numbers: one for the order of blocks, one for the rows inside each.
+BLOCK_ORDER, ROW_ORDER = 1, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among those that train together.
+
+    Attributes:
+        rank: From 0.
+        size: Number of processes.
+
+    Raises:
+        ValueError: If ``rank`` is outside ``[0, size)``.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(
+                f"World.rank must be at least 0 and below World.size, got rank {self.rank} and "
+                f"size {self.size}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Rows ``[start, stop)``, in the order of the epoch, of one block."""
+
+    block: int
+    start: int
+    stop: int
+
+
+def choose_lanes(batch_size: int, world_size: int, wanted: int | None = None) -> int:
+    """Choose the number of lanes: the same for 1, 2, 4 and 8 ranks wherever it can be.
+
+    Args:
+        batch_size: Rows of a global batch.
+        world_size: Number of ranks, which must divide the lanes.
+        wanted: The lanes of a position to resume, which must be kept.
+
+    Returns:
+        The largest divisor of ``batch_size`` that ``world_size`` divides, at most 8 (or
+        ``world_size``, where that is more).
+
+    Raises:
+        ValueError: If there is none, or ``wanted`` is not one.
+    """
+    if batch_size < 1 or world_size < 1:
+        raise ValueError(
+            f"train.batch_size and the world size must be at least 1, got {batch_size} and "
+            f"{world_size}."
+        )
+    if batch_size % world_size:
+        lower = batch_size // world_size * world_size
+        nearest = f"{lower} or {lower + world_size}" if lower else f"{world_size}"
+        raise ValueError(
+            f"train.batch_size is global, so the world size must divide it: got batch_size "
+            f"{batch_size} and {world_size} ranks. Take {nearest}."
+        )
+    if wanted is None:
+        most = max(PREFERRED_LANES, world_size)
+        return max(n for n in range(world_size, most + 1, world_size) if batch_size % n == 0)
+    if wanted < 1:
+        raise ValueError(f"the position's lanes must be at least 1, got {wanted}.")
+    if wanted % world_size:
+        sizes = [size for size in range(1, wanted + 1) if wanted % size == 0]
+        raise ValueError(
+            f"the position to resume has {wanted} lanes, which {world_size} ranks cannot share "
+            f"evenly; resume on {_any_of(sizes)} ranks."
+        )
+    if batch_size % wanted:
+        lower = batch_size // wanted * wanted
+        sizes = [size for size in (lower, lower + wanted) if size]
+        raise ValueError(
+            f"the position to resume has {wanted} lanes, which do not divide train.batch_size "
+            f"{batch_size}; take {_any_of(sizes)}."
+        )
+    return wanted
+
+
+def _any_of(numbers: Sequence[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+class Epoch:
+    """The order of one epoch's rows, and its cut into lanes.
+
+    Args:
+        block_rows: Rows of each block, as the source tells.
+        lanes: Number of lanes.
+        epoch: Which epoch, from 0.
+        seed: Fixes the order together with ``epoch``; ``None`` keeps the order of the files.
+    """
+
+    def __init__(
+        self, block_rows: Sequence[int], lanes: int, *, epoch: int, seed: int | None
+    ) -> None:
+        self._seed = seed
+        self._epoch = epoch
+        self._lanes = lanes
+        self._blocks = np.arange(len(block_rows))
+        if seed is not None:
+            self._blocks = self._generator(BLOCK_ORDER, 0).permutation(len(block_rows))
+        # Where each block, in this epoch's order, begins among the epoch's rows.
+        self._begins = np.concatenate([[0], np.cumsum(np.asarray(block_rows)[self._blocks])])
+
+    def _generator(self, stream: int, block: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed or 0, self._epoch, stream, block])
+
+    @property
+    def rows(self) -> int:
+        """Rows of the epoch, over all lanes."""
+        return int(self._begins[-1])
+
+    @property
+    def longest_lane(self) -> int:
+        """Rows of the longest lane; the others have this many or one less."""
+        return -(-self.rows // self._lanes)
+
+    def lane_length(self, lane: int) -> int:
+        """Rows of ``lane``."""
+        return self._border(lane + 1) - self._border(lane)
+
+    def batch_rows(self, lane_rows: int, rows_per_lane: int) -> int:
+        """Rows of the global batch that starts when ``lane_rows`` of each lane are consumed."""
+        lefts = (self.lane_length(lane) - lane_rows for lane in range(self._lanes))
+        return sum(min(max(left, 0), rows_per_lane) for left in lefts)
+
+    def segments(self, lane: int, skip: int) -> Iterator[Segment]:
+        """Yield the segments of ``lane`` in order, without its first ``skip`` rows."""
+        at, end = self._border(lane) + skip, self._border(lane + 1)
+        while at < end:
+            # "right" steps over empty blocks, which begin where their successor does.
+            index = int(np.searchsorted(self._begins, at, side="right")) - 1
+            begin, stop = int(self._begins[index]), min(end, int(self._begins[index + 1]))
+            yield Segment(block=int(self._blocks[index]), start=at - begin, stop=stop - begin)
+            at = stop
+
+    def row_order(self, block: int, rows: int) -> np.ndarray | None:
+        """Return the permutation of a block's rows; ``None`` for the order they are stored in."""
+        if self._seed is None:
+            return None
+        return self._generator(ROW_ORDER, block).permutation(rows)
+
+    def _border(self, lane: int) -> int:
+        return lane * self.rows // self._lanes

@@ -1,0 +1,145 @@
+"""``ParquetSource``: the row groups of a prepared folder's split, as blocks.
+
+A prepared folder holds ``schema.json``, ``report.json``, a folder of ``*.parquet`` files for each
+split, and ``_SUCCESS``, which is written last: without it the folder is half made.
+"""
+
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchrec_hilomoe.data.columns import check_columns
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
+from torchrec_hilomoe.data.source import BlockSource
+from torchrec_hilomoe.runtime.paths import open_binary, path_manager
+
+__all__ = ["SUCCESS_FILE", "ParquetSource", "check_folder", "load_schema"]
+
+SUCCESS_FILE = "_SUCCESS"
+REMEDY = "Make it with: python apps/prepare.py movielens --raw RAW --out DIR"
+
+
+class ParquetSource(BlockSource):
+    """Reads the needed columns of one row group at a time; keeps nothing but the footers.
+
+    Args:
+        folder: A prepared folder, local or under a registered prefix.
+        split: ``train``, ``valid`` or ``test``.
+        schema: Which columns, and their meaning; by default the folder's own. It may leave
+            columns out and cut histories further.
+
+    Raises:
+        DataError: If something of the folder is missing, unreadable or unlike the schema.
+    """
+
+    def __init__(self, folder: str, split: str, schema: Schema | None = None) -> None:
+        self._schema = schema or load_schema(folder)
+        self._files = tuple(_File(path, self._schema) for path in _split_files(f"{folder}/{split}"))
+        # The number of the first block of each file.
+        self._firsts = (0, *accumulate(len(file.block_rows) for file in self._files))
+        self._block_rows = tuple(rows for file in self._files for rows in file.block_rows)
+        if not sum(self._block_rows):
+            raise DataError(f"{folder}/{split} has no rows. {REMEDY}")
+
+    @property
+    def schema(self) -> Schema:
+        """What the columns mean."""
+        return self._schema
+
+    @property
+    def block_rows(self) -> tuple[int, ...]:
+        """Rows of each row group, file by file."""
+        return self._block_rows
+
+    def describe(self, block: int) -> str:
+        """Name the file and the row group."""
+        index = self._file_of(block)
+        return f"{self._files[index].path} row group {block - self._firsts[index]}"
+
+    def read(self, epoch: int, block: int) -> pa.Table:
+        """Return the needed columns of a row group; every epoch has the same."""
+        index = self._file_of(block)
+        try:
+            return self._files[index].read(block - self._firsts[index])
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{self.describe(block)} cannot be read ({_one_line(error)}). Copy the file again "
+                "from a whole copy, or prepare the data again."
+            ) from error
+
+    def _file_of(self, block: int) -> int:
+        return bisect_right(self._firsts, block) - 1
+
+
+def check_folder(folder: str) -> None:
+    """Refuse a folder that is missing or that ``prepare`` has not finished.
+
+    Raises:
+        DataError: Naming what is missing, and how to make it.
+    """
+    if not path_manager.isdir(folder):
+        raise DataError(f"there is no data folder {folder}. {REMEDY}")
+    for name in (SCHEMA_FILE, SUCCESS_FILE):
+        if not path_manager.isfile(f"{folder}/{name}"):
+            raise DataError(f"{folder} is not a whole data folder: {name} is missing. {REMEDY}")
+
+
+def load_schema(folder: str) -> Schema:
+    """Read a prepared folder's schema.
+
+    Raises:
+        DataError: If its file is not a schema of this version.
+    """
+    path = f"{folder}/{SCHEMA_FILE}"
+    try:
+        return Schema.load(path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a schema ({_one_line(error)}). {REMEDY}") from error
+
+
+def _split_files(folder: str) -> list[str]:
+    if not path_manager.isdir(folder):
+        split = PurePosixPath(folder).name
+        raise DataError(f"there is no folder {folder}, so no {split} rows. {REMEDY}")
+    names = sorted(name for name in path_manager.ls(folder) if name.endswith(".parquet"))
+    if not names:
+        raise DataError(f"{folder} has no .parquet file. {REMEDY}")
+    return [f"{folder}/{name}" for name in names]
+
+
+class _File:
+    """One Parquet file: its footer, and reading by row group.
+
+    The file is opened for each read, so that any number of threads and any number of files work;
+    the footer is parsed once.
+    """
+
+    def __init__(self, path: str, schema: Schema) -> None:
+        self.path = path
+        self._columns = list(schema.columns)
+        try:
+            with open_binary(path) as source, pq.ParquetFile(source) as file:
+                self._footer, columns = file.metadata, file.schema_arrow
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path} is not a whole Parquet file ({_one_line(error)}). Copy it again, or "
+                "prepare the data again."
+            ) from error
+        check_columns(columns, schema, path)
+        groups = range(self._footer.num_row_groups)
+        self.block_rows = tuple(self._footer.row_group(group).num_rows for group in groups)
+
+    def read(self, group: int) -> pa.Table:
+        with (
+            open_binary(self.path) as source,
+            pq.ParquetFile(source, metadata=self._footer, page_checksum_verification=True) as file,
+        ):
+            return file.read_row_group(group, columns=self._columns)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
