@@ -1,0 +1,247 @@
+"""A linear map that carries stacked layers of routed rank-1 experts.
+
+Shape legend:
+    N  rows (tokens or samples)     D  input width     O  output width    Q  query width
+    L  expert layers                E  experts         R  rank
+    M  experts of all active layers, L E               H  their down-vectors, L E R
+"""
+
+import math
+from typing import Self
+
+import torch
+from torch import nn, Tensor
+from torch.nn import functional as F
+
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.losses import attach, RoutingSums, sum_over_ranks
+from torchrec_hilomoe.hilomoe.routing import inverse_rms, route, Routing, wide
+
+__all__ = ["HiLoMoELinear"]
+
+# Opaque to FX: they ask for the process group, shapes or dtypes, which a proxy does not have.
+for _name in ("attach", "checked", "inverse_rms", "sum_over_ranks", "wide"):
+    torch.fx.wrap(_name)
+
+
+class HiLoMoELinear(nn.Module):
+    r"""``nn.Linear`` plus ``L`` layers of ``E`` experts, each an outer product of two vectors.
+
+    .. math:: y = x W^T + b + \alpha \sum_l \sum_e g_{l,e} \sum_r B_{l,e,r} (A_{l,e,r} \cdot x)
+
+    A layer's gates ``g`` come from a softmax over its keys; its query is that of the layer before,
+    moved by the scores found there. ``L`` layers of ``E`` experts give a row ``E**L`` compositions
+    for the work of ``L E`` rank-1 products. The up-vectors ``B`` start at zero, so a fresh module
+    computes exactly its base linear map.
+
+    In training, the auxiliary losses reach the routing through the output's own gradient, so the
+    host adds nothing to its loss; see `torchrec_hilomoe.hilomoe.losses`.
+
+    Args:
+        in_features: ``D``.
+        out_features: ``O``.
+        config: Options, shared by all sites of a model.
+        bias: Whether the base map has a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Shape:
+        - ``x``: ``(..., D)``
+        - returns ``(..., O)``
+
+    Attributes:
+        active_layers: How many expert layers compute, 0 to ``L``; 0 is exactly ``nn.Linear``.
+        auxiliary_scale: Factor on the auxiliary loss's gradient; set for a whole model by
+            ``set_auxiliary_loss_scale``.
+
+    Example:
+        >>> site = HiLoMoELinear(16, 4, HiLoMoEConfig(num_layers=2, num_experts=4))
+        >>> site(torch.randn(3, 5, 16)).shape
+        torch.Size([3, 5, 4])
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: HiLoMoEConfig,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, width in (("in_features", in_features), ("out_features", out_features)):
+            if width < 1:
+                raise ValueError(
+                    f"HiLoMoELinear.{name} must be at least 1, got {width}. "
+                    "Experts need vectors to work on."
+                )
+        self.in_features, self.out_features, self.config = in_features, out_features, config
+        L, E, R = config.num_layers, config.num_experts, config.rank
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.weight = parameter(out_features, in_features)
+        self.register_parameter("bias", parameter(out_features) if bias else None)
+        self.expert_in = parameter(L, E, R, in_features)
+        self.expert_out = parameter(L, E, R, out_features)
+        if not config.tie_keys:
+            self.expert_keys = parameter(L, E, config.query_dim or in_features)
+        if config.query_dim is not None:
+            self.query_proj = parameter(config.query_dim, in_features)
+        self.auxiliary_scale = 1.0
+        self._sums: RoutingSums | None = None
+        self._active_layers = L
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: HiLoMoEConfig) -> Self:
+        """Put fresh experts on an existing map, whose very parameters become the site's."""
+        weight = linear.weight
+        site = cls(
+            linear.in_features,
+            linear.out_features,
+            config,
+            bias=linear.bias is not None,
+            device=torch.device("meta"),  # draws no random numbers for a base that is not used
+            dtype=weight.dtype,
+        )
+        experts = site.expert_parameters()
+        for name, parameter in experts.items():
+            setattr(site, name, nn.Parameter(torch.empty_like(parameter, device=weight.device)))
+        site.weight, site.bias = weight, linear.bias
+        site.reset_experts()
+        return site.train(linear.training)
+
+    @property
+    def active_layers(self) -> int:
+        """How many expert layers compute, counted from the first; 0 is exactly ``nn.Linear``."""
+        return self._active_layers
+
+    @active_layers.setter
+    def active_layers(self, layers: int) -> None:
+        if not 0 <= layers <= self.config.num_layers:
+            raise ValueError(
+                f"HiLoMoELinear.active_layers must lie between 0 and num_layers = "
+                f"{self.config.num_layers}, got {layers}. Build the site with more layers."
+            )
+        self._active_layers = layers
+        self._sums = None
+
+    @property
+    def routing_sums(self) -> RoutingSums | None:
+        """What the last forward pass that trains has routed; None before there was one."""
+        return self._sums
+
+    def reset_parameters(self) -> None:
+        """Start as ``nn.Linear`` does, with experts that add exactly nothing."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_experts()
+
+    def reset_experts(self) -> None:
+        """Start with up-vectors of zero, so that the experts add exactly nothing.
+
+        Down-vectors keep the size of a normalised input, keys spread its logits by about one. The
+        keys of a layer sum to zero: an undecided layer then leaves the query where it is, instead
+        of pushing all rows to the same experts of the next layer.
+        """
+        nn.init.normal_(self.expert_in, std=1 / math.sqrt(self.in_features))
+        nn.init.zeros_(self.expert_out)
+        if not self.config.tie_keys:
+            nn.init.normal_(self.expert_keys)
+            if self.config.num_experts > 1:
+                with torch.no_grad():
+                    self.expert_keys -= self.expert_keys.mean(dim=1, keepdim=True)
+        if self.config.query_dim is not None:
+            nn.init.normal_(self.query_proj, std=1 / math.sqrt(self.in_features))
+
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that ``nn.Linear`` does not have, by name."""
+        base = ("weight", "bias")
+        return {name: p for name, p in self.named_parameters(recurse=False) if name not in base}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the map and its active experts; shapes are in the class docstring."""
+        if self._active_layers == 0:
+            return F.linear(x, self.weight, self.bias)
+        x = checked(x, self.in_features)
+        base = F.linear(x, self.weight, self.bias)
+        x_ND = x.reshape(-1, self.in_features)
+        routing = self.route(x_ND)
+        y = base + self.correct(x_ND, routing).reshape(base.shape)
+        weights = (self.config.balance_weight, self.config.z_weight)
+        if self.training and torch.is_grad_enabled() and weights != (0.0, 0.0):
+            y = self._with_losses(y, routing)
+        return y
+
+    def route(self, x_ND: Tensor) -> Routing:
+        """Decide which experts the rows use, in float32 at least."""
+        keys_MQ = self.expert_in if self.config.tie_keys else self.expert_keys
+        keys_MQ = keys_MQ[: self._active_layers].flatten(0, -2)
+        q_NQ = x_ND.detach() if self.config.stop_gradient == "query" else x_ND
+        if self.config.query_dim is not None:
+            q_NQ = F.linear(q_NQ, self.query_proj)
+        direct_NM = wide(F.linear(q_NQ, keys_MQ))
+        if self.config.query_norm:
+            direct_NM = direct_NM * inverse_rms(q_NQ)
+        query_dim = self.config.query_dim or self.in_features
+        return route(direct_NM, wide(keys_MQ), self.config, self._active_layers, query_dim)
+
+    def correct(self, x_ND: Tensor, routing: Routing) -> Tensor:
+        """What the gated experts add to the base map's output."""
+        hidden_NH = F.linear(x_ND, self.expert_in[: self._active_layers].flatten(0, 2))
+        gates_NM = torch.cat(routing.gates, dim=1).to(hidden_NH.dtype) * self.config.alpha
+        gates_NH = gates_NM.repeat_interleave(self.config.rank, dim=1)
+        return (hidden_NH * gates_NH) @ self.expert_out[: self._active_layers].flatten(0, 2)
+
+    def extra_repr(self) -> str:
+        """Sizes and options, as ``nn.Linear`` prints its own."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, active_layers={self._active_layers}, {self.config}"
+        )
+
+    def _with_losses(self, y: Tensor, routing: Routing) -> Tensor:
+        """Attach the auxiliary losses of one forward pass to its output."""
+        wide = routing.scores[0].dtype
+        counts_LE = torch.stack([chosen.sum(dim=0, dtype=wide) for chosen in routing.chosen])
+        scores_LE = torch.stack([scores.sum(dim=0) for scores in routing.scores])
+        z_L = torch.stack([logits.logsumexp(dim=1).square().sum() for logits in routing.logits])
+        counts_LE = sum_over_ranks(counts_LE)
+        weights = (
+            self.config.balance_weight * self.auxiliary_scale,
+            self.config.z_weight * self.auxiliary_scale,
+        )
+        if isinstance(y, Tensor):  # an FX proxy is no value to keep
+            self._sums = RoutingSums(
+                counts_LE=counts_LE,
+                scores_LE=scores_LE.detach(),
+                z_L=z_L.detach(),
+                top_k=self.config.top_k,
+            )
+        return attach(y, counts_LE, scores_LE, z_L, self.config.top_k, weights)
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles start without the last pass's sums."""
+        return {**super().__getstate__(), "_sums": None}
+
+
+def checked(x: Tensor, in_features: int) -> Tensor:
+    """Return ``x`` if a site of this width can take it."""
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"HiLoMoELinear.in_features is {in_features}, but the input's last dimension is "
+            f"{x.shape[-1]}. Build the site with in_features={x.shape[-1]}."
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"HiLoMoELinear takes a floating-point input, got {x.dtype}. "
+            "Embed or convert it first, for example with x.float()."
+        )
+    return x
