@@ -82,8 +82,9 @@ class CTRBatch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it."""
-        self.pooled.record_stream(stream)
-        self.unpooled.record_stream(stream)
+        for jagged in (self.pooled, self.unpooled):
+            # torchrec's own override names the CUDA class where its base class names any.
+            jagged.record_stream(stream)  # type: ignore[arg-type]
         for tensor in (self.dense, self.labels, self.weights, self.groups):
             tensor.record_stream(stream)
 

@@ -61,8 +61,9 @@ class Faults:
 
     def of(self, row: int) -> str:
         """Describe every fault of a row."""
-        faults = "; ".join(describe(row) for bad_N, describe in self._found if bad_N[row])
-        return f"row {row}: {faults}"
+        faults = [describe(row) for bad_N, describe in self._found if bad_N[row]]
+        # A column that is an id and the group, say, is looked at twice.
+        return f"row {row}: {'; '.join(dict.fromkeys(faults))}"
 
 
 def check_columns(columns: pa.Schema, schema: Schema, where: str) -> None:
@@ -116,7 +117,8 @@ def _is_number(stored: pa.DataType) -> bool:
 def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ragged:
     """Return a column of ids, one or many a row; nulls and ids outside the table are bad."""
     array = table.column(name).combine_chunks()
-    if _is_list(array.type):
+    is_list = _is_list(array.type)
+    if is_list:
         offsets = array.offsets.to_numpy().astype(np.int64)
         base, end = int(offsets[0]), int(offsets[-1])
         flat, offsets = array.values.slice(base, end - base), offsets - base
@@ -126,7 +128,7 @@ def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ra
         flat, offsets = array, np.arange(len(array) + 1)
     if flat.null_count:
         null_N = _rows_with(_mask(flat.is_null()), offsets)
-        faults.add(null_N, lambda row: f"{name} has a null id")
+        faults.add(null_N, lambda row: f"{name} {'has a null id' if is_list else 'is null'}")
         flat = pc.fill_null(flat, 0)
     values = flat.to_numpy(zero_copy_only=False)
     if len(values) and (values.min() < 0 or values.max() >= table_rows):

@@ -6,7 +6,7 @@ a thread (:mod:`.prefetch`).
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from weakref import WeakValueDictionary
 
 from torchrec_hilomoe.data.batch import CTRBatch, Position
@@ -92,7 +92,7 @@ class Loader:
         """Batches of a whole epoch, the same on every rank."""
         return -(-self._epoch(0).longest_lane // self._rows_per_lane)
 
-    def __iter__(self) -> Iterator[CTRBatch]:
+    def __iter__(self) -> Generator[CTRBatch, None, None]:
         return prefetch(self._batches(), self._prefetch)
 
     def _epoch(self, number: int) -> Epoch:

@@ -37,8 +37,11 @@ class ParquetSource(BlockSource):
     """
 
     def __init__(self, folder: str, split: str, schema: Schema | None = None) -> None:
+        folder = folder.rstrip("/") or "/"
+        check_folder(folder)
         self._schema = schema or load_schema(folder)
-        self._files = tuple(_File(path, self._schema) for path in _split_files(f"{folder}/{split}"))
+        paths = _split_files(f"{folder}/{split}")
+        self._files = tuple(_File(path, self._schema) for path in paths)
         # The number of the first block of each file.
         self._firsts = (0, *accumulate(len(file.block_rows) for file in self._files))
         self._block_rows = tuple(rows for file in self._files for rows in file.block_rows)

@@ -1,7 +1,7 @@
 """An iterator that works ahead in a thread of its own."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ __all__ = ["prefetch"]
 T = TypeVar("T")
 
 
-def prefetch(items: Iterator[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     """Yield ``items``, up to ``depth`` of them made ahead in a background thread.
 
     An error of ``items`` is raised here, after the items before it. When the consumer stops
