@@ -69,20 +69,19 @@ class DecodedBlock:
     bad: Mapping[int, str]
 
 
-def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray | None) -> DecodedBlock:
+def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray) -> DecodedBlock:
     """Check, cut and reorder a block.
 
     Args:
         table: Columns that ``check_columns`` accepts.
         schema: What they mean.
-        order_N: The stored row at each place; ``None`` for the order of the table.
+        order_N: The stored row at each place of the result.
 
     Returns:
-        The block, in the order asked for.
+        The block, in that order.
     """
     rows = table.num_rows
     faults = Faults(rows)
-    order_N = np.arange(rows) if order_N is None else order_N
     columns = {
         feature.name: id_column(table, feature.name, schema.tables[feature.table], faults)
         for feature in schema.id_features

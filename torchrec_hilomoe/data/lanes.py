@@ -157,10 +157,10 @@ class Epoch:
             yield Segment(block=int(self._blocks[index]), start=at - begin, stop=stop - begin)
             at = stop
 
-    def row_order(self, block: int, rows: int) -> np.ndarray | None:
-        """Return the permutation of a block's rows; ``None`` for the order they are stored in."""
+    def row_order(self, block: int, rows: int) -> np.ndarray:
+        """Return the stored row at each place of a block."""
         if self._seed is None:
-            return None
+            return np.arange(rows)
         return self._generator(ROW_ORDER, block).permutation(rows)
 
     def _border(self, lane: int) -> int:

@@ -118,9 +118,9 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
     size = -(-len(stored) // chunks)
     parts = [stored[at : at + size] for at in range(0, len(stored), size)]
     table = pa.concat_tables([pa.Table.from_pylist(part, schema=TYPES) for part in parts])
-    order = data.draw(st.none() | st.permutations(range(len(stored))))
-    block = decode_block(table, SCHEMA, None if order is None else np.array(order))
-    ordered = [stored[n] for n in order] if order else stored
+    order = data.draw(st.permutations(range(len(stored))))
+    block = decode_block(table, SCHEMA, np.array(order))
+    ordered = [stored[n] for n in order]
     assert sorted(block.bad) == [n for n, row in enumerate(ordered) if not is_good(row)]
 
     cut = data.draw(st.integers(0, len(stored)))
@@ -134,7 +134,9 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
 
 
 def collated(table, schema=SCHEMA):
-    whole = Rows(block=decode_block(table, schema, None), start=0, stop=table.num_rows)
+    whole = Rows(
+        block=decode_block(table, schema, np.arange(table.num_rows)), start=0, stop=table.num_rows
+    )
     return collate(schema, [whole], mean_rows=1.0, position=POSITION)
 
 
@@ -186,7 +188,7 @@ def test_tells_which_sequence_group_is_unequal():
     table = replace_column(toy_table(2), "clicks_item", [[1, 2], [3]])
     table = replace_column(table, "clicks_kind", [[1, 2], []])
     table = replace_column(table, "label", [1, 3])
-    assert decode_block(table, SCHEMA, None).bad == {
+    assert decode_block(table, SCHEMA, np.arange(table.num_rows)).bad == {
         1: "row 1: the fields of sequence group 'clicks' have unequal lengths "
         "(clicks_item 1, clicks_kind 0); label is 3, not 0 or 1"
     }
@@ -209,7 +211,7 @@ def test_reads_large_lists_and_slices_of_tables():
 
 def test_a_batch_does_not_share_memory_with_its_block():
     table = toy_table(4)
-    block = decode_block(table, SCHEMA, None)
+    block = decode_block(table, SCHEMA, np.arange(table.num_rows))
     part = Rows(block=block, start=0, stop=4)
     batch = collate(SCHEMA, [part], mean_rows=1.0, position=POSITION)
     batch.unpooled.values().zero_()

@@ -103,4 +103,4 @@ def test_orders_differ_by_epoch_seed_and_block():
 def test_no_seed_keeps_the_stored_order():
     epoch = Epoch([5, 0, 3], 2, epoch=4, seed=None)
     assert [segment.block for lane in (0, 1) for segment in epoch.segments(lane, 0)] == [0, 0, 2]
-    assert epoch.row_order(0, 5) is None
+    assert epoch.row_order(0, 5).tolist() == [0, 1, 2, 3, 4]
