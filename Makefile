@@ -35,7 +35,7 @@ test-all: $(DEVELOPMENT) ## those above and the slow ones; with a GPU, those too
 lint: $(DEVELOPMENT) ## style, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright
 
 format: $(DEVELOPMENT) ## put the code in form
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,8 @@
 """Can this environment train?  ``python -m torchrec_hilomoe.doctor``.
 
 torch, fbgemm and torchrec fit together only within one release of TorchRec, and CPU and CUDA
-builds do not mix. A wrong set shows as an undefined symbol or a missing CUDA library, deep inside an
-import; here it shows as a sentence and the command that mends it.
+builds do not mix. A wrong set shows as an undefined symbol or a missing CUDA library, deep inside
+an import; here it shows as a sentence and the command that mends it.
 
 Only the standard library is imported at the top, so that this runs where torch does not.
 """
