@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn, Tensor
 
 from torchrec_hilomoe.embeddings.features import SequenceFeatures
 

@@ -10,12 +10,12 @@ Shape legend:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.backbones.base import Backbone
@@ -24,7 +24,7 @@ from torchrec_hilomoe.backbones.layers.jagged import Tokens, tokens_of
 from torchrec_hilomoe.backbones.layers.mlp import MLP
 from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
 
-__all__ = ["BST", "TransformerLayer"]
+__all__ = ["BST", "Transformer", "TransformerLayer"]
 
 
 class TransformerLayer(nn.Module):
@@ -53,9 +53,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.residual = residual
         self.targets_only = targets_only
-        self.attention = SelfAttention(
-            width, num_heads, dropout=dropout, targets_only=targets_only
-        )
+        self.attention = SelfAttention(width, num_heads, dropout=dropout, targets_only=targets_only)
         self.ffn_in = nn.Linear(width, width)
         self.ffn_out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
@@ -69,6 +67,24 @@ class TransformerLayer(nn.Module):
         hidden_NW = self.norm_attention(x_NW + attended_NW if self.residual else attended_NW)
         mapped_NW = self.dropout(self.ffn_out(F.leaky_relu(self.ffn_in(hidden_NW))))
         return self.norm_ffn(hidden_NW + mapped_NW if self.residual else mapped_NW)
+
+
+class Transformer(nn.Module):
+    """Layers one after the other.
+
+    Args:
+        layers: Each with its own parameters.
+    """
+
+    def __init__(self, layers: Iterable[TransformerLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x_NW: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        """Return what the last layer returns; arguments as in :class:`SelfAttention`."""
+        for layer in self.layers:
+            x_NW = layer(x_NW, offsets, longest)
+        return x_NW
 
 
 class BST(Backbone):
@@ -127,7 +143,7 @@ class BST(Backbone):
         )
         token_widths = [history.event + position_dim for history in widths.histories]
         self.transformers = nn.ModuleList(
-            nn.ModuleList(
+            Transformer(
                 TransformerLayer(
                     width,
                     num_heads,
@@ -165,8 +181,7 @@ class BST(Backbone):
     def _summary(self, index: int, tokens: Tokens) -> Tensor:
         position_NP = self.positions[index][tokens.recency]
         x_NW = torch.cat([tokens.values, position_NP], dim=1)
-        for layer in self.transformers[index]:
-            x_NW = layer(x_NW, tokens.offsets, tokens.longest)
+        x_NW = self.transformers[index](x_NW, tokens.offsets, tokens.longest)
         if self.pooling == "target":
             return x_NW
         return torch.segment_reduce(x_NW, "mean", offsets=tokens.offsets, axis=0)

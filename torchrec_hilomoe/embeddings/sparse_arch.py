@@ -6,7 +6,7 @@ Shape legend: see :mod:`torchrec_hilomoe.embeddings.features`; D is the embeddin
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from torchrec_hilomoe.data.schema import Schema, SequenceGroup

@@ -1,7 +1,8 @@
 """Schema -> TorchRec table configurations: one pooled collection and one for sequences."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def unpooled_collection(
             embedding_dim=embedding_dim,
             num_embeddings=schema.tables[table],
             feature_names=names,
-            init_fn=_small_normal,
+            init_fn=_start(embedding_dim),
         )
         for table, names in features.items()
     ]
@@ -54,7 +55,7 @@ def pooled_collection(
             num_embeddings=schema.tables[table],
             feature_names=names,
             pooling=PoolingType.MEAN,
-            init_fn=_small_normal,
+            init_fn=_start(embedding_dim),
         )
         for table, names in features.items()
     ]
@@ -68,6 +69,11 @@ def _features_by_table(features: Iterable[IdFeature | PooledFeature]) -> dict[st
     return by_table
 
 
-def _small_normal(weight: Tensor) -> Tensor:
-    """Vectors start near zero, at a scale where row-wise Adagrad moves them at once."""
-    return torch.nn.init.normal_(weight, std=0.1 / math.sqrt(weight.shape[-1]))
+def _draw(weight: Tensor, std: float) -> None:
+    """Start near zero, where row-wise Adagrad moves a vector at once."""
+    if weight.numel():  # a rank without a shard of the table holds nothing to draw
+        torch.nn.init.normal_(weight, std=std)
+
+
+def _start(embedding_dim: int) -> Callable[[Tensor], None]:
+    return partial(_draw, std=0.1 / math.sqrt(embedding_dim))

@@ -5,7 +5,7 @@ Shape legend:
     F  dense features
 """
 
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_hilomoe.backbones.base import Backbone
@@ -19,7 +19,7 @@ class CTRModel(nn.Module):
 
     Args:
         sparse: The two sharded collections.
-        backbone: One of :data:`torchrec_hilomoe.backbones.registry.BACKBONES`.
+        backbone: One of :data:`torchrec_hilomoe.models.build.BUILDERS`.
     """
 
     def __init__(self, sparse: SparseArch, backbone: Backbone) -> None:

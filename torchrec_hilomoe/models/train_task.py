@@ -6,7 +6,7 @@ Shape legend:
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.data.batch import CTRBatch, Position
@@ -25,6 +25,7 @@ class TaskOutput:
         labels: ``(B,)``.
         weights: ``(B,)``, 0 for rows that count nowhere.
         groups: ``(B,)``.
+        mean_rows: Rows of the global batch divided by the world size.
         position: Where training resumes after this batch.
     """
 
@@ -33,6 +34,7 @@ class TaskOutput:
     labels: Tensor
     weights: Tensor
     groups: Tensor
+    mean_rows: float
     position: Position
 
 
@@ -62,5 +64,6 @@ class TrainTask(nn.Module):
             labels=batch.labels,
             weights=batch.weights,
             groups=batch.groups,
+            mean_rows=batch.mean_rows,
             position=batch.position,
         )

@@ -11,8 +11,7 @@ Shape legend:
     H  heads
 """
 
-import torch
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.backbones.layers.jagged import pad, unpad, valid

@@ -7,7 +7,7 @@ Shape legend:
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn, Tensor
 
 __all__ = ["MLP"]
 

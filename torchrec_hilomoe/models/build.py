@@ -1,0 +1,72 @@
+"""Configuration -> modules: the only file that knows both."""
+
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from types import MappingProxyType
+
+import torch
+
+from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.backbones.bst import BST
+from torchrec_hilomoe.config import InjectionConfig, ModelConfig
+from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.embeddings.features import FeatureWidths
+from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
+from torchrec_hilomoe.hilomoe.inject import inject_hilomoe
+from torchrec_hilomoe.models.ctr_model import CTRModel
+from torchrec_hilomoe.models.train_task import TrainTask
+
+__all__ = ["build_task", "site_patterns"]
+
+
+def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
+    """Build the model that is trained, its tables on the ``meta`` device until they are sharded.
+
+    Raises:
+        ValueError: If the configuration is impossible, alone or with the schema.
+    """
+    if config.embedding_dim < 4 or config.embedding_dim % 4:
+        raise ValueError(
+            f"model.embedding_dim must be a multiple of 4, got {config.embedding_dim}; "
+            "FBGEMM's kernels want aligned rows."
+        )
+    sparse = SparseArch(schema, config.embedding_dim, torch.device("meta"))
+    backbone = _builder(config.backbone)(config, sparse.widths)
+    if config.hilomoe is not None:
+        inject_hilomoe(backbone, config.hilomoe, sites=site_patterns(backbone, config.hilomoe))
+    return TrainTask(CTRModel(sparse, backbone))
+
+
+def site_patterns(backbone: Backbone, config: InjectionConfig) -> tuple[str, ...]:
+    """Resolve groups of sites, and ``all``, to name patterns; other entries are patterns."""
+    groups = dict(backbone.SITES)
+    groups["all"] = tuple(pattern for group in backbone.SITES.values() for pattern in group)
+    return tuple(pattern for site in config.sites for pattern in groups.get(site, (site,)))
+
+
+def _bst(config: ModelConfig, widths: FeatureWidths) -> BST:
+    return BST(
+        widths,
+        position_dim=config.embedding_dim,
+        num_layers=config.bst.num_layers,
+        num_heads=config.bst.num_heads,
+        dropout=config.dropout,
+        residual=config.bst.residual,
+        layer_norm=config.bst.layer_norm,
+        pooling=config.bst.pooling,
+        head=config.head,
+        batch_norm=config.batch_norm,
+    )
+
+
+BUILDERS: Mapping[str, Callable[[ModelConfig, FeatureWidths], Backbone]] = MappingProxyType(
+    {"bst": _bst}
+)
+
+
+def _builder(name: str) -> Callable[[ModelConfig, FeatureWidths], Backbone]:
+    if name not in BUILDERS:
+        near = get_close_matches(name, BUILDERS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(BUILDERS)}."
+        raise ValueError(f"model.backbone is {name!r}, which is not known. {hint}")
+    return BUILDERS[name]

@@ -1,0 +1,161 @@
+"""What a model costs: parameters, FLOPs of a sample, bytes of its lookups, a component each.
+
+FLOPs are counted by PyTorch's own counter, forward, on a batch of samples with full histories,
+two for each multiply-add; pointwise work is not counted. They are FLOPs that are computed: a site
+computes all of its experts, because that is cheaper than choosing first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn, Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
+from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.sites import sites_of
+from torchrec_hilomoe.models.train_task import TrainTask
+
+__all__ = ["Cost", "cost_table", "count_cost"]
+
+COMPONENTS = ("tables", "backbone", "head", "experts", "routing")
+ROUTING = ("expert_keys", "query_proj")
+SAMPLES = 1024  # a usual batch: what is computed once a batch is shared by so many
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a model costs; each mapping has a figure per component and their ``total``.
+
+    Components are ``tables``, ``backbone``, ``head``, ``experts`` and ``routing``.
+
+    Attributes:
+        parameters: Trainable numbers.
+        flops: Of one sample's forward pass.
+        lookup_bytes: Read from tables for one sample, float32.
+    """
+
+    parameters: Mapping[str, int]
+    flops: Mapping[str, int]
+    lookup_bytes: int
+
+
+def count_cost(task: TrainTask, schema: Schema, embedding_dim: int) -> Cost:
+    """Count a model that is not yet sharded; its dense part must be on CPU."""
+    backbone, widths = task.model.backbone, task.model.sparse.widths
+    ids = len(schema.candidate) + sum(feature.max_length for feature in schema.pooled)
+    ids += sum(len(group.fields) * group.max_length for group in schema.sequences)
+    return Cost(
+        parameters=_with_total(_parameters(task)),
+        flops=_with_total(_flops(backbone, widths)),
+        lookup_bytes=ids * embedding_dim * 4,
+    )
+
+
+def cost_table(cost: Cost) -> str:
+    """Return the cost as text, a line a component."""
+    lines = [f"{'component':<10} {'parameters':>14} {'FLOPs/sample':>14}"]
+    for name, parameters in cost.parameters.items():
+        lines.append(f"{name:<10} {parameters:>14,} {cost.flops[name]:>14,}")
+    lines.append(f"lookups: {cost.lookup_bytes:,} bytes a sample")
+    return "\n".join(lines)
+
+
+def _with_total(parts: dict[str, int]) -> dict[str, int]:
+    return {**parts, "total": sum(parts.values())}
+
+
+def _parameters(task: TrainTask) -> dict[str, int]:
+    parts: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
+    sites = sites_of(task)
+    for name, parameter in task.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if name.startswith("model.sparse."):
+            component = "tables"
+        elif owner in sites and leaf in ROUTING:
+            component = "routing"
+        elif owner in sites and leaf in sites[owner].expert_parameters():
+            component = "experts"
+        else:
+            component = "head" if name.startswith("model.backbone.head.") else "backbone"
+        parts[component] += parameter.numel()
+    return parts
+
+
+def _flops(backbone: Backbone, widths: FeatureWidths) -> dict[str, int]:
+    sites = sites_of(backbone)
+    rows: dict[str, int] = {}
+    hooks = [
+        site.register_forward_pre_hook(partial(_note_rows, rows, name))
+        for name, site in sites.items()
+    ]
+    layers = {name: site.active_layers for name, site in sites.items()}
+    full, _ = _count(backbone, widths)
+    for site in sites.values():
+        site.active_layers = 0
+    plain, head = _count(backbone, widths)
+    for name, site in sites.items():
+        site.active_layers = layers[name]
+    for hook in hooks:
+        hook.remove()
+    routing = sum(_routing_flops(site, rows[name]) for name, site in sites.items())
+    batch = {
+        "tables": 0,
+        "backbone": plain - head,
+        "head": head,
+        "experts": full - plain - routing,
+        "routing": routing,
+    }
+    return {name: round(flops / SAMPLES) for name, flops in batch.items()}
+
+
+def _note_rows(rows: dict[str, int], name: str, site: nn.Module, args: tuple[Tensor]) -> None:
+    rows[name] = args[0].numel() // args[0].shape[-1]
+
+
+def _routing_flops(site: HiLoMoELinear, rows: int) -> int:
+    """FLOPs of the logits: the query, its products with all keys, and the keys' Gram matrix.
+
+    Tied keys are the experts' own down-vectors, whose products with the input are the experts'.
+    """
+    config = site.config
+    keys, width = config.num_layers * config.num_experts, config.query_dim or site.in_features
+    gram = 2 * keys * keys * width
+    if config.tie_keys:
+        return gram
+    query = 2 * site.in_features * config.query_dim if config.query_dim else 0
+    return gram + rows * (query + 2 * keys * width)
+
+
+@torch.no_grad()
+def _count(backbone: Backbone, widths: FeatureWidths) -> tuple[int, int]:
+    """Return the FLOPs of a batch: all of them, and the head's."""
+    training = backbone.training
+    backbone.eval()
+    with FlopCounterMode(display=False) as counter:
+        backbone(_samples(widths))
+    backbone.train(training)
+    counts = counter.get_flop_counts()
+    head = sum(counts.get(f"{type(backbone).__name__}.head", {}).values())
+    return counter.get_total_flops(), head
+
+
+def _samples(widths: FeatureWidths) -> SequenceFeatures:
+    histories = tuple(
+        History(
+            events=torch.zeros(SAMPLES * history.max_length, history.event),
+            lengths=torch.full((SAMPLES,), history.max_length),
+            target=torch.zeros(SAMPLES, history.event),
+        )
+        for history in widths.histories
+    )
+    return SequenceFeatures(
+        candidate=torch.zeros(SAMPLES, widths.candidate),
+        context=torch.zeros(SAMPLES, widths.context),
+        histories=histories,
+        longest=max((history.max_length for history in widths.histories), default=1),
+    )

@@ -1,0 +1,23 @@
+"""Our own lines on the screen, and only those of other libraries that matter."""
+
+import logging
+import sys
+import warnings
+
+__all__ = ["set_up_console"]
+
+
+def set_up_console(rank: int) -> None:
+    """Show this package's information on the first rank, and warnings of every rank.
+
+    TorchRec logs its planner's internals as warnings at every start, and calls PyTorch in ways
+    that PyTorch deprecates; neither is the user's to mend. TorchRec's errors stay.
+    """
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    logging.basicConfig(
+        format=f"{prefix}%(message)s", level=logging.WARNING, stream=sys.stderr, force=True
+    )
+    logging.getLogger("torchrec_hilomoe").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for name in ("torchrec", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torchrec")

@@ -1,0 +1,75 @@
+"""Joining the job that a launcher started, or being the only process of one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from torchrec_hilomoe.data.loader import World
+
+__all__ = ["Job", "broadcast_text", "join"]
+
+# A dead rank must end the others within a minute; gloo and NCCL notice a silent one by this.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """This process among its peers.
+
+    Attributes:
+        world: Rank and number of ranks.
+        device: Where this rank computes.
+    """
+
+    world: World
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.world.rank == 0
+
+
+@contextmanager
+def join(device: str = "auto") -> Iterator[Job]:
+    """Join the process group of ``torchrun`` or TorchX, or form a group of one.
+
+    Args:
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU when there is one.
+
+    Raises:
+        ValueError: If ``cuda`` is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "train.device is 'cuda', but PyTorch sees no GPU here. Use 'auto' or 'cpu', or check "
+            "the installation with: python -m torchrec_hilomoe.runtime.doctor"
+        )
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    here = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(here)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # TorchRec's planner reads it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Job(world=World(rank=dist.get_rank(), size=dist.get_world_size()), device=here)
+    finally:
+        dist.destroy_process_group()
+
+
+def broadcast_text(text: str | None) -> str:
+    """Return rank 0's ``text`` on every rank."""
+    holder = [text]
+    dist.broadcast_object_list(holder, src=0)
+    assert holder[0] is not None
+    return holder[0]

@@ -1,0 +1,55 @@
+"""Stopping between two steps when the scheduler, or a person, asks for it."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch
+from torch import distributed as dist
+
+__all__ = ["StopSignal"]
+
+ASK_EVERY = 10  # steps between two agreements of several ranks: one small all-reduce
+
+
+class StopSignal:
+    """Notices SIGTERM and Ctrl-C; all ranks agree on the step to stop after.
+
+    The first signal is kept for :meth:`requested`; a second one acts as it always does.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: dict[signal.Signals, signal.Handlers] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)  # type: ignore[assignment]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def requested(self, step: int) -> bool:
+        """Return whether to stop after ``step``, the same on every rank; a collective call."""
+        if dist.get_world_size() == 1:
+            return self._asked
+        if step % ASK_EVERY:
+            return False
+        asked = torch.tensor([int(self._asked)])
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

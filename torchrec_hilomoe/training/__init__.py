@@ -1,0 +1,1 @@
+"""Step 6, MODEL -> TRAINED MODEL: stages, optimizers, sharding, the loop, checkpoints, metrics."""

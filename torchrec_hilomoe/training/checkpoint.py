@@ -1,0 +1,239 @@
+"""Checkpoints: whole or absent, audited when loaded, never executed.
+
+A checkpoint is a folder ``step_N`` with TorchRec's sharded state in DCP's format and
+``progress.json``. It is written under another name and renamed when every rank is done.
+"""
+
+import json
+import logging
+import pickle
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+
+from torchrec_hilomoe.data.batch import Position
+
+__all__ = ["CheckpointError", "Progress", "latest", "load", "read_progress", "save"]
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_FILE = "progress.json"
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, incomplete, or not this run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        step: Optimizer steps done.
+        stage: Name of the stage of the last step.
+        position: Where the data goes on.
+        total_steps: Length of the run, which places its stages.
+    """
+
+    step: int
+    stage: str
+    position: Position
+    total_steps: int
+
+
+def save(folder: Path, state: Mapping[str, Any], progress: Progress, keep: int) -> Path:
+    """Write a checkpoint and remove the oldest beyond ``keep``; a collective call.
+
+    Args:
+        folder: Holds the run's checkpoints.
+        state: Tensors, replicated or sharded, in nested mappings.
+        progress: What belongs to them.
+        keep: Checkpoints that stay.
+
+    Returns:
+        The finished checkpoint.
+    """
+    final = folder / f"step_{progress.step}"
+    partial = folder / f".step_{progress.step}.partial"
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    whole = {**state, "rng": {f"rank{dist.get_rank()}": torch.get_rng_state()}}
+    dcp.save(whole, storage_writer=dcp.FileSystemWriter(partial))
+    if dist.get_rank() == 0:
+        described = {
+            "format": FORMAT,
+            **asdict(progress),
+            "world_size": dist.get_world_size(),
+            "versions": {name: version(name) for name in ("torch", "torchrec")}
+            | {"python": platform.python_version()},
+        }
+        (partial / PROGRESS_FILE).write_text(json.dumps(described, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in _all(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint in ``folder``, if there is one."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def read_progress(path: Path) -> Progress:
+    """Read where the run of a checkpoint stood.
+
+    Raises:
+        CheckpointError: If there is none at ``path``, or its format is another.
+    """
+    try:
+        raw = json.loads((path / PROGRESS_FILE).read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"there is no checkpoint at {path} ({PROGRESS_FILE} is missing). Give the path of a "
+            "folder step_N, or --resume auto to go on from the newest in --out_dir if any."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path / PROGRESS_FILE} is damaged: {error}.") from error
+    if raw.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {raw.get('format')}, this package reads {FORMAT}."
+        )
+    return Progress(
+        step=raw["step"],
+        stage=raw["stage"],
+        position=Position(**raw["position"]),
+        total_steps=raw["total_steps"],
+    )
+
+
+def load(path: Path, state: Mapping[str, Any]) -> None:
+    """Fill ``state``'s tensors from a checkpoint, in place; a collective call.
+
+    This rank's random state is restored if the checkpoint has one for it.
+
+    Raises:
+        CheckpointError: If a tensor is missing on either side or has another shape.
+    """
+    reader = _Reader(path)
+    try:
+        metadata = reader.read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"checkpoint {path} is incomplete or damaged: {error}.") from error
+    audit(path, metadata, state)
+    rng_key = f"rank{dist.get_rank()}"
+    whole: dict[str, Any] = dict(state)
+    if f"rng.{rng_key}" in metadata.state_dict_metadata:
+        whole["rng"] = {rng_key: torch.get_rng_state()}
+    dcp.load(whole, storage_reader=reader)
+    if "rng" in whole:
+        torch.set_rng_state(whole["rng"][rng_key])
+
+
+def audit(path: Path, metadata: Metadata, state: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that does not hold exactly ``state``, optimizer state included."""
+    saved = {
+        key: tuple(entry.size)
+        for key, entry in metadata.state_dict_metadata.items()
+        if not key.startswith("rng.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    wanted = _sizes(state)
+    problems = [
+        *(f"{key}: missing from the checkpoint" for key in wanted.keys() - saved.keys()),
+        *(f"{key}: in the checkpoint only" for key in saved.keys() - wanted.keys()),
+        *(
+            f"{key}: {saved[key]} in the checkpoint, {wanted[key]} in the model"
+            for key in saved.keys() & wanted.keys()
+            if saved[key] != wanted[key]
+        ),
+    ]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:10])
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this model: {len(problems)} differences.\n  {shown}\n"
+            "Use the configuration that it was saved with (config.yaml beside checkpoints/)."
+        )
+
+
+def _all(folder: Path) -> list[Path]:
+    found = [
+        (int(match[1]), path)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"step_(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def _sizes(state: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            sizes |= _sizes(value, f"{prefix}{name}.")
+        else:
+            sizes[f"{prefix}{name}"] = tuple(value.size())
+    return sizes
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, except that its index is unpickled from a closed list of classes."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as source:
+            metadata = _IndexUnpickler(source).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"the index is a {type(metadata).__name__}")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    MODULES = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch.distributed._shard.metadata",
+        "torch.distributed._shard.sharded_tensor.metadata",
+        "torch.distributed._shard.sharding_spec",
+    )
+    NAMES = (
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch", "device"),
+        ("collections", "OrderedDict"),
+        ("builtins", "getattr"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.startswith(self.MODULES) or (module, name) in self.NAMES
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if known or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the index names {module}.{name}, which is not allowed")
+
+
+def tensors_only(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``state`` without entries that are not tensors: those would have to be pickled."""
+    kept: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            kept[name] = tensors_only(value)
+        elif isinstance(value, Tensor) or type(value).__name__ == "ShardedTensor":
+            kept[name] = value
+    return kept

@@ -1,0 +1,59 @@
+"""A stage, applied to a model: which parts compute and which may change.
+
+A parameter that is frozen when data parallelism wraps the model and unfrozen later would train
+without all-reduce. So a boundary first sets ``requires_grad`` and then wraps the model anew.
+"""
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
+from torchrec_hilomoe.models.train_task import TrainTask
+from torchrec_hilomoe.training.sharding import shard
+from torchrec_hilomoe.training.stages import Stage
+
+__all__ = ["enter_stage", "set_training_mode"]
+
+
+def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedModelParallel:
+    """Prepare the model for a stage and wrap it anew.
+
+    Args:
+        model: The sharded model, detached from any pipeline.
+        stage: What follows.
+
+    Returns:
+        The same tables and parameters under a new wrapper.
+
+    Raises:
+        ValueError: If the stage names more layers than a site has.
+    """
+    task = model.module
+    assert isinstance(task, TrainTask)
+    for name, site in sites_of(task).items():
+        layers = site.config.num_layers
+        if stage.active_layers is not None and stage.active_layers > layers:
+            raise ValueError(
+                f"Stage {stage.name!r}: active_layers is {stage.active_layers}, but site {name!r} "
+                f"has {layers} layers. Lower it or raise model.hilomoe.num_layers."
+            )
+        site.active_layers = layers if stage.active_layers is None else stage.active_layers
+    task.model.sparse.frozen = not stage.train_tables
+    tables = set(task.model.sparse.parameters())
+    experts = set(expert_parameters(task).values())
+    for parameter in task.parameters():
+        if parameter in experts:
+            parameter.requires_grad_(stage.experts_learn)
+        elif parameter not in tables:
+            parameter.requires_grad_(stage.train_backbone)
+    set_training_mode(task, stage)
+    return shard(task, model.plan, model.device)
+
+
+def set_training_mode(task: nn.Module, stage: Stage) -> None:
+    """Switch to training, but keep the running statistics of a frozen backbone as they are."""
+    task.train()
+    for module in task.modules():
+        if isinstance(module, _BatchNorm):
+            module.train(stage.train_backbone)
