@@ -26,6 +26,7 @@ from torchrec_hilomoe.data.columns import (
     label_column,
     Ragged,
 )
+from torchrec_hilomoe.data.ragged import runs
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["DecodedBlock", "IdColumns", "decode_block", "padding_block"]
@@ -162,11 +163,8 @@ class _Cutter:
         counts_N[self._bad_N] = 0
         starts_N = column.offsets[1:] - counts_N if keep == "last" else column.offsets[:-1]
         counts_N, starts_N = counts_N[self._order_N], starts_N[self._order_N]
-        offsets = np.concatenate([[0], np.cumsum(counts_N)])
-        # Entry v of row n comes from starts[n] + (v - offsets[n]) of what is stored.
-        source_V = np.repeat(starts_N - offsets[:-1], counts_N)
-        source_V += np.arange(len(source_V))
-        return _Cut(values=column.values[source_V], offsets=offsets, counts=counts_N)
+        kept = runs(starts_N, counts_N)
+        return _Cut(values=column.values[kept.index], offsets=kept.offsets, counts=counts_N)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,190 @@
+"""A prepared folder is written beside its place and renamed once it is whole.
+
+Layout: ``schema.json``, ``report.json``, ``{train,valid,test}/part-NNNNN.parquet`` and
+``_SUCCESS``, which is written last.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.parquet import SUCCESS_FILE
+from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
+from torchrec_hilomoe.runtime.paths import (
+    open_binary,
+    open_text,
+    path_manager,
+    remove_tree,
+    rename,
+)
+
+__all__ = ["ROW_GROUP_ROWS", "PreparedFolder", "Report", "Split", "prepared_folder"]
+
+REPORT_FILE = "report.json"
+ROW_GROUP_ROWS = 8192
+ROWS_PER_FILE = 32 * ROW_GROUP_ROWS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """What was written of a split.
+
+    Attributes:
+        rows: How many.
+        label_rate: Share of clicks; ``None`` without a row.
+    """
+
+    rows: int
+    label_rate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What preparing came to: ``report.json``, and what the command prints.
+
+    Attributes:
+        dataset: Its name.
+        options: Those that change the result.
+        rows_read: Raw records, bad ones included.
+        rows_kept: Rows written, over all splits.
+        rows_bad: Malformed raw lines, by file.
+        vocabularies: Rows of each embedding table, id 0 included.
+        splits: By name.
+        notes: Counts that are particular to the data set.
+    """
+
+    dataset: str
+    options: dict[str, Any]
+    rows_read: int
+    rows_kept: int
+    rows_bad: dict[str, int]
+    vocabularies: dict[str, int]
+    splits: dict[str, Split]
+    notes: dict[str, int]
+
+    def to_json(self) -> str:
+        """Return the text of ``report.json``."""
+        return json.dumps(asdict(self), indent=2)
+
+
+class PreparedFolder:
+    """Writes into a folder that is not yet in its place; :func:`prepared_folder` makes one.
+
+    Args:
+        path: Where it is for now.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def write_schema(self, schema: Schema) -> None:
+        """Write what the columns mean."""
+        schema.save(f"{self._path}/{SCHEMA_FILE}")
+
+    def write_report(self, report: Report) -> None:
+        """Write what came of it."""
+        with open_text(f"{self._path}/{REPORT_FILE}", "w") as sink:
+            sink.write(report.to_json() + "\n")
+
+    def write_split(
+        self, name: str, rows: int, make: Callable[[int, int], pa.Table], *, label: str = "label"
+    ) -> Split:
+        """Write a split, a row group at a time, so that memory does not grow with the rows.
+
+        Args:
+            name: Of the split.
+            rows: How many; a split without rows gets an empty file.
+            make: Called with ``start`` and ``stop``, returns those rows.
+            label: The column of clicks.
+
+        Returns:
+            What was written.
+        """
+        folder = f"{self._path}/{name}"
+        path_manager.mkdirs(folder)
+        columns, clicks = make(0, 0).schema, 0
+        # Off a terminal there is no bar; the line below is all.
+        with tqdm(total=rows, desc=name, unit=" rows", unit_scale=True, disable=None) as bar:
+            for part, first in enumerate(range(0, max(rows, 1), ROWS_PER_FILE)):
+                # Checksums turn a flipped bit into an error where the file is read.
+                with (
+                    open_binary(f"{folder}/part-{part:05d}.parquet", "wb") as sink,
+                    pq.ParquetWriter(sink, columns, write_page_checksum=True) as writer,
+                ):
+                    for start in range(first, min(first + ROWS_PER_FILE, rows), ROW_GROUP_ROWS):
+                        table = make(start, min(start + ROW_GROUP_ROWS, rows))
+                        writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+                        clicks += pc.sum(table.column(label)).as_py()
+                        bar.update(table.num_rows)
+        logger.info("%s: %d rows written", name, rows)
+        return Split(rows=rows, label_rate=clicks / rows if rows else None)
+
+
+@contextmanager
+def prepared_folder(out: str, *, overwrite: bool) -> Iterator[PreparedFolder]:
+    """Give a folder to write in; on leaving without an error it appears as ``out``, whole.
+
+    A process that is killed leaves ``out`` as it was, and a folder ``out.partial-PID`` that
+    nothing takes for data; an error leaves not even that.
+
+    Args:
+        out: Its place.
+        overwrite: Whether a prepared folder that is there already may be replaced.
+
+    Yields:
+        The writer.
+
+    Raises:
+        DataError: If ``out`` holds anything, unless it is a prepared folder and ``overwrite``.
+    """
+    out = out.rstrip("/")
+    _check_place(out, overwrite)
+    partial = f"{out}.partial-{os.getpid()}"
+    path_manager.mkdirs(partial)
+    try:
+        yield PreparedFolder(partial)
+        with open_text(f"{partial}/{SUCCESS_FILE}", "w"):
+            pass
+        _replace(partial, out)
+    finally:
+        if path_manager.isdir(partial):
+            remove_tree(partial)
+
+
+def _check_place(out: str, overwrite: bool) -> None:
+    if not out:
+        raise DataError("--out is empty; name a new folder.")
+    if path_manager.isfile(out):
+        raise DataError(f"--out {out} is a file; name a new folder.")
+    if not path_manager.isdir(out) or not path_manager.ls(out):
+        return
+    if not path_manager.isfile(f"{out}/{SCHEMA_FILE}"):
+        raise DataError(f"--out {out} holds files that are no prepared data; name a new folder.")
+    if not overwrite:
+        raise DataError(
+            f"--out {out} holds prepared data already; name a new folder, or pass --overwrite "
+            "to replace it."
+        )
+
+
+def _replace(partial: str, out: str) -> None:
+    if not path_manager.isdir(out):
+        rename(partial, out)
+        return
+    # Two renames, so that no moment sees a mixture of the old and the new.
+    old = f"{out}.old-{os.getpid()}"
+    rename(out, old)
+    rename(partial, out)
+    remove_tree(old)

@@ -1,0 +1,120 @@
+"""Raw text files, one record a line: found, decompressed, taken apart, bad lines counted."""
+
+import gzip
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.runtime.paths import open_binary, path_manager
+
+__all__ = ["BadLines", "find_raw", "read_records"]
+
+logger = logging.getLogger(__name__)
+
+LINES_AT_ONCE = 1 << 18
+REPORTED_BAD_LINES = 3  # of each file; the rest are counted
+SHOWN_CHARACTERS = 80
+
+
+class BadLines:
+    """Counts malformed lines, over all raw files of a data set.
+
+    Args:
+        limit: More than these are fatal.
+
+    Attributes:
+        counts: Bad lines of each file, by its name without ``.gz``.
+    """
+
+    def __init__(self, limit: int) -> None:
+        if limit < 0:
+            raise ValueError(f"max_bad_rows must not be negative, got {limit}.")
+        self.counts: Counter[str] = Counter()
+        self._limit = limit
+
+    def add(self, path: str, number: int, line: str) -> None:
+        """Report one.
+
+        Args:
+            path: The file.
+            number: The line's, from 1.
+            line: Its text.
+
+        Raises:
+            DataError: If it is one too many.
+        """
+        name = path.rpartition("/")[2].removesuffix(".gz")
+        self.counts[name] += 1
+        what = f"{path} line {number}: malformed: {line[:SHOWN_CHARACTERS]!r}"
+        if self.counts[name] <= REPORTED_BAD_LINES:
+            logger.warning("%s; skipped", what)
+        if self.counts.total() > self._limit:
+            raise DataError(
+                f"more than max_bad_rows {self._limit} malformed lines; the last is {what}. "
+                "Repair the raw files, or raise --max_bad_rows."
+            )
+
+
+def find_raw(folder: str, name: str, source: str) -> str:
+    """Return the path of a raw file, plain or gzipped.
+
+    Args:
+        folder: Where the user says that the raw files are.
+        name: Of the plain file.
+        source: Where to get it, for the message.
+
+    Raises:
+        DataError: If neither is there.
+    """
+    if not path_manager.isdir(folder):
+        raise DataError(f"there is no folder {folder}. {source}")
+    for path in (f"{folder.rstrip('/')}/{name}", f"{folder.rstrip('/')}/{name}.gz"):
+        if path_manager.isfile(path):
+            return path
+    raise DataError(f"{folder} has neither {name} nor {name}.gz. {source}")
+
+
+def read_records(path: str, pattern: str, bad: BadLines, *, encoding: str) -> Iterator[pa.Table]:
+    """Read a file a few hundred thousand lines at a time.
+
+    Args:
+        path: Plain, or gzipped if it ends in ``.gz``.
+        pattern: A regular expression with named groups that a whole good line matches.
+        bad: Is told of the other lines, which are skipped.
+        encoding: Of the file.
+
+    Yields:
+        Good lines: a string column a group.
+
+    Raises:
+        DataError: If the file is unreadable, or too many lines are bad.
+    """
+    whole = f"^(?:{pattern})$"
+    number = 0
+    for lines in _lines(path, encoding):
+        array = pa.array(lines, pa.string())
+        matched = pc.extract_regex(array, whole)
+        for index in pc.indices_nonzero(matched.is_null()).to_pylist():
+            bad.add(path, number + index + 1, lines[index])
+        number += len(lines)
+        yield pa.Table.from_struct_array(matched.drop_null())
+
+
+def _lines(path: str, encoding: str) -> Iterator[list[str]]:
+    try:
+        with open_binary(path) as raw, _unzipped(path, raw) as binary:
+            while lines := list(islice(binary, LINES_AT_ONCE)):
+                yield [line.decode(encoding).rstrip("\r\n") for line in lines]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Download it again.") from error
+
+
+def _unzipped(path: str, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
+    return gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
