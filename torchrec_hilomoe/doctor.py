@@ -18,7 +18,8 @@ __all__ = ["RELEASES", "Finding", "Release", "diagnose", "explain_import", "main
 
 FBGEMM = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}  # both install the module fbgemm_gpu
 DISTRIBUTIONS = ("torch", *FBGEMM.values(), "torchrec")
-MODULES = ("torch", "fbgemm_gpu", "torchrec")  # each needs the ones before it
+# Each of the first three needs the ones before it.
+MODULES = ("torch", "fbgemm_gpu", "torchrec", "iopath", "jsonargparse", "pyarrow", "tqdm", "yaml")
 INSTALL_PAGE = "https://pytorch.org/get-started/locally"
 
 
@@ -62,7 +63,7 @@ class Finding:
 
     Attributes:
         problem: What is wrong, with what was found.
-        remedy: The command that mends it.
+        remedy: What mends it, as commands.
     """
 
     problem: str
@@ -101,12 +102,10 @@ def diagnose(installed: Mapping[str, str]) -> tuple[Finding, ...]:
         findings.append(
             Finding(problem=problem, remedy=f"{uninstall} && {release.pip_line(device)}")
         )
+    wanted = {FBGEMM[device]: release.fbgemm, "torchrec": release.torchrec}
     wrong = [
         f"{name} {_series(version)} (found {installed.get(name, 'none')})"
-        for name, version in {
-            FBGEMM[device]: release.fbgemm,
-            "torchrec": release.torchrec,
-        }.items()
+        for name, version in wanted.items()
         if _series(installed.get(name, "")) != _series(version)
     ]
     if wrong:
@@ -125,18 +124,19 @@ def explain_import(module: str, error: Exception, installed: Mapping[str, str]) 
     """
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     device = _device(installed)
-    if isinstance(error, ModuleNotFoundError) and error.name not in MODULES:
-        remedy = f"pip install --no-deps -r requirements/{device}.txt, for all that these import"
+    if isinstance(error, ModuleNotFoundError):
+        remedy = f"pip install --no-deps -r requirements/{device}.txt"
     elif module == "torch":
         # A package index's plain torch is a CUDA build, whose libraries --no-deps leaves out.
+        pin = f"torch=={_public(installed['torch'])}"
         remedy = (
-            "for a host without a GPU, `make TORCH_INDEX=URL train`, or pip install --no-deps "
-            f"--force-reinstall --index-url URL torch=={_public(installed['torch'])}, where URL is "
-            f"the CPU index named at {INSTALL_PAGE}; for CUDA, {PINNED.pip_line('cuda')}"
+            "without a GPU: make train TORCH_INDEX=URL, or\n"
+            f"pip install --no-deps --force-reinstall --index-url URL {pin}\n"
+            f"where URL is the CPU index named at {INSTALL_PAGE};\n"
+            f"with one: pip install --force-reinstall {pin}"
         )
     else:
-        names = [name for name in installed if name != "torch"]
-        pins = " ".join(f"{name}=={_public(installed[name])}" for name in names)
+        pins = " ".join(f"{name}=={found}" for name, found in installed.items() if name != "torch")
         remedy = f"pip install --no-deps --force-reinstall {pins}"
     return Finding(problem=f"import {module} fails: {reason}", remedy=remedy)
 
@@ -154,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings = diagnose(installed) or _import_all(installed)
     lines = [f"{name:14s} {installed.get(name, '-')}" for name in DISTRIBUTIONS]
     for finding in findings:
-        lines += ["", f"problem: {finding.problem}", f"remedy:  {finding.remedy}"]
+        remedy = finding.remedy.replace("\n", "\n         ")
+        lines += ["", f"problem: {finding.problem}", f"remedy:  {remedy}"]
     if not findings:
         lines += ["", "These belong together and can be imported."]
     if findings or not quiet:

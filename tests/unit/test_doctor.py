@@ -86,7 +86,7 @@ def test_cuda_torch_without_its_libraries_is_told_both_ways_out():
     assert "libcudnn.so.9" in finding.problem
     assert "TORCH_INDEX=URL" in finding.remedy
     assert "https://pytorch.org/get-started/locally" in finding.remedy
-    assert "pip install torch==2.13.0" in finding.remedy
+    assert "with one: pip install --force-reinstall torch==2.13.0" in finding.remedy
 
 
 def test_a_missing_dependency_asks_for_the_whole_pinned_set():
