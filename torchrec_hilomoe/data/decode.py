@@ -11,7 +11,7 @@ Shape legend:
     K  keys of the pooled or of the unpooled features
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,7 @@ from torchrec_hilomoe.data.columns import (
     label_column,
     Ragged,
 )
-from torchrec_hilomoe.data.ragged import runs
+from torchrec_hilomoe.data.ragged import Runs, runs
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["DecodedBlock", "IdColumns", "decode_block", "padding_block"]
@@ -149,35 +149,35 @@ class _Cutter:
         self._order_N = order_N
         self.rows = len(order_N)
 
-    def single(self, name: str) -> "_Cut":
+    def single(self, name: str) -> Ragged:
         """Take a column of one id a row; a bad row gets the padding id."""
         values_N = self._columns[name].values[self._order_N]
         values_N[self._bad_N[self._order_N]] = 0
-        counts_N = np.ones(self.rows, dtype=np.int32)
-        return _Cut(values=values_N, offsets=np.arange(self.rows + 1), counts=counts_N)
+        return Ragged(values=values_N, offsets=np.arange(self.rows + 1))
 
-    def many(self, name: str, max_length: int, keep: str) -> "_Cut":
-        """Take a column of many ids a row, cut to ``max_length``; a bad row gets none."""
-        column = self._columns[name]
-        counts_N = np.minimum(np.diff(column.offsets), max_length)
+    def many(self, names: Sequence[str], max_length: int, keep: str) -> list[Ragged]:
+        """Take columns of many ids a row, cut to ``max_length``; a bad row gets none."""
+        cuts: list[Ragged] = []
+        offsets, kept = None, None
+        for name in names:
+            column = self._columns[name]
+            # The fields of a group have the same offsets, unless a bad row makes them unequal.
+            if kept is None or not np.array_equal(offsets, column.offsets):
+                offsets, kept = column.offsets, self._kept(column.offsets, max_length, keep)
+            cuts.append(Ragged(values=column.values[kept.index], offsets=kept.offsets))
+        return cuts
+
+    def _kept(self, offsets: np.ndarray, max_length: int, keep: str) -> Runs:
+        counts_N = np.minimum(np.diff(offsets), max_length)
         counts_N[self._bad_N] = 0
-        starts_N = column.offsets[1:] - counts_N if keep == "last" else column.offsets[:-1]
-        counts_N, starts_N = counts_N[self._order_N], starts_N[self._order_N]
-        kept = runs(starts_N, counts_N)
-        return _Cut(values=column.values[kept.index], offsets=kept.offsets, counts=counts_N)
+        starts_N = offsets[1:] - counts_N if keep == "last" else offsets[:-1]
+        return runs(starts_N[self._order_N], counts_N[self._order_N])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cut:
-    """One key of :class:`IdColumns`."""
-
-    values: np.ndarray
-    offsets: np.ndarray
-    counts: np.ndarray
-
-
-def _id_columns(cuts: list[_Cut], rows: int) -> IdColumns:
-    lengths_KN = np.array([cut.counts for cut in cuts], dtype=np.int32).reshape(len(cuts), rows)
+def _id_columns(cuts: list[Ragged], rows: int) -> IdColumns:
+    lengths_KN = np.empty((len(cuts), rows), dtype=np.int32)
+    for lengths_N, cut in zip(lengths_KN, cuts, strict=True):
+        lengths_N[:] = np.diff(cut.offsets)
     return IdColumns(
         values=tuple(cut.values for cut in cuts),
         offsets=tuple(cut.offsets for cut in cuts),
@@ -186,17 +186,18 @@ def _id_columns(cuts: list[_Cut], rows: int) -> IdColumns:
 
 
 def _pooled(schema: Schema, cutter: _Cutter) -> IdColumns:
-    cuts = [
-        cutter.single(feature.name)
-        if feature.max_length == 1
-        else cutter.many(feature.name, feature.max_length, "last")
-        for feature in schema.pooled
-    ]
+    cuts: list[Ragged] = []
+    for feature in schema.pooled:
+        if feature.max_length == 1:
+            cuts.append(cutter.single(feature.name))
+        else:
+            cuts += cutter.many([feature.name], feature.max_length, "last")
     return _id_columns(cuts, cutter.rows)
 
 
 def _unpooled(schema: Schema, cutter: _Cutter) -> IdColumns:
     cuts = [cutter.single(field.name) for field in schema.candidate]
     for group in schema.sequences:
-        cuts += [cutter.many(field.name, group.max_length, group.keep) for field in group.fields]
+        names = [field.name for field in group.fields]
+        cuts += cutter.many(names, group.max_length, group.keep)
     return _id_columns(cuts, cutter.rows)

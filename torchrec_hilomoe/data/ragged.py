@@ -33,7 +33,12 @@ def runs(starts_N: np.ndarray, counts_N: np.ndarray) -> Runs:
         [4, 5, 0, 1, 2]
     """
     offsets = np.concatenate([[0], np.cumsum(counts_N)])
-    # Entry v of run n is starts[n] + (v - offsets[n]).
-    index_V = np.repeat(starts_N - offsets[:-1], counts_N)
-    index_V += np.arange(len(index_V))
-    return Runs(offsets=offsets, index=index_V)
+    some_N = counts_N > 0
+    starts, ends = starts_N[some_N], offsets[1:][some_N]
+    # Every entry is one further than the last, except where a run begins: there it jumps. One
+    # array of V and one pass over it: with more, the page faults cost more than the work.
+    steps_V = np.ones(offsets[-1], dtype=np.int64)
+    if len(starts):
+        steps_V[0] = starts[0]
+        steps_V[ends[:-1]] += starts[1:] - (starts[:-1] + counts_N[some_N][:-1])
+    return Runs(offsets=offsets, index=np.cumsum(steps_V, out=steps_V))
