@@ -20,4 +20,5 @@ def set_up_console(rank: int) -> None:
     logging.getLogger("torchrec_hilomoe").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torchrec")
+    for module in ("torchrec", "torch.distributed.checkpoint"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -30,6 +29,16 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_FILE = "progress.json"
 FORMAT = 1
+DTYPES = (
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 
 
 class CheckpointError(ValueError):
@@ -205,35 +214,22 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    MODULES = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.filesystem",
-        "torch.distributed._shard.metadata",
-        "torch.distributed._shard.sharded_tensor.metadata",
-        "torch.distributed._shard.sharding_spec",
-    )
-    NAMES = (
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("torch", "device"),
-        ("collections", "OrderedDict"),
-        ("builtins", "getattr"),
+    """Makes data only: exact names, because a dotted one could reach any function through them."""
+
+    ALLOWED = frozenset(
+        {("torch.distributed.checkpoint.metadata", name) for name in dcp.metadata.__all__}
+        | {
+            ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+        }
+        | {("torch", str(dtype).rpartition(".")[2]) for dtype in DTYPES}
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith(self.MODULES) or (module, name) in self.NAMES
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if known or is_dtype:
+        if (module, name) in self.ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the index names {module}.{name}, which is not allowed")
-
-
-def tensors_only(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``state`` without entries that are not tensors: those would have to be pickled."""
-    kept: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            kept[name] = tensors_only(value)
-        elif isinstance(value, Tensor) or type(value).__name__ == "ShardedTensor":
-            kept[name] = value
-    return kept

@@ -99,8 +99,9 @@ class Predictions:
     def add(self, logits: Tensor, labels: Tensor, groups: Tensor, weights: Tensor) -> None:
         """Keep the rows whose weight is not 0."""
         counted = weights > 0
-        rows = torch.stack([logits.double(), labels.double(), groups.double()], dim=1)
-        self._parts.append(rows[counted].cpu())
+        # Words of 64 bits, whatever they mean: a group may be a hash, which no float holds.
+        floats = [values.double().view(torch.int64) for values in (logits, labels)]
+        self._parts.append(torch.stack([*floats, groups.long()], dim=1)[counted].cpu())
 
     def clear(self) -> None:
         """Forget everything."""
@@ -108,12 +109,12 @@ class Predictions:
 
     def metrics(self) -> Metrics:
         """Return the metrics over all ranks, the same on each; a collective call."""
-        mine = torch.cat(self._parts) if self._parts else torch.empty(0, 3, dtype=torch.float64)
+        mine = torch.cat(self._parts) if self._parts else torch.empty(0, 3, dtype=torch.int64)
         rows = _gather(mine)
         values = torch.zeros(5, dtype=torch.float64)
         if rows is not None:
-            logits, labels, groups = rows.numpy().T
-            found = compute_metrics(logits, labels, groups.astype(np.int64))
+            logits, labels, groups = rows.T.contiguous().numpy()
+            found = compute_metrics(logits.view(np.float64), labels.view(np.float64), groups)
             values = torch.tensor(
                 [found.auc, found.gauc, found.logloss, found.ne, found.rows], dtype=torch.float64
             )

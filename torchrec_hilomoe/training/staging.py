@@ -13,7 +13,7 @@ from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.sharding import shard
 from torchrec_hilomoe.training.stages import Stage
 
-__all__ = ["enter_stage", "set_training_mode"]
+__all__ = ["activate_layers", "enter_stage", "set_training_mode"]
 
 
 def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedModelParallel:
@@ -31,14 +31,7 @@ def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedMod
     """
     task = model.module
     assert isinstance(task, TrainTask)
-    for name, site in sites_of(task).items():
-        layers = site.config.num_layers
-        if stage.active_layers is not None and stage.active_layers > layers:
-            raise ValueError(
-                f"Stage {stage.name!r}: active_layers is {stage.active_layers}, but site {name!r} "
-                f"has {layers} layers. Lower it or raise model.hilomoe.num_layers."
-            )
-        site.active_layers = layers if stage.active_layers is None else stage.active_layers
+    activate_layers(task, stage)
     task.model.sparse.frozen = not stage.train_tables
     tables = set(task.model.sparse.parameters())
     experts = set(expert_parameters(task).values())
@@ -49,6 +42,22 @@ def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedMod
             parameter.requires_grad_(stage.train_backbone)
     set_training_mode(task, stage)
     return shard(task, model.plan, model.device)
+
+
+def activate_layers(model: nn.Module, stage: Stage) -> None:
+    """Let each site compute the expert layers of a stage.
+
+    Raises:
+        ValueError: If the stage names more layers than a site has.
+    """
+    for name, site in sites_of(model).items():
+        layers = site.config.num_layers
+        if stage.active_layers is not None and stage.active_layers > layers:
+            raise ValueError(
+                f"Stage {stage.name!r}: active_layers is {stage.active_layers}, but site {name!r} "
+                f"has {layers} layers. Lower it or raise model.hilomoe.num_layers."
+            )
+        site.active_layers = layers if stage.active_layers is None else stage.active_layers
 
 
 def set_training_mode(task: nn.Module, stage: Stage) -> None:

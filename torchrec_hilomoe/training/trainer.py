@@ -147,10 +147,6 @@ class Trainer:
         self._log.record(step=self.step, stage=self._span.stage.name, split=split, metrics=metrics)
         return metrics
 
-    def close(self) -> None:
-        """Finish the log."""
-        self._log.close()
-
     def save(self) -> None:
         """Write a checkpoint, unless one of this step exists; a collective call."""
         assert self.position is not None

@@ -1,0 +1,55 @@
+"""Evaluate a checkpoint, on any number of ranks.
+
+python apps/evaluate.py runs/NAME/checkpoints/step_1500
+python apps/evaluate.py runs/NAME/checkpoints/step_1500 --split valid --data.path DIR
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+try:
+    import torchrec  # noqa: F401  # first, so that a broken set is explained and not traced back
+except (ImportError, OSError):
+    from torchrec_hilomoe import doctor
+
+    sys.exit(doctor.main([]))
+
+from torchrec_hilomoe.runtime.console import set_up_console
+from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
+from torchrec_hilomoe.training.evaluation import evaluate_checkpoint
+
+
+def main() -> int:
+    """Return 0, or 2 when the user must mend something."""
+    set_up_console(int(os.environ.get("RANK", "0")))
+    parser = argparse.ArgumentParser(
+        description="Evaluate a checkpoint. Other flags override the run's configuration."
+    )
+    parser.add_argument("checkpoint", type=Path, help="a folder step_N of a run")
+    parser.add_argument("--split", choices=["valid", "test"], default="test")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--out", type=Path, help="also write the result, as JSON, to this file")
+    arguments, overrides = parser.parse_known_args(drop_launcher_residue(sys.argv[1:], __file__))
+    try:
+        with join(arguments.device) as job:
+            found = evaluate_checkpoint(
+                arguments.checkpoint, arguments.split, tuple(overrides), job
+            )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if job.is_main:
+        report = json.dumps({"split": arguments.split, **asdict(found)}, indent=2)
+        print(report)
+        if arguments.out:
+            arguments.out.write_text(report + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

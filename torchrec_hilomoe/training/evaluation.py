@@ -1,0 +1,78 @@
+"""A checkpoint, evaluated: its metrics, and what its routers do."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from torchrec_hilomoe.command_line import parse_run
+from torchrec_hilomoe.hilomoe.report import record_routing, routing_report, RoutingReport
+from torchrec_hilomoe.hilomoe.sites import sites_of
+from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.assemble import assemble
+from torchrec_hilomoe.training.inputs import loader_of, schedule_of, schema_of, Split
+from torchrec_hilomoe.training.metrics import Metrics
+from torchrec_hilomoe.training.staging import activate_layers
+from torchrec_hilomoe.training.trainer import evaluate, training_state
+
+__all__ = ["Evaluation", "evaluate_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a checkpoint does on a split.
+
+    Attributes:
+        step: Optimizer steps that it was trained for.
+        metrics: Over all rows of the split.
+        routing: Over all rows; None where no expert computes.
+    """
+
+    step: int
+    metrics: Metrics
+    routing: RoutingReport | None
+
+
+def evaluate_checkpoint(
+    path: Path, split: Split, overrides: tuple[str, ...], job: Job
+) -> Evaluation:
+    """Load a checkpoint and evaluate it; a collective call.
+
+    Args:
+        path: A folder ``step_N`` of a run.
+        split: Which rows.
+        overrides: Dotted overrides of the run's configuration, such as ``--data.path DIR``.
+        job: This process among the ranks; as many as one likes, not only as in training.
+
+    Raises:
+        ValueError: If the checkpoint, its configuration or the data does not fit.
+    """
+    progress = checkpoint.read_progress(path)
+    recipe = path.parent.parent / "config.yaml"
+    if not recipe.is_file():
+        raise checkpoint.CheckpointError(
+            f"checkpoint {path} has no configuration: {recipe} is missing. Copy the run's "
+            "config.yaml there."
+        )
+    config = parse_run(["--config", str(recipe), *overrides]).config
+    torch.manual_seed(config.seed)
+    assembly = assemble(config, build_task(config.model, schema_of(config)), job)
+    checkpoint.load(path, training_state(assembly.model, assembly.learners))
+    spans = schedule_of(config).place(progress.total_steps)
+    stage = next(span.stage for span in spans if progress.step <= span.stop)
+    task = assembly.model.module
+    activate_layers(task, stage)
+    routed = any(site.active_layers for site in sites_of(task).values())
+    with record_routing(task) if routed else nullcontext():
+        metrics = evaluate(assembly.model, assembly.learners, loader_of(config, split, job.world))
+    return Evaluation(
+        step=progress.step,
+        metrics=metrics,
+        routing=routing_report(task) if routed else None,
+    )

@@ -1,0 +1,99 @@
+"""Configuration -> what a run reads: schema, loaders of the splits, the schedule of stages."""
+
+from dataclasses import replace
+from typing import Literal
+
+from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.data.batch import Position
+from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSource
+from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.source import BlockSource
+from torchrec_hilomoe.data.synthetic import best_auc, SyntheticSource
+from torchrec_hilomoe.training.stages import StageSchedule
+
+__all__ = ["Split", "best_auc_of", "loader_of", "schedule_of", "schema_of"]
+
+Split = Literal["train", "valid", "test"]
+
+
+def schema_of(config: RunConfig) -> Schema:
+    """Return the columns; of a folder, without reading its rows.
+
+    Raises:
+        ValueError: If the folder is not whole, or not the one that the recipe is for.
+    """
+    data = config.data
+    if data.path is None:
+        if data.data_schema is not None:
+            return data.data_schema
+        return SyntheticSource(world=data.world, split="train", rows=1, seed=config.seed).schema
+    check_folder(data.path)
+    schema = load_schema(data.path)
+    if data.data_schema is not None and data.data_schema != schema:
+        raise ValueError(
+            f"data.data_schema differs from the schema of {data.path}; set data.data_schema to "
+            "null to train on that folder, or give the folder that the recipe was written for."
+        )
+    if data.max_history is None:
+        return schema
+    return replace(
+        schema,
+        sequences=tuple(
+            replace(group, max_length=min(group.max_length, data.max_history))
+            for group in schema.sequences
+        ),
+    )
+
+
+def loader_of(
+    config: RunConfig, split: Split, world: World, *, start: Position | None = None
+) -> Loader:
+    """Return an endless loader of the training split, or one pass over another."""
+    training = split == "train"
+    return Loader(
+        _source(config, split),
+        batch_size=config.train.batch_size,
+        world=world,
+        seed=config.seed,
+        shuffle=training and config.data.path is not None,  # generated rows have no order
+        start=start,
+        epochs=None if training else 1,
+        prefetch=config.data.prefetch,
+        max_bad_rows=config.data.max_bad_rows,
+    )
+
+
+def schedule_of(config: RunConfig) -> StageSchedule:
+    """Return the schedule that a configuration means."""
+    train = config.train
+    if train.stages is not None:
+        return StageSchedule(stages=train.stages)
+    if config.model.hilomoe is None:
+        return StageSchedule.plain(warmup_steps=train.warmup_steps)
+    return StageSchedule.three_stages(
+        num_layers=config.model.hilomoe.num_layers,
+        backbone_share=train.backbone_share,
+        frozen_share=train.frozen_share,
+        expert_rate=train.expert_rate,
+        warmup_steps=train.warmup_steps,
+    )
+
+
+def best_auc_of(config: RunConfig, split: Split) -> float | None:
+    """Return the AUC of the true probabilities; None for real data, where nobody knows them."""
+    source = _source(config, split)
+    return best_auc(source) if isinstance(source, SyntheticSource) else None
+
+
+def _source(config: RunConfig, split: Split) -> BlockSource:
+    data = config.data
+    if data.path is not None:
+        return ParquetSource(data.path, split, schema_of(config))
+    if data.data_schema is not None:
+        raise ValueError(
+            f"data.path is null, but the recipe is for {data.data_schema.dataset!r}: give the "
+            "prepared folder as --data.path DIR, or count only with --dry_run."
+        )
+    rows = data.train_rows if split == "train" else data.eval_rows
+    return SyntheticSource(world=data.world, split=split, rows=rows, seed=config.seed)
