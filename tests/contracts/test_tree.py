@@ -1,0 +1,37 @@
+"""The tree stays what a reader can take in: small files, real packages, commands that exist."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.processes import ROOT
+
+PACKAGE = ROOT / "torchrec_hilomoe"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+APPS = sorted((ROOT / "apps").glob("*.py"))
+TEXTS = [*MODULES, *APPS, *sorted(ROOT.glob("*.md")), ROOT / "Makefile"]
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_no_module_is_longer_than_500_lines():
+    assert {str(path): lines(path) for path in MODULES if lines(path) > 500} == {}
+
+
+def test_no_app_is_longer_than_80_lines():
+    assert {str(path): lines(path) for path in APPS if lines(path) > 80} == {}
+
+
+def test_every_folder_with_modules_is_a_package():
+    folders = {path.parent for path in MODULES}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_command_that_a_text_names_exists(path):
+    named = re.findall(r"python -m ((?:torchrec_hilomoe|benchmarks)[\w.]*\w)", path.read_text())
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
