@@ -7,7 +7,7 @@ import pytest
 from torchrec_hilomoe.runtime.distributed import Job, join
 
 
-@pytest.fixture()
+@pytest.fixture
 def alone() -> Iterator[Job]:
     """The only process of a job, as ``python apps/train.py`` forms it."""
     with join("cpu") as job:

@@ -101,8 +101,12 @@ def test_groups_need_not_be_sorted_and_one_class_groups_are_skipped():
 def test_predictions_leave_out_rows_without_weight():
     predictions = Predictions()
     assert predictions.metrics().rows == 0
-    torch_rows = [torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, 0.0, 0.0])]
-    predictions.add(*torch_rows, torch.tensor([1, 1, 1]), torch.tensor([1.0, 1.0, 0.0]))
+    predictions.add(
+        logits=torch.tensor([0.5, -1.0, 2.0]),
+        labels=torch.tensor([1.0, 0.0, 0.0]),
+        groups=torch.tensor([1, 1, 1]),
+        weights=torch.tensor([1.0, 1.0, 0.0]),
+    )
     found = predictions.metrics()
     assert (found.rows, found.auc) == (2, 1.0)
     assert found.logloss == pytest.approx(logloss(np.array([0.5, -1.0]), np.array([1.0, 0.0])))
