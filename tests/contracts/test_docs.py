@@ -1,0 +1,150 @@
+"""What the documents show, runs: their Python is executed, their commands are checked.
+
+Commands would install, train and download, so they are not executed: the files, targets, modules,
+extras and flags that they name must exist.
+"""
+
+import importlib.util
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+
+from tests.helpers.processes import ROOT, run_command
+from torchrec_hilomoe.command_line import parse_run
+from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
+
+DOCUMENTS = [path for path in sorted(ROOT.glob("*.md")) if path.name != "CHANGELOG.md"]
+TRAIN = "apps/train.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A fenced block of a document, and where it stands."""
+
+    place: str
+    language: str
+    text: str
+
+
+def blocks(*languages: str) -> list[Block]:
+    """The blocks of all documents that are in one of these languages."""
+    found = []
+    for path in DOCUMENTS:
+        document = path.read_text()
+        for match in re.finditer(r"^```(\w+)\n(.*?)^```$", document, re.MULTILINE | re.DOTALL):
+            line = document.count("\n", 0, match.start()) + 1
+            place = f"{path.name}:{line}"
+            found.append(Block(place=place, language=match[1], text=match[2]))
+    return [block for block in found if block.language in languages]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command of the shell blocks, in words, and where it stands."""
+    found = []
+    for block in blocks("bash", "sh", "console"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words = words[1:]  # a variable set for the command
+            if words:
+                found.append((f"{block.place} {' '.join(words)}", words))
+    return found
+
+
+def check_make(words: Sequence[str]) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for word in words:
+        name, is_variable, value = word.partition("=")
+        if is_variable:
+            assert re.search(rf"\$[({{]{name}\b", (ROOT / "Makefile").read_text()), name
+        else:
+            assert word in targets
+        if name == "ARGS" and "train" in words:
+            parse_run(shlex.split(value))
+
+
+def check_python(words: Sequence[str]) -> None:
+    if words[0] == "-m":
+        if words[1] == "venv":
+            return
+        assert importlib.util.find_spec(words[1]), words[1]
+        check_flags(["-m", words[1]], words[2:])
+    elif words[0] == TRAIN:
+        parse_run(words[1:])
+    else:
+        assert (ROOT / words[0]).is_file()
+        positional = [word for word in words[1:2] if not word.startswith("-")]
+        check_flags([words[0], *positional], words[1:])
+
+
+def check_flags(program: Sequence[str], words: Sequence[str]) -> None:
+    """Every ``--flag`` is one that the program's help names."""
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert not flags - help_flags(tuple(program))
+
+
+@cache
+def help_flags(program: Sequence[str]) -> set[str]:
+    result = run_command([sys.executable, *program, "--help"])
+    assert result.returncode == 0, result.stderr
+    return set(re.findall(r"--[\w.-]+", result.stdout))
+
+
+def check_torchx(words: Sequence[str]) -> None:
+    assert words[:4] == ["run", "-s", "local_cwd", "dist.ddp"]
+    assert re.fullmatch(r"\d+x\d+", words[words.index("-j") + 1])
+    arguments = words[words.index(TRAIN) :]
+    parse_run(drop_launcher_residue(arguments, str(ROOT / TRAIN)))
+
+
+def check_pip(words: Sequence[str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for before, word in zip(words, words[1:], strict=False):
+        if before in ("-r", "--requirement"):
+            assert (ROOT / word).is_file()
+        extras = re.fullmatch(r"(?:\.|torchrec-hilomoe)\[(.*)\]", word)
+        for extra in extras[1].split(",") if extras else []:
+            assert extra in project["optional-dependencies"]
+
+
+CHECKS = {
+    "make": check_make,
+    "pip": check_pip,
+    "python": check_python,
+    "python3.11": check_python,
+    "torchx": check_torchx,
+}
+OF_THE_SYSTEM = {"cd", "git", "source", "tensorboard"}
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.place)
+def test_python_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("place", "words"), [pytest.param(*c, id=c[0]) for c in commands()])
+def test_command_is_one_that_works(place, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if words[0] not in OF_THE_SYSTEM:
+        assert words[0] in CHECKS, f"{place}: no check for {words[0]!r}; add one"
+        CHECKS[words[0]](words[1:])
+
+
+def test_the_readme_shows_the_two_commands_and_some_python():
+    shown = [" ".join(words) for _, words in commands()]
+    assert "make train" in shown
+    assert "torchx run -s local_cwd dist.ddp -j 1x8 apps/train.py" in shown
+    assert any(block.place.startswith("README.md") for block in blocks("python"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_files_that_a_document_links_to_exist(document):
+    linked = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
+    assert [name for name in linked if not (document.parent / name).exists()] == []
