@@ -158,11 +158,12 @@ class _Cutter:
     def many(self, names: Sequence[str], max_length: int, keep: str) -> list[Ragged]:
         """Take columns of many ids a row, cut to ``max_length``; a bad row gets none."""
         cuts: list[Ragged] = []
-        offsets, kept = None, None
+        offsets = self._columns[names[0]].offsets
+        kept = self._kept(offsets, max_length, keep)
         for name in names:
             column = self._columns[name]
             # The fields of a group have the same offsets, unless a bad row makes them unequal.
-            if kept is None or not np.array_equal(offsets, column.offsets):
+            if not np.array_equal(offsets, column.offsets):
                 offsets, kept = column.offsets, self._kept(column.offsets, max_length, keep)
             cuts.append(Ragged(values=column.values[kept.index], offsets=kept.offsets))
         return cuts

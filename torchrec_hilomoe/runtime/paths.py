@@ -7,7 +7,7 @@ A site registers its own store once, before anything is read::
 """
 
 import os
-from typing import IO
+from typing import cast, IO
 
 from iopath.common.file_io import PathManager
 
@@ -18,12 +18,12 @@ path_manager = PathManager()
 
 def open_text(path: str, mode: str = "r") -> IO[str]:
     """Open a text file, UTF-8, local or remote."""
-    return path_manager.open(path, mode, encoding="utf-8")
+    return cast(IO[str], path_manager.open(path, mode, encoding="utf-8"))
 
 
 def open_binary(path: str, mode: str = "rb") -> IO[bytes]:
     """Open a binary file, local or remote."""
-    return path_manager.open(path, mode)
+    return cast(IO[bytes], path_manager.open(path, mode))
 
 
 def rename(source: str, target: str) -> None:

@@ -78,8 +78,6 @@ def prepare_movielens(
     with prepared_folder(out, overwrite=overwrite) as folder:
         bad = BadLines(max_bad_rows)
         tables = {name: _read(raw, name, bad) for name in PATTERNS}
-        if not tables["ratings.dat"].num_rows:
-            raise DataError(f"{raw}/ratings.dat has no ratings. {SOURCE}")
         log = _Log(tables, max_history=max_history, max_liked=max_liked)
         folder.write_schema(log.schema)
         splits = {}
@@ -108,7 +106,10 @@ def prepare_movielens(
 
 def _read(raw: str, name: str, bad: BadLines) -> pa.Table:
     path = find_raw(raw, name, SOURCE)
-    return pa.concat_tables(read_records(path, PATTERNS[name], bad, encoding=ENCODING))
+    tables = list(read_records(path, PATTERNS[name], bad, encoding=ENCODING))
+    if not sum(table.num_rows for table in tables):
+        raise DataError(f"{path} has no good line. {SOURCE}")
+    return pa.concat_tables(tables)
 
 
 def _ints(table: pa.Table, name: str) -> np.ndarray:
@@ -136,8 +137,6 @@ def _codes(values: np.ndarray) -> np.ndarray:
 
 def _line_of(keys: np.ndarray, wanted_N: np.ndarray) -> np.ndarray:
     """Return the line that has each wanted key; ``len(keys)`` where none has."""
-    if not len(keys):
-        return np.zeros(len(wanted_N), dtype=np.int64)
     order = np.argsort(keys, kind="stable")
     at_N = order[np.minimum(np.searchsorted(keys, wanted_N, sorter=order), len(keys) - 1)]
     return np.where(keys[at_N] == wanted_N, at_N, len(keys))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import IO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -96,12 +97,12 @@ def read_records(path: str, pattern: str, bad: BadLines, *, encoding: str) -> It
     Raises:
         DataError: If the file is unreadable, or too many lines are bad.
     """
-    whole = f"^(?:{pattern})$"
+    whole = pc.ExtractRegexOptions(f"^(?:{pattern})$")
     number = 0
     for lines in _lines(path, encoding):
-        array = pa.array(lines, pa.string())
-        matched = pc.extract_regex(array, whole)
-        for index in pc.indices_nonzero(matched.is_null()).to_pylist():
+        matched = pc.call_function("extract_regex", [pa.array(lines, pa.string())], whole)
+        missed = matched.is_null().to_numpy(zero_copy_only=False)
+        for index in np.flatnonzero(missed).tolist():
             bad.add(path, number + index + 1, lines[index])
         number += len(lines)
         yield pa.Table.from_struct_array(matched.drop_null())
