@@ -72,8 +72,10 @@ class SparseArch(nn.Module):
         vectors = self.unpooled(unpooled)
         context_BP = dense_BF
         if self.pooled is not None:
-            pooled_BP = self._gate(self.pooled(pooled).values())
-            context_BP = torch.cat([pooled_BP, dense_BF], dim=1)
+            # By key: the order in which a sharded collection returns its features is the plan's.
+            by_key = self.pooled(pooled)
+            pooled_BD = [self._gate(by_key[feature.name]) for feature in self._schema.pooled]
+            context_BP = torch.cat([*pooled_BD, dense_BF], dim=1)
         fields = {
             field.name: self._gate(vectors[field.name].values()) for field in self._schema.candidate
         }

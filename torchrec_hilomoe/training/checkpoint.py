@@ -73,28 +73,33 @@ def save(folder: Path, state: Mapping[str, Any], progress: Progress, keep: int) 
 
     Returns:
         The finished checkpoint.
+
+    Raises:
+        CheckpointError: If it cannot be written, as on a full disk.
     """
     final = folder / f"step_{progress.step}"
-    partial = folder / f".step_{progress.step}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    partial = folder / f".{final.name}.partial"
+    is_main = dist.get_rank() == 0
     whole = {**state, "rng": {f"rank{dist.get_rank()}": torch.get_rng_state()}}
-    dcp.save(whole, storage_writer=dcp.FileSystemWriter(partial))
-    if dist.get_rank() == 0:
-        described = {
-            "format": FORMAT,
-            **asdict(progress),
-            "world_size": dist.get_world_size(),
-            "versions": {name: version(name) for name in ("torch", "torchrec")}
-            | {"python": platform.python_version()},
-        }
-        (partial / PROGRESS_FILE).write_text(json.dumps(described, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for old in _all(folder)[:-keep]:
-            shutil.rmtree(old)
+    try:
+        if is_main:
+            for left_over in folder.glob(".step_*"):  # by a process that was killed while it saved
+                shutil.rmtree(left_over)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(whole, storage_writer=dcp.FileSystemWriter(partial))
+        if is_main:
+            _write_progress(partial, progress)
+            if final.exists():
+                _remove(final)
+            partial.rename(final)
+            for old in _all(folder)[:-keep]:
+                _remove(old)
+    except (OSError, dcp.CheckpointException) as error:
+        raise CheckpointError(
+            f"checkpoint {final} could not be written: {_cause(error)}. Those before it are whole; "
+            "mend this and run again to go on from the newest."
+        ) from error
     dist.barrier()
     return final
 
@@ -113,23 +118,20 @@ def read_progress(path: Path) -> Progress:
     """
     try:
         raw = json.loads((path / PROGRESS_FILE).read_text())
-    except FileNotFoundError as error:
+        known = raw["format"] == FORMAT
+        progress = _progress_of(raw) if known else None
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"there is no checkpoint at {path} ({PROGRESS_FILE} is missing). Give the path of a "
             "folder step_N, or --resume auto to go on from the newest in --out_dir if any."
         ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path / PROGRESS_FILE} is damaged: {error}.") from error
-    if raw.get("format") != FORMAT:
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path / PROGRESS_FILE} is damaged: {error!r}.") from error
+    if progress is None:
         raise CheckpointError(
-            f"checkpoint {path} has format {raw.get('format')}, this package reads {FORMAT}."
+            f"checkpoint {path} has format {raw['format']}, this package reads {FORMAT}."
         )
-    return Progress(
-        step=raw["step"],
-        stage=raw["stage"],
-        position=Position(**raw["position"]),
-        total_steps=raw["total_steps"],
-    )
+    return progress
 
 
 def load(path: Path, state: Mapping[str, Any]) -> None:
@@ -138,33 +140,53 @@ def load(path: Path, state: Mapping[str, Any]) -> None:
     This rank's random state is restored if the checkpoint has one for it.
 
     Raises:
-        CheckpointError: If a tensor is missing on either side or has another shape.
+        CheckpointError: If it is damaged, or a tensor is missing on either side or has another
+            shape.
     """
     reader = _Reader(path)
-    try:
-        metadata = reader.read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {path} is incomplete or damaged: {error}.") from error
-    audit(path, metadata, state)
     rng_key = f"rank{dist.get_rank()}"
     whole: dict[str, Any] = dict(state)
-    if f"rng.{rng_key}" in metadata.state_dict_metadata:
-        whole["rng"] = {rng_key: torch.get_rng_state()}
-    dcp.load(whole, storage_reader=reader)
+    try:
+        metadata = reader.read_metadata()
+        audit(path, metadata, _sizes_over_ranks(state))
+        if f"rng.{rng_key}" in metadata.state_dict_metadata:
+            whole["rng"] = {rng_key: torch.get_rng_state()}
+        dcp.load(whole, storage_reader=reader)
+    except (OSError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is incomplete or damaged: {_cause(error)}. Give an older one with "
+            "--resume PATH."
+        ) from error
     if "rng" in whole:
         torch.set_rng_state(whole["rng"][rng_key])
 
 
-def audit(path: Path, metadata: Metadata, state: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that does not hold exactly ``state``, optimizer state included."""
+def audit(path: Path, metadata: Metadata, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint that does not hold exactly the wanted tensors, optimizer state included.
+
+    Args:
+        path: For the message.
+        metadata: The checkpoint's index.
+        wanted: Name to size of every tensor that the ranks hold together.
+
+    Raises:
+        CheckpointError: Listing what is missing, unexpected or of another size.
+    """
+    entries = metadata.state_dict_metadata
+    # DCP unpickles what is no tensor, and with it any code.
+    objects = {
+        key
+        for key, entry in entries.items()
+        if not isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
     saved = {
         key: tuple(entry.size)
-        for key, entry in metadata.state_dict_metadata.items()
-        if not key.startswith("rng.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+        for key, entry in entries.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata) and not key.startswith("rng.")
     }
-    wanted = _sizes(state)
     problems = [
-        *(f"{key}: missing from the checkpoint" for key in wanted.keys() - saved.keys()),
+        *(f"{key}: is not a tensor in the checkpoint" for key in objects),
+        *(f"{key}: missing from the checkpoint" for key in wanted.keys() - entries.keys()),
         *(f"{key}: in the checkpoint only" for key in saved.keys() - wanted.keys()),
         *(
             f"{key}: {saved[key]} in the checkpoint, {wanted[key]} in the model"
@@ -180,6 +202,38 @@ def audit(path: Path, metadata: Metadata, state: Mapping[str, Any]) -> None:
         )
 
 
+def _write_progress(folder: Path, progress: Progress) -> None:
+    described = {
+        "format": FORMAT,
+        **asdict(progress),
+        "world_size": dist.get_world_size(),
+        "versions": {name: version(name) for name in ("torch", "torchrec")}
+        | {"python": platform.python_version()},
+    }
+    (folder / PROGRESS_FILE).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _progress_of(raw: Mapping[str, Any]) -> Progress:
+    return Progress(
+        step=raw["step"],
+        stage=raw["stage"],
+        position=Position(**raw["position"]),
+        total_steps=raw["total_steps"],
+    )
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; one that is half removed has no checkpoint's name."""
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.removed")))
+
+
+def _cause(error: BaseException) -> str:
+    """One line: DCP's own errors carry every rank's traceback."""
+    if isinstance(error, dcp.CheckpointException):
+        return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
+    return str(error)
+
+
 def _all(folder: Path) -> list[Path]:
     found = [
         (int(match[1]), path)
@@ -187,6 +241,13 @@ def _all(folder: Path) -> list[Path]:
         if (match := re.fullmatch(r"step_(\d+)", path.name))
     ]
     return [path for _, path in sorted(found)]
+
+
+def _sizes_over_ranks(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Join the ranks' tensors: optimizer state is known only where a table has a shard."""
+    parts: list[dict[str, tuple[int, ...]]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(parts, _sizes(state))
+    return {name: size for part in parts for name, size in part.items()}
 
 
 def _sizes(state: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
@@ -204,7 +265,10 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as source:
-            metadata = _IndexUnpickler(source).load()
+            try:
+                metadata = _IndexUnpickler(source).load()
+            except (ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+                raise pickle.UnpicklingError(f"the index is garbled: {error!r}") from error
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"the index is a {type(metadata).__name__}")
         if metadata.storage_meta is None:
