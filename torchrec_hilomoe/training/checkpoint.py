@@ -97,8 +97,8 @@ def save(folder: Path, state: Mapping[str, Any], progress: Progress, keep: int) 
                 _remove(old)
     except (OSError, dcp.CheckpointException) as error:
         raise CheckpointError(
-            f"checkpoint {final} could not be written: {_cause(error)}. Those before it are whole; "
-            "mend this and run again to go on from the newest."
+            f"checkpoint {final} could not be written: {_cause(error)}. Is the disk full? The "
+            "checkpoints before it are whole; make room and run again to go on from the newest."
         ) from error
     dist.barrier()
     return final
