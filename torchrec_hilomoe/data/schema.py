@@ -7,6 +7,7 @@ their table's number of rows; 0 is padding and "unknown" in every table.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from torchrec_hilomoe.runtime.paths import open_text
@@ -79,8 +80,8 @@ class Schema:
         group: The integer column whose values GAUC averages over.
 
     Raises:
-        ValueError: If a feature names an unknown table, a name occurs twice, a table is empty
-            or no candidate field is given.
+        ValueError: If a feature names an unknown table, a column occurs twice, a size is below
+            1, the group is no id, or no candidate field is given.
     """
 
     dataset: str
@@ -95,20 +96,17 @@ class Schema:
     def __post_init__(self) -> None:
         if not self.candidate:
             raise ValueError("Schema.candidate is empty; name at least the candidate's id column.")
-        names = [feature.name for feature in self.id_features]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"Schema: feature names {repeated} occur twice; rename one of each.")
-        for feature in self.id_features:
-            if feature.table not in self.tables:
-                raise ValueError(
-                    f"Schema: feature {feature.name!r} wants table {feature.table!r}, but "
-                    f"Schema.tables has {sorted(self.tables)}. Add it or correct the name."
-                )
+        self._check_names()
         for table, rows in self.tables.items():
             if rows < 1:
                 raise ValueError(
                     f"Schema.tables[{table!r}] must be at least 1 (id 0 is padding), got {rows}."
+                )
+        for feature in self.pooled:
+            if feature.max_length < 1:
+                raise ValueError(
+                    f"Schema.pooled[{feature.name!r}].max_length must be at least 1 (1 is a plain "
+                    f"column), got {feature.max_length}."
                 )
         for group in self.sequences:
             if group.max_length < 1 or not group.fields:
@@ -116,6 +114,32 @@ class Schema:
                     f"Schema.sequences[{group.name!r}] needs fields and max_length of at least 1, "
                     f"got {len(group.fields)} fields and max_length {group.max_length}."
                 )
+            if group.keep not in ("last", "first"):
+                raise ValueError(
+                    f"Schema.sequences[{group.name!r}].keep must be 'last' or 'first', "
+                    f"got {group.keep!r}."
+                )
+
+    def _check_names(self) -> None:
+        names = [*(feature.name for feature in self.id_features), *self.dense, self.label]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"Schema: column names {repeated} occur twice; rename one of each.")
+        for feature in self.id_features:
+            if feature.table not in self.tables:
+                near = get_close_matches(feature.table, self.tables, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else "Add it or correct the name."
+                raise ValueError(
+                    f"Schema: feature {feature.name!r} wants table {feature.table!r}, but "
+                    f"Schema.tables has {sorted(self.tables)}. {hint}"
+                )
+        lists = {field.name for field in self.sequence_fields}
+        lists |= {feature.name for feature in self.pooled if feature.max_length > 1}
+        if self.group in {*lists, *self.dense, self.label}:
+            raise ValueError(
+                f"Schema.group {self.group!r} is a list, a dense column or the label; name a "
+                "column of one integer a row."
+            )
 
     @property
     def sequence_fields(self) -> tuple[IdFeature, ...]:

@@ -1,0 +1,116 @@
+"""A prepared folder appears whole or not at all, and nothing of the user's is lost."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.helpers.datasets import SCHEMA, toy_table
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.parquet import ParquetSource
+from torchrec_hilomoe.data.prepare import folder as folder_module
+from torchrec_hilomoe.data.prepare.folder import prepared_folder
+
+TABLE = toy_table(50)
+
+
+def write(out, *, overwrite=False, fail=False):
+    with prepared_folder(str(out), overwrite=overwrite) as folder:
+        folder.write_schema(SCHEMA)
+        split = folder.write_split(
+            "train", 50, lambda start, stop: TABLE.slice(start, stop - start)
+        )
+        if fail:
+            raise RuntimeError("the raw files are gone")
+    return split
+
+
+def test_rows_come_back_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_module, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr(folder_module, "ROWS_PER_FILE", 16)
+    split = write(tmp_path / "out")
+    assert split.rows == 50
+    assert split.label_rate == sum(TABLE["label"].to_pylist()) / 50
+    source = ParquetSource(str(tmp_path / "out"), "train")
+    assert source.block_rows == (8, 8, 8, 8, 8, 8, 2)
+    assert len(list((tmp_path / "out" / "train").iterdir())) == 4
+    assert pq.read_table(tmp_path / "out" / "train") == TABLE
+
+
+def test_a_split_without_rows_keeps_its_columns(tmp_path):
+    with prepared_folder(str(tmp_path / "out"), overwrite=False) as folder:
+        folder.write_schema(SCHEMA)
+        split = folder.write_split("train", 0, lambda start, stop: TABLE.slice(0, 0))
+    assert (split.rows, split.label_rate) == (0, None)
+    assert pq.read_table(tmp_path / "out" / "train").schema == TABLE.schema
+
+
+def test_an_error_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="raw files are gone"):
+        write(tmp_path / "out", fail=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_leaves_the_old_folder(tmp_path):
+    write(tmp_path / "out")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    with pytest.raises(RuntimeError, match="raw files are gone"):
+        write(tmp_path / "out", overwrite=True, fail=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_is_asked_for(tmp_path):
+    write(tmp_path / "out")
+    with pytest.raises(DataError, match=r"out holds prepared data already.*--overwrite"):
+        write(tmp_path / "out")
+    (tmp_path / "out" / "stale").touch()
+    write(tmp_path / "out/", overwrite=True)
+    assert not (tmp_path / "out" / "stale").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_other_peoples_files_are_never_replaced(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(DataError, match="holds files that are no prepared data"):
+        write(tmp_path, overwrite=True)
+    with pytest.raises(DataError, match=r"thesis\.tex is a file"):
+        write(tmp_path / "thesis.tex", overwrite=True)
+    with pytest.raises(DataError, match="--out is empty"):
+        write("", overwrite=True)
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out")
+    assert ParquetSource(str(tmp_path / "out"), "train").block_rows == (50,)
+
+
+SLOW = """
+import sys, time
+from tests.helpers.datasets import SCHEMA, toy_table
+from torchrec_hilomoe.data.prepare.folder import prepared_folder
+with prepared_folder(sys.argv[1], overwrite=False) as folder:
+    folder.write_schema(SCHEMA)
+    folder.write_split("train", 9, lambda start, stop: toy_table(stop - start))
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_leaves_nothing_that_looks_done(tmp_path):
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "out")]
+    repository = Path(__file__).parents[4]
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+    (left,) = tmp_path.iterdir()
+    assert left.name == f"out.partial-{process.pid}"
+    with pytest.raises(DataError, match=r"not a whole data folder: _SUCCESS is missing"):
+        ParquetSource(str(left), "train")
+    write(tmp_path / "out")
+    assert ParquetSource(str(tmp_path / "out"), "train").block_rows == (50,)
