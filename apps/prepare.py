@@ -35,7 +35,7 @@ def prepare(argv: Sequence[str]) -> Report:
         near = get_close_matches(name, DATASETS, n=1, cutoff=0.4)
         hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(DATASETS)}."
         raise ValueError(f"there is no data set {name!r}. {hint}")
-    parser = ArgumentParser(prog=f"prepare.py {name}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"prepare.py {name}", exit_on_error=False, allow_abbrev=False)
     options = parser.add_function_arguments(DATASETS[name], skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="Replace prepared data at --out.")
     try:

@@ -96,7 +96,7 @@ def toy_table(rows: int, *, seed: int = 0, first: int = 0) -> pa.Table:
             "price": pa.array(rng.normal(size=rows), pa.float64()),
             "age": pa.array(rng.integers(0, 90, size=rows), pa.int16()),
             "label": pa.array(rng.integers(0, 2, size=rows), pa.int8()),
-            "unused": pa.array(["text"] * rows),
+            "unused": pa.array(["text"] * rows, pa.string()),
         }
     )
 

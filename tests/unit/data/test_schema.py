@@ -61,7 +61,7 @@ CLICKS = SCHEMA.sequences[0]
         ),
         (
             {"pooled": (PooledFeature(name="tags", table="tag", max_length=0),)},
-            r"pooled\['tags'\]\.max_length must be at least 1, got 0",
+            r"pooled\['tags'\]\.max_length must be at least 1 .*got 0",
         ),
         ({"group": "price"}, r"group 'price' is a list, a dense column or the label"),
         ({"group": "label"}, r"group 'label' is a list"),

@@ -1,0 +1,78 @@
+"""apps/prepare.py: one line that says what to do about a wrong call, and exit code 2."""
+
+import sys
+
+import pytest
+
+from tests.helpers.processes import ROOT, run_command
+from torchrec_hilomoe.data.parquet import ParquetSource
+from torchrec_hilomoe.data.prepare.registry import DATASETS
+
+APP = [sys.executable, ROOT / "apps" / "prepare.py"]
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    ratings = [f"1::{movie}::{1 + movie % 5}::{movie}" for movie in range(1, 21)]
+    (folder / "ratings.dat").write_text("\n".join([*ratings, "oops", ""]))
+    (folder / "movies.dat").write_text("1::One: the movie (1999)::Drama|War\n2::Two (2000)::War\n")
+    (folder / "users.dat").write_text("1::F::25::3::90210\n")
+    return folder
+
+
+def test_prepares_and_reports(raw, tmp_path):
+    out = tmp_path / "out"
+    done = run_command([*APP, "movielens", "--raw", raw, "--out", out, "--max_history", "5"])
+    assert done.returncode == 0, done.stderr
+    assert f"{raw}/ratings.dat line 21: malformed: 'oops'; skipped" in done.stderr
+    assert "train: 16 rows written" in done.stderr
+    assert done.stdout == (out / "report.json").read_text()
+    assert ParquetSource(str(out), "test").schema.sequences[0].max_length == 5
+    again = run_command([*APP, "movielens", "--raw", raw, "--out", out, "--overwrite"])
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["movielans"], "error: there is no data set 'movielans'. Did you mean 'movielens'?"),
+        (["criteria"], "error: there is no data set 'criteria'. Known are: "),
+        (["movielens", "--raw", "x", "--outt", "y"], "Did you mean --out?"),
+        (["movielens", "--raw", "x", "--out", "y", "--overwrit"], "Did you mean --overwrite?"),
+        (["movielens", "--out", "y"], "error: the following arguments are required: raw"),
+        (["movielens", "--raw", "x", "--out", "y", "--seed", "one"], 'error: Parser key "seed"'),
+        (
+            ["movielens", "--raw", "/no/raw", "--out", "y"],
+            "error: there is no folder /no/raw. Get ",
+        ),
+        (["movielens", "--raw", ".", "--out", "y"], "error: . has neither ratings.dat nor "),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    done = run_command([*APP, *arguments], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_arguments_list_the_data_sets():
+    done = run_command(APP)
+    assert done.returncode == 2
+    asked = run_command([*APP, "--help"])
+    assert asked.returncode == 0
+    assert asked.stdout == done.stdout
+    for name in DATASETS:
+        assert f"  {name} " in asked.stdout
+
+
+@pytest.mark.parametrize("name", list(DATASETS))
+def test_each_data_set_has_help(name):
+    done = run_command([*APP, name, "--help"])
+    assert done.returncode == 0
+    for option in ("--raw RAW", "--out OUT", "--overwrite", "--seed SEED"):
+        assert option in done.stdout
