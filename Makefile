@@ -18,7 +18,9 @@ STAMPS := .venv/.stamps
 RUNTIME := $(STAMPS)/project
 DEVELOPMENT := $(STAMPS)/dev
 
-.PHONY: help train test test-all lint format bench clean
+BENCHES := $(patsubst benchmarks/bench_%.py,bench-%,$(wildcard benchmarks/bench_*.py))
+
+.PHONY: help train test test-all lint format bench $(BENCHES) clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -41,10 +43,11 @@ format: $(DEVELOPMENT) ## put the code in form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEVELOPMENT) ## every benchmark, one after the other; results in benchmarks/results
-	for bench in benchmarks/bench_*.py; do \
-	    $(BIN)/python -m benchmarks.$$(basename $$bench .py) $(ARGS) || exit 1; \
-	done
+bench: $(BENCHES) ## every benchmark; a line a measurement in benchmarks/results
+
+$(BENCHES): bench-%: $(DEVELOPMENT)
+	@mkdir -p benchmarks/results
+	$(BIN)/python -m benchmarks.bench_$* --out benchmarks/results/$*.jsonl $(ARGS)
 
 clean: ## remove the environment and the caches; what runs have written stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
