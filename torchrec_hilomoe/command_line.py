@@ -69,7 +69,7 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise UsageError(_explain(error, parser)) from error
     return ParsedRun(
-        config=config, resolved=parser.dump(parsed.clone(), skip_none=False), recipe=recipe
+        config=config, resolved=parser.dump(parsed.clone(), skip_unset=False), recipe=recipe
     )
 
 
@@ -81,7 +81,7 @@ def _run_config(instantiated: Namespace) -> RunConfig:
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     """Turn a bare ``--dry_run`` into ``--dry_run true``, which is how the parser reads switches."""
     spelled = []
-    for argument, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for argument, following in zip(argv, [*argv, "--"][1:], strict=True):
         spelled.append(argument)
         if argument == "--dry_run" and following.startswith("--"):
             spelled.append("true")

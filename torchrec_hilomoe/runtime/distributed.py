@@ -48,7 +48,7 @@ def join(device: str = "auto") -> Iterator[Job]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "train.device is 'cuda', but PyTorch sees no GPU here. Use 'auto' or 'cpu', or check "
-            "the installation with: python -m torchrec_hilomoe.runtime.doctor"
+            "the installation with: python -m torchrec_hilomoe.doctor"
         )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
