@@ -118,14 +118,16 @@ class Learners:
             if name not in experts
         }
         self._tables: KeyedOptimizer = model.fused_optimizer
-        self._backbone = _adam(backbone, learning_rate)
+        self._backbone = _keyed(backbone, _adam(backbone, learning_rate))
         optimizers = [("tables", self._tables), ("backbone", self._backbone)]
         self._layers = ExpertLayers(experts)
         self._experts: KeyedOptimizer | None = None
         if experts:
-            self._experts = _adam(self._layers.views, learning_rate)
-            self._experts.register_step_pre_hook(self._layers.give_gradients)
-            self._experts.register_step_post_hook(self._layers.drop_gradients)
+            adam = _adam(self._layers.views, learning_rate)
+            self._experts = _keyed(self._layers.views, adam)
+            # On Adam itself: TorchRec's wrapper accepts hooks and never calls them.
+            adam.register_step_pre_hook(self._layers.give_gradients)
+            adam.register_step_post_hook(self._layers.drop_gradients)
             optimizers.append(("experts", self._experts))
         self.combined = CombinedOptimizer(optimizers)
 
@@ -165,11 +167,13 @@ def decay_factor(kind: Literal["constant", "linear", "cosine"], progress: float)
     return 1.0
 
 
-def _adam(parameters: Mapping[str, Tensor], learning_rate: float) -> KeyedOptimizerWrapper:
-    """Adam whose state exists but says that no step was made."""
-    optimizer = KeyedOptimizerWrapper(
-        dict(parameters), lambda tensors: torch.optim.Adam(tensors, lr=learning_rate, fused=True)
-    )
+def _adam(parameters: Mapping[str, Tensor], learning_rate: float) -> torch.optim.Adam:
+    return torch.optim.Adam(list(parameters.values()), lr=learning_rate, fused=True)
+
+
+def _keyed(parameters: Mapping[str, Tensor], adam: torch.optim.Adam) -> KeyedOptimizerWrapper:
+    """Adam by name, whose state exists but says that no step was made."""
+    optimizer = KeyedOptimizerWrapper(dict(parameters), lambda _: adam)
     optimizer.init_state()
     optimizer.zero_grad()
     for state in optimizer.state.values():
