@@ -11,9 +11,13 @@ from typing import cast
 import torch
 from torch import distributed as dist
 from torch import nn
+
+# TorchRec's own name for it is deprecated in favour of this one.
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
     KernelConfig,
     Topology,
@@ -21,7 +25,6 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
@@ -65,6 +68,9 @@ CAPABILITIES: Mapping[str, Capability] = MappingProxyType(
 
 # A table is only worth splitting by columns if each half still fills a few cache lines.
 NARROWEST_SPLIT = 64
+
+# Share of a device's memory that is not for tables: the dense part, activations, batches.
+RESERVED_SHARE = 0.4
 
 TABLE_OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = MappingProxyType(
     {
@@ -117,6 +123,7 @@ def plan_tables(task: TrainTask, batch_size: int, device: torch.device) -> Shard
         topology=_topology(device),
         batch_size=batch_size,
         constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
         stats=[],  # our own report is one line a table
     )
     group = dist.GroupMember.WORLD
