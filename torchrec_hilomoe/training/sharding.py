@@ -10,7 +10,6 @@ from typing import cast
 
 import torch
 from torch import distributed as dist
-from torch import nn
 
 # TorchRec's own name for it is deprecated in favour of this one.
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
@@ -134,13 +133,15 @@ def plan_tables(task: TrainTask, batch_size: int, device: torch.device) -> Shard
     return plan
 
 
-def shard(module: nn.Module, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
+def shard(task: TrainTask, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
     """Shard the tables by ``plan`` and replicate the rest with gradients averaged over ranks.
 
-    A module whose tables are already sharded is only wrapped anew: which parameters are
-    averaged is decided here, by ``requires_grad``, once.
+    A task whose tables are already sharded is only wrapped anew: which parameters are
+    averaged is decided here, by ``requires_grad``, once. With none, nothing is averaged.
     """
-    return DistributedModelParallel(module, device=device, plan=plan)
+    tables = set(task.model.sparse.parameters())
+    dense_learns = any(p.requires_grad for p in task.parameters() if p not in tables)
+    return DistributedModelParallel(task, device=device, plan=plan, init_data_parallel=dense_learns)
 
 
 def describe_plan(plan: ShardingPlan) -> tuple[str, ...]:

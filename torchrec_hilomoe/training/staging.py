@@ -4,6 +4,8 @@ A parameter that is frozen when data parallelism wraps the model and unfrozen la
 without all-reduce. So a boundary first sets ``requires_grad`` and then wraps the model anew.
 """
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -13,7 +15,34 @@ from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.sharding import shard
 from torchrec_hilomoe.training.stages import Stage
 
-__all__ = ["activate_layers", "enter_stage", "set_training_mode"]
+__all__ = ["activate_layers", "check_stages", "enter_stage", "set_training_mode"]
+
+
+def check_stages(task: TrainTask, stages: Iterable[Stage]) -> None:
+    """Refuse, before the first step, stages that the model cannot follow.
+
+    Raises:
+        ValueError: If a stage names more layers than a site has, or trains experts alone and
+            there are none.
+    """
+    sites = sites_of(task)
+    for stage in stages:
+        if not sites and not (stage.train_backbone or stage.train_tables):
+            raise ValueError(
+                f"Stage {stage.name!r} trains experts alone, but the model has none. "
+                "Set model.hilomoe or drop the stage."
+            )
+        named = {
+            "active_layers": stage.active_layers or 0,
+            "learning_layers": max(stage.learning_layers or (0,)),
+        }
+        for name, site in sites.items():
+            for option, layer in named.items():
+                if layer > site.config.num_layers:
+                    raise ValueError(
+                        f"Stage {stage.name!r}: {option} names layer {layer}, but site {name!r} "
+                        f"has {site.config.num_layers}. Lower it or raise model.hilomoe.num_layers."
+                    )
 
 
 def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedModelParallel:
@@ -25,9 +54,6 @@ def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedMod
 
     Returns:
         The same tables and parameters under a new wrapper.
-
-    Raises:
-        ValueError: If the stage names more layers than a site has.
     """
     task = model.module
     assert isinstance(task, TrainTask)
@@ -45,19 +71,10 @@ def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedMod
 
 
 def activate_layers(model: nn.Module, stage: Stage) -> None:
-    """Let each site compute the expert layers of a stage.
-
-    Raises:
-        ValueError: If the stage names more layers than a site has.
-    """
-    for name, site in sites_of(model).items():
-        layers = site.config.num_layers
-        if stage.active_layers is not None and stage.active_layers > layers:
-            raise ValueError(
-                f"Stage {stage.name!r}: active_layers is {stage.active_layers}, but site {name!r} "
-                f"has {layers} layers. Lower it or raise model.hilomoe.num_layers."
-            )
-        site.active_layers = layers if stage.active_layers is None else stage.active_layers
+    """Let each site compute the expert layers of a stage."""
+    for site in sites_of(model).values():
+        layers = stage.active_layers
+        site.active_layers = site.config.num_layers if layers is None else layers
 
 
 def set_training_mode(task: nn.Module, stage: Stage) -> None:

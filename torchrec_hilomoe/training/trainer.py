@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec_hilomoe.data.batch import CTRBatch, Position
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
-from torchrec_hilomoe.models.train_task import TaskOutput
+from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
 from torchrec_hilomoe.runtime.stopping import StopSignal
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import Progress
@@ -22,7 +22,7 @@ from torchrec_hilomoe.training.metrics import Metrics, Predictions
 from torchrec_hilomoe.training.optimizers import decay_factor, Learners
 from torchrec_hilomoe.training.pipeline import Pipeline, predict
 from torchrec_hilomoe.training.stages import StageSpan
-from torchrec_hilomoe.training.staging import enter_stage, set_training_mode
+from torchrec_hilomoe.training.staging import check_stages, enter_stage, set_training_mode
 
 __all__ = ["NonFiniteLossError", "Rhythm", "Trainer", "evaluate", "training_state"]
 
@@ -61,6 +61,9 @@ class Trainer:
         log: What a person sees.
         folder: Holds the checkpoints.
 
+    Raises:
+        ValueError: If the model cannot follow a stage.
+
     Attributes:
         model: The sharded model under the wrapper of the current stage.
         step: Optimizer steps done.
@@ -78,6 +81,9 @@ class Trainer:
         log: RunLog,
         folder: Path,
     ) -> None:
+        task = model.module
+        assert isinstance(task, TrainTask)
+        check_stages(task, [span.stage for span in spans])
         self.model = model
         self.step = 0
         self.position: Position | None = None
