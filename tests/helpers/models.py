@@ -1,0 +1,60 @@
+"""Small models of the toy data, with tables in memory where the package leaves them on ``meta``."""
+
+from collections.abc import Iterator
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from tests.helpers.datasets import SCHEMA, toy_source
+from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
+from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.models.train_task import TrainTask
+
+__all__ = ["MODEL", "batches", "dense_parameters", "in_memory", "task_of"]
+
+MODEL = ModelConfig(
+    embedding_dim=4,
+    head=(8, 6),
+    bst=BSTConfig(num_heads=2),
+    hilomoe=InjectionConfig(num_layers=2, num_experts=4, rank=2, query_dim=3),
+)
+
+
+def in_memory(config: ModelConfig = MODEL, schema: Schema = SCHEMA) -> TrainTask:
+    """The task that is trained, whole in one process and without TorchRec's sharding."""
+    task = build_task(config, schema)
+    task.model.sparse = SparseArch(schema, config.embedding_dim, torch.device("cpu"))
+    return task
+
+
+def task_of(model: DistributedModelParallel) -> TrainTask:
+    """The task inside TorchRec's wrappers."""
+    task = model.module
+    assert isinstance(task, TrainTask)
+    return task
+
+
+def dense_parameters(task: TrainTask) -> dict[str, torch.nn.Parameter]:
+    """Everything that is no table, by name."""
+    tables = set(task.model.sparse.parameters())
+    return {name: p for name, p in task.named_parameters() if p not in tables}
+
+
+def batches(
+    rows: int, batch_size: int, *, world: World | None = None, epochs: int | None = 1
+) -> Iterator[CTRBatch]:
+    """This rank's share of the toy data's batches, in order."""
+    return iter(
+        Loader(
+            toy_source(rows),
+            batch_size=batch_size,
+            world=world,
+            shuffle=False,
+            epochs=epochs,
+            prefetch=0,
+        )
+    )
