@@ -1,0 +1,150 @@
+"""Lookups laid out: each vector where the schema says, against one lookup at a time."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from tests.helpers.datasets import SCHEMA, without
+from tests.helpers.models import batches
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
+from torchrec_hilomoe.embeddings.features import HistoryWidths, SequenceFeatures
+from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
+
+DIM = 4
+ROWS = 9
+
+
+def arch(schema: Schema = SCHEMA) -> SparseArch:
+    return SparseArch(schema, DIM, torch.device("cpu"))
+
+
+def run(sparse: SparseArch, batch: CTRBatch) -> SequenceFeatures:
+    return sparse(batch.pooled, batch.unpooled, batch.dense, batch.longest)
+
+
+def table(sparse: SparseArch, name: str) -> Tensor:
+    collection = sparse.unpooled if name in sparse.unpooled.embeddings else sparse.pooled
+    assert collection is not None
+    found = [p for key, p in collection.named_parameters() if key.endswith(f".{name}.weight")]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_the_candidate_is_its_fields_in_the_order_of_the_schema():
+    sparse, batch = arch(), next(batches(ROWS, ROWS))
+    found = run(sparse, batch).candidate
+    for row in range(ROWS):
+        item, kind = (int(batch.unpooled[key].values()[row]) for key in ("item", "kind"))
+        want = torch.cat([table(sparse, "item")[item], table(sparse, "kind")[kind]])
+        assert torch.equal(found[row], want)
+
+
+def test_histories_are_jagged_and_use_the_candidates_tables():
+    sparse, batch = arch(), next(batches(ROWS, ROWS))
+    clicks, views = run(sparse, batch).histories
+    assert torch.equal(clicks.lengths, batch.unpooled["clicks_item"].lengths().long())
+    assert torch.equal(views.lengths, batch.unpooled["views_item"].lengths().long())
+    items, kinds = (batch.unpooled[key].values() for key in ("clicks_item", "clicks_kind"))
+    want = torch.cat([table(sparse, "item")[items], table(sparse, "kind")[kinds]], dim=1)
+    assert torch.equal(clicks.events, want)
+    assert torch.equal(views.events, table(sparse, "item")[batch.unpooled["views_item"].values()])
+
+
+def test_the_target_is_laid_out_like_an_event_with_zeros_for_what_only_events_have():
+    clicks = SequenceGroup(
+        name="clicks",
+        fields=(
+            IdFeature(name="clicks_kind", table="kind"),
+            IdFeature(name="clicks_place", table="place"),  # a property that no candidate has
+            IdFeature(name="clicks_item", table="item"),
+        ),
+        max_length=4,
+    )
+    sparse = arch(replace(SCHEMA, sequences=(clicks,), pooled=()))
+    unpooled = KeyedJaggedTensor.from_lengths_sync(
+        keys=["item", "kind", "clicks_kind", "clicks_place", "clicks_item"],
+        values=torch.tensor([7, 8, 1, 2, 3, 3, 9]),
+        lengths=torch.tensor([1, 1, 1, 1, 1, 0, 1, 0, 1, 0]),
+    )
+    (history,) = sparse(unpooled, unpooled, torch.empty(2, 0), 1).histories
+    item, kind, place = (table(sparse, name) for name in ("item", "kind", "place"))
+    assert torch.equal(history.events, torch.cat([kind[[3]], place[[3]], item[[9]]], dim=1))
+    want = torch.cat([kind[[1, 2]], torch.zeros(2, DIM), item[[7, 8]]], dim=1)
+    assert torch.equal(history.target, want)
+
+
+def test_the_context_is_pooled_features_in_order_then_dense_ones():
+    sparse, batch = arch(), next(batches(ROWS, ROWS))
+    found = run(sparse, batch).context
+    assert found.shape == (ROWS, 3 * DIM + 2)
+    for row in range(ROWS):
+        pooled = []
+        for key, name in (("user", "user"), ("place", "place"), ("tags", "tag")):
+            ids = batch.pooled[key].to_dense()[row]
+            vectors = table(sparse, name)[ids]
+            pooled.append(vectors.mean(dim=0) if len(ids) else torch.zeros(DIM))
+        torch.testing.assert_close(found[row], torch.cat([*pooled, batch.dense[row]]))
+
+
+@pytest.mark.parametrize("kinds", [("pooled",), ("dense",), ("pooled", "dense"), ("sequences",)])
+def test_kinds_of_features_may_be_absent(kinds):
+    schema = without(SCHEMA, *kinds)
+    sparse = arch(schema)
+    keys = [index for index, key in enumerate(SCHEMA.unpooled_keys) if key in schema.unpooled_keys]
+    batch = next(batches(ROWS, ROWS))
+    dense = batch.dense if schema.dense else torch.empty(ROWS, 0)
+    features = sparse(batch.pooled, batch.unpooled.permute(keys), dense, batch.longest)
+    widths = sparse.widths
+    assert features.context.shape == (ROWS, widths.context)
+    assert features.candidate.shape == (ROWS, widths.candidate)
+    assert [h.events.shape[1] for h in features.histories] == [w.event for w in widths.histories]
+
+
+def test_widths_are_those_of_the_features():
+    widths = arch().widths
+    assert (widths.candidate, widths.context) == (2 * DIM, 3 * DIM + 2)
+    assert widths.histories == (
+        HistoryWidths(event=2 * DIM, max_length=4),
+        HistoryWidths(event=DIM, max_length=3),
+    )
+
+
+def test_a_table_that_both_collections_use_has_two_copies():
+    pooled = (replace(SCHEMA.pooled[0], table="item"),)
+    sparse = arch(replace(SCHEMA, pooled=pooled))
+    assert sparse.pooled is not None
+    assert list(sparse.pooled.embedding_bags) == ["item_pooled"]
+    assert list(sparse.unpooled.embeddings) == ["item", "kind"]
+
+
+def test_candidate_and_history_learn_into_one_table():
+    sparse, batch = arch(), next(batches(ROWS, ROWS))
+    weight = table(sparse, "item")
+    features = run(sparse, batch)
+    from_candidate = torch.autograd.grad(features.candidate.sum(), weight, retain_graph=True)[0]
+    from_events = torch.autograd.grad(features.histories[1].events.sum(), weight)[0]
+    assert from_candidate.any()
+    assert from_events.any()
+
+
+def test_frozen_lookups_are_the_same_numbers_without_a_gradient():
+    sparse, batch = arch(), next(batches(ROWS, ROWS))
+    learning = run(sparse, batch)
+    sparse.frozen = True
+    frozen = run(sparse, batch)
+    for features, learns in ((learning, True), (frozen, False)):
+        events, targets = zip(*((h.events, h.target) for h in features.histories), strict=True)
+        vectors = [features.candidate, features.context, *events, *targets]
+        assert all(tensor.requires_grad == learns for tensor in vectors)
+    assert torch.equal(learning.candidate, frozen.candidate)
+    assert torch.equal(learning.context, frozen.context)
+
+
+def test_vectors_start_near_zero_and_differ():
+    weight = table(arch(replace(SCHEMA, tables={**SCHEMA.tables, "item": 5000})), "item")
+    assert weight.std().item() == pytest.approx(0.1 / DIM**0.5, rel=0.05)
+    assert weight.mean().item() == pytest.approx(0.0, abs=0.002)
