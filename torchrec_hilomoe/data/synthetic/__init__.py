@@ -1,8 +1,8 @@
 """Endless generated clicks, drawn from known probabilities, so that the best AUC is known.
 
 ``population`` draws users and the items' category tree, ``sessions`` draws visits of those users,
-``worlds`` says how likely each visit's click is, ``source`` makes numbered blocks of them, and
-``write`` stores them as a prepared folder for those who ask.
+``inputs`` derives what decides a click, ``worlds`` says how likely each is, ``source`` makes
+numbered blocks of rows, and ``write`` stores them as a prepared folder for those who ask.
 """
 
 from torchrec_hilomoe.data.synthetic.source import best_auc, SyntheticSource

@@ -9,10 +9,10 @@ Shape legend:
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from torchrec_hilomoe.data.synthetic.population import (
     BRANCHES,
-    Floats,
     GROUPS,
     HOURS,
     Ints,
@@ -23,7 +23,7 @@ from torchrec_hilomoe.data.synthetic.population import (
 
 __all__ = ["DENSE", "MAX_HISTORY", "Sessions"]
 
-DENSE = 12
+DENSE = 8
 MAX_HISTORY = 12
 MIN_HISTORY = 3
 EMPTY_SHARE = 0.02
@@ -53,7 +53,7 @@ class Sessions:
     candidate: Ints
     history: Ints
     history_length: Ints
-    dense: Floats
+    dense: NDArray[np.float32]
 
     @classmethod
     def draw(cls, population: Population, rows: int, rng: np.random.Generator) -> "Sessions":
@@ -74,7 +74,7 @@ class Sessions:
             candidate=_item_of(candidate_branch_B, rng.integers(GROUPS, size=rows), rng),
             history=_item_of(event_branch_BT, event_group_BT, rng),
             history_length=length_B,
-            dense=rng.normal(size=(rows, DENSE)),
+            dense=rng.standard_normal((rows, DENSE), dtype=np.float32),
         )
 
 

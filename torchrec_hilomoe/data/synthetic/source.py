@@ -22,6 +22,7 @@ from torchrec_hilomoe.data.synthetic.population import (
 )
 from torchrec_hilomoe.data.synthetic.sessions import DENSE, MAX_HISTORY, Sessions
 from torchrec_hilomoe.data.synthetic.worlds import World, WorldName, WORLDS
+from torchrec_hilomoe.training.metrics import auc
 
 __all__ = ["PROBABILITY", "SPLITS", "SyntheticSource", "best_auc"]
 
@@ -102,7 +103,7 @@ class SyntheticSource(BlockSource):
         return pa.table(
             {
                 **_id_columns(population, sessions),
-                **dict(zip(DENSE_COLUMNS, sessions.dense.T.astype(np.float32), strict=True)),
+                **dict(zip(DENSE_COLUMNS, sessions.dense.T, strict=True)),
                 "label": label_B.astype(np.int8),
                 PROBABILITY: probability_B,
             }
@@ -119,17 +120,7 @@ def best_auc(source: SyntheticSource) -> float:
         for block in range(len(source.block_rows))
     ]
     table = pa.concat_tables(tables)
-    return _auc(table[PROBABILITY].to_numpy(), table[source.schema.label].to_numpy())
-
-
-def _auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve by ranks, ties sharing theirs."""
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = np.cumsum(counts) - 0.5 * (counts - 1)
-    positives = labels.sum(dtype=np.int64)
-    negatives = len(labels) - positives
-    excess = rank[inverse][labels == 1].sum() - positives * (positives + 1) / 2
-    return float(excess / (positives * negatives))
+    return auc(table[PROBABILITY].to_numpy(), table[source.schema.label].to_numpy())
 
 
 def _schema_of(world: str) -> Schema:

@@ -1,7 +1,6 @@
 r"""The true click probabilities: three worlds that differ in how rows compose.
 
-A row's continuous inputs ``x`` (dense columns, latents of candidate and interests, how well the
-history matches the candidate's branch) pass through one hidden layer:
+A row's continuous inputs ``x`` pass through one hidden layer:
 
 .. math:: z = v \cdot \mathrm{relu}\Big(W_0 x + \sum_{c \in C} (c_0 + U_c V_c x)\Big)
 
@@ -11,11 +10,11 @@ where ``C`` are the *changes* in force, each of rank ``RANK``:
   context. 24 changes make 512 maps.
 - ``tree``: one for the candidate's branch and one for its leaf: what the eight children of a
   branch mean has nothing to do with what another branch's children mean.
-- ``smooth``: none; one narrow map serves every row. A control.
+- ``smooth``: none; one map, as wide as the others', serves every row. A control.
 
-In every world the three attributes, the user and the item also add to the logit. Probabilities are
-functions of what a model sees and of the population alone, so the best AUC is within reach of a
-model that has learnt the population.
+In every world group, branch, context, user, item and the history's match with the candidate also
+add to the logit. Every population is scaled to the same click rate and best AUC, so that worlds
+and seeds compare.
 
 Shape legend:
     B  rows
@@ -23,38 +22,32 @@ Shape legend:
     H  hidden units
     C  changes
     R  rank of a change
-    A  changes in force in a row
-    T  longest possible history
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import get_args, Literal
 
 import numpy as np
 
+from torchrec_hilomoe.data.synthetic.inputs import INPUTS, Inputs
 from torchrec_hilomoe.data.synthetic.population import (
     BRANCHES,
     CONTEXTS,
     Floats,
     GROUPS,
-    Ints,
-    LATENT,
-    LEAF_ITEMS,
     LEAVES,
-    MAX_INTERESTS,
     Population,
 )
-from torchrec_hilomoe.data.synthetic.sessions import DENSE, MAX_HISTORY, Sessions
+from torchrec_hilomoe.data.synthetic.sessions import Sessions
 
-__all__ = ["WORLDS", "World", "WorldName"]
+__all__ = ["WORLDS", "World", "WorldName", "expected_auc"]
 
 WorldName = Literal["composed", "tree", "smooth"]
 WORLDS: tuple[WorldName, ...] = get_args(WorldName)
 
 RANK = 2
-INPUTS = DENSE + 2 * LATENT + 1
-HIDDEN = {"composed": 64, "tree": 64, "smooth": 8}
+HIDDEN = 32
 # Which attributes change the map.
 CHANGES: dict[WorldName, dict[str, int]] = {
     "composed": {"group": GROUPS, "branch": BRANCHES, "context": CONTEXTS},
@@ -62,18 +55,17 @@ CHANGES: dict[WorldName, dict[str, int]] = {
     "smooth": {},
 }
 # Attributes that move the logit by themselves, in every world.
-ATTRIBUTES = ("group", "branch", "context")
+ADDING = ("group", "branch", "context")
 # Variance of the hidden layer's input that all changes bring, against 1 by the shared map.
 CHANGE_VARIANCE = 2.0
-# An event weighs this much of the event after it.
-FADING = 0.9
-# About the mean and spread of the history's share of events in the candidate's branch.
-MATCH_MEAN, MATCH_DEVIATION = 0.25, 0.25
-# Standard deviations in logits: of the map, and of each addend.
-MAP_SCALE = 2.5
+# Standard deviations in logits: of each addend, and of the history's match with the candidate.
 ADDEND_SCALE = 0.25
+MATCH_SCALE = 0.8
+# Every population is scaled to these, as measured on a probe of it.
 CLICK_RATE = 0.2
-PROBE_ROWS = 16_384
+BEST_AUC = 0.91
+PROBE_ROWS = 8192
+BISECTIONS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +81,7 @@ class World:
         shift: Every ``c_0``, ``(C, H)``.
         readout: ``v``, ``(H,)``.
         addend: Logits that each group, branch and context adds, ``(3, 8)``.
-        centre: Mean of the map's output over the population.
-        scale: What turns that output into logits.
+        scale: What turns the map's output into logits; sets the best AUC.
         intercept: Sets the click rate.
     """
 
@@ -102,7 +93,6 @@ class World:
     shift: Floats
     readout: Floats
     addend: Floats
-    centre: float = 0.0
     scale: float = 1.0
     intercept: float = 0.0
 
@@ -110,97 +100,50 @@ class World:
     def draw(cls, name: WorldName, rng: np.random.Generator) -> "World":
         """Draw a population and a map, and set the scale of its logits and its click rate."""
         population = Population.draw(rng)
-        hidden = HIDDEN[name]
         counts = CHANGES[name].values()
         total = sum(counts)
         deviation = (CHANGE_VARIANCE / max(len(counts), 1)) ** 0.5
         raw = cls(
             name=name,
             population=population,
-            shared=rng.normal(scale=INPUTS**-0.5, size=(INPUTS, hidden)),
+            shared=rng.normal(scale=INPUTS**-0.5, size=(INPUTS, HIDDEN)),
             down=rng.normal(scale=INPUTS**-0.5, size=(INPUTS, total * RANK)),
-            up=rng.normal(scale=deviation * RANK**-0.5, size=(total * RANK, hidden)),
-            shift=rng.normal(scale=0.3, size=(total, hidden)),
-            readout=rng.normal(scale=hidden**-0.5, size=hidden),
+            up=rng.normal(scale=deviation * RANK**-0.5, size=(total * RANK, HIDDEN)),
+            shift=rng.normal(scale=0.3, size=(total, HIDDEN)),
+            readout=rng.normal(scale=HIDDEN**-0.5, size=HIDDEN),
             addend=rng.normal(scale=ADDEND_SCALE, size=(3, 8)),
         )
-        probe = raw._inputs(Sessions.draw(population, PROBE_ROWS, rng))
-        output_B = raw._output(probe)
-        scaled = replace(raw, centre=output_B.mean(), scale=MAP_SCALE / output_B.std())
-        return replace(scaled, intercept=_intercept_for(CLICK_RATE, scaled._logits(probe)))
+        probe = Inputs.of(population, Sessions.draw(population, PROBE_ROWS, rng))
+        scale, intercept = _calibrate(raw._output(probe), raw._addends(probe))
+        return replace(raw, scale=scale, intercept=intercept)
 
     def probabilities(self, sessions: Sessions) -> Floats:
         """The probability ``(B,)`` of a click on each visit's candidate."""
-        return _sigmoid(self._logits(self._inputs(sessions)))
+        inputs = Inputs.of(self.population, sessions)
+        mapped_B = self.scale * self._output(inputs)
+        return _sigmoid(self.intercept + mapped_B + self._addends(inputs))
 
-    def _logits(self, inputs: "_Inputs") -> Floats:
-        """Logits ``(B,)``."""
-        visible_B = sum(self.addend[i, inputs.attributes[a]] for i, a in enumerate(ATTRIBUTES))
-        mapped_B = self.scale * (self._output(inputs) - self.centre)
-        return self.intercept + mapped_B + visible_B + inputs.bias_B
+    def _addends(self, inputs: Inputs) -> Floats:
+        """Logits ``(B,)`` that do not pass through the map."""
+        by_attribute_B = sum(
+            self.addend[i, inputs.attributes[name]] for i, name in enumerate(ADDING)
+        )
+        bias_B = ADDEND_SCALE * (inputs.user_bias + inputs.item_bias)
+        return by_attribute_B + bias_B + MATCH_SCALE * inputs.match
 
-    def _output(self, inputs: "_Inputs") -> Floats:
+    def _output(self, inputs: Inputs) -> Floats:
         """``z``, ``(B,)``: all changes at once, those not in force masked."""
-        rows = len(inputs.x_BX)
+        x_BX = inputs.continuous
+        rows = len(x_BX)
         in_force_BC = np.zeros((rows, len(self.shift)))
         first = 0
         for attribute, count in CHANGES[self.name].items():
             in_force_BC[np.arange(rows), first + inputs.attributes[attribute]] = 1.0
             first += count
-        down_BCR = (inputs.x_BX @ self.down).reshape(rows, -1, RANK) * in_force_BC[:, :, None]
-        hidden_BH = inputs.x_BX @ self.shared + in_force_BC @ self.shift
+        down_BCR = (x_BX @ self.down).reshape(rows, -1, RANK) * in_force_BC[:, :, None]
+        hidden_BH = x_BX @ self.shared + in_force_BC @ self.shift
         hidden_BH += down_BCR.reshape(rows, -1) @ self.up
         return np.maximum(hidden_BH, 0.0) @ self.readout
-
-    def _inputs(self, sessions: Sessions) -> "_Inputs":
-        """What the map sees of ``sessions``."""
-        people = self.population
-        rows = len(sessions.user)
-        leaf_B = sessions.candidate // LEAF_ITEMS
-        branch_B = leaf_B // GROUPS
-        event_leaf_BT = sessions.history // LEAF_ITEMS
-
-        # An event weighs less the older it is, and padding weighs nothing.
-        age_BT = sessions.history_length[:, None] - 1 - np.arange(MAX_HISTORY)
-        weight_BT = np.where(age_BT >= 0, FADING ** np.maximum(age_BT, 0), 0.0)
-        slot_BT = np.arange(rows)[:, None] * GROUPS + event_leaf_BT % GROUPS
-        votes = np.bincount(slot_BT.ravel(), weight_BT.ravel(), minlength=rows * GROUPS)
-        same_BT = event_leaf_BT // GROUPS == branch_B[:, None]
-        match_B = (weight_BT * same_BT).sum(1) / np.maximum(weight_BT.sum(1), 1.0)
-
-        declared_BM = people.interest_latent[people.user_interests[sessions.user]]
-        count_B = people.user_interest_count[sessions.user]
-        is_declared_BM = np.arange(MAX_INTERESTS) < count_B[:, None]
-        interest_BL = np.einsum("bml,bm->bl", declared_BM, is_declared_BM / count_B[:, None] ** 0.5)
-        x_BX = np.concatenate(
-            [
-                sessions.dense,
-                people.item_latent[sessions.candidate],
-                interest_BL,
-                (match_B[:, None] - MATCH_MEAN) / MATCH_DEVIATION,
-            ],
-            axis=1,
-        )
-        return _Inputs(
-            x_BX=x_BX,
-            attributes={
-                "group": votes.reshape(rows, GROUPS).argmax(1),
-                "branch": branch_B,
-                "context": people.hour_context[sessions.hour],
-                "leaf": leaf_B,
-            },
-            bias_B=ADDEND_SCALE
-            * (people.user_bias[sessions.user] + people.item_bias[sessions.candidate]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """Continuous inputs ``(B, X)``, attributes by name ``(B,)``, and biases ``(B,)`` in logits."""
-
-    x_BX: Floats
-    attributes: Mapping[str, Ints]
-    bias_B: Floats
 
 
 def _sigmoid(logits: Floats) -> Floats:
@@ -208,13 +151,31 @@ def _sigmoid(logits: Floats) -> Floats:
     return 0.5 + 0.5 * np.tanh(0.5 * logits)
 
 
-def _intercept_for(rate: float, logits: Floats) -> float:
-    """What to add to ``logits`` so that the mean probability is ``rate``, by bisection."""
-    low, high = -30.0, 30.0
-    for _ in range(60):
+def expected_auc(probability: Floats) -> float:
+    """AUC of probabilities against labels drawn from them, averaged over the draw."""
+    p = np.sort(probability)
+    below = np.cumsum(1.0 - p) - 0.5 * (1.0 - p)
+    return float((p * below).sum() / (p.sum() * (1.0 - p).sum()))
+
+
+def _calibrate(output_B: Floats, addends_B: Floats) -> tuple[float, float]:
+    """Scale of the map's output and intercept that give ``BEST_AUC`` and ``CLICK_RATE``."""
+
+    def intercept_at(scale: float) -> float:
+        logits_B = scale * output_B + addends_B
+        return _root(lambda shift: _sigmoid(logits_B + shift).mean() - CLICK_RATE, -100.0, 100.0)
+
+    def excess_auc(scale: float) -> float:
+        logits_B = intercept_at(scale) + scale * output_B + addends_B
+        return expected_auc(_sigmoid(logits_B)) - BEST_AUC
+
+    scale = _root(excess_auc, 0.0, 20.0 / output_B.std())
+    return scale, intercept_at(scale)
+
+
+def _root(rising: Callable[[float], float], low: float, high: float) -> float:
+    """Where ``rising`` crosses zero, by bisection."""
+    for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
-        if _sigmoid(logits + middle).mean() < rate:
-            low = middle
-        else:
-            high = middle
-    return low
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return 0.5 * (low + high)
