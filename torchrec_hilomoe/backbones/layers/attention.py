@@ -31,13 +31,15 @@ class SelfAttention(nn.Module):
             the target's.
 
     Raises:
-        ValueError: If the heads do not divide the width.
+        ValueError: If there is no head, or the heads do not divide the width.
     """
 
     def __init__(
         self, width: int, num_heads: int, *, dropout: float = 0.0, targets_only: bool = False
     ) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"SelfAttention.num_heads must be at least 1, got {num_heads}.")
         if width % num_heads:
             raise ValueError(
                 f"SelfAttention.num_heads must divide width, got num_heads={num_heads} and "

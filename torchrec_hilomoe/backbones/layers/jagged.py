@@ -10,6 +10,7 @@ Shape legend:
 
 from dataclasses import dataclass
 
+import fbgemm_gpu  # noqa: F401  # registers the operators in torch.ops.fbgemm
 import torch
 from torch import Tensor
 
