@@ -1,0 +1,54 @@
+"""Self-attention over jagged rows; its numbers are proved with BST's."""
+
+import re
+
+import pytest
+import torch
+
+from torchrec_hilomoe.backbones.layers.attention import SelfAttention
+
+OFFSETS = torch.tensor([0, 1, 4, 6])
+WIDTH = 8
+
+
+def pair(num_heads: int) -> tuple[SelfAttention, SelfAttention]:
+    """The same layer for all tokens and for targets only."""
+    full = SelfAttention(WIDTH, num_heads)
+    targets = SelfAttention(WIDTH, num_heads, targets_only=True)
+    targets.load_state_dict(full.state_dict())
+    return full, targets
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 8])
+def test_targets_only_are_the_targets_rows_of_the_whole(num_heads):
+    full, targets = pair(num_heads)
+    x = torch.randn(6, WIDTH)
+    whole = full(x, OFFSETS, 3)
+    assert whole.shape == (6, WIDTH)
+    torch.testing.assert_close(targets(x, OFFSETS, 3), whole[OFFSETS[:-1]])
+
+
+def test_a_token_sees_its_own_row_only():
+    full, _ = pair(2)
+    x = torch.randn(6, WIDTH)
+    before = full(x, OFFSETS, 3)
+    x[4] += 1.0  # in the last row
+    after = full(x, OFFSETS, 3)
+    assert torch.equal(before[:4], after[:4])
+    assert not torch.isclose(before[4:], after[4:]).any(dim=1).all()
+
+
+def test_dropout_is_of_weights_and_only_in_training():
+    attention = SelfAttention(WIDTH, 2, dropout=0.5)
+    x = torch.randn(6, WIDTH)
+    assert not torch.equal(attention(x, OFFSETS, 3), attention(x, OFFSETS, 3))
+    attention.eval()
+    assert torch.equal(attention(x, OFFSETS, 3), attention(x, OFFSETS, 3))
+
+
+def test_heads_must_divide_the_width():
+    message = "must divide width, got num_heads=3 and width=8. Change the heads or model.embedding"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SelfAttention(WIDTH, 3)
+    with pytest.raises(ValueError, match="num_heads must be at least 1, got 0"):
+        SelfAttention(WIDTH, 0)

@@ -1,0 +1,52 @@
+"""Between jagged rows and padded tensors, against loops over rows."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from torchrec_hilomoe.backbones.layers.jagged import pad, tokens_of, unpad, valid
+from torchrec_hilomoe.embeddings.features import History
+
+WIDTH = 3
+LENGTHS = st.lists(st.integers(0, 5), min_size=1, max_size=8)
+
+
+def history(lengths: list[int]) -> History:
+    return History(
+        events=torch.randn(sum(lengths), WIDTH),
+        lengths=torch.tensor(lengths),
+        target=torch.randn(len(lengths), WIDTH),
+    )
+
+
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(lengths).cumsum(0)])
+
+
+@given(LENGTHS, st.integers(0, 3))
+def test_tokens_are_each_rows_target_then_its_events(lengths, more):
+    rows = history(lengths)
+    tokens = tokens_of(rows, longest=max(lengths) + more)
+    want = []
+    for target, events in zip(rows.target, rows.events.split(lengths), strict=True):
+        want += [target, *events]
+    assert torch.equal(tokens.values, torch.stack(want))
+    assert torch.equal(tokens.offsets, offsets_of([length + 1 for length in lengths]))
+    # The target is 0 away from itself, the latest event 1, the oldest the furthest.
+    recency = [far for length in lengths for far in (0, *range(length, 0, -1))]
+    assert tokens.recency.tolist() == recency
+    assert tokens.longest == max(lengths) + more + 1
+
+
+@given(LENGTHS, st.integers(0, 3))
+def test_padding_adds_zeros_after_each_row_and_unpadding_removes_them(lengths, more):
+    values, longest = torch.randn(sum(lengths), WIDTH), max(1, max(lengths) + more)
+    offsets = offsets_of(lengths)
+    padded, mask = pad(values, offsets, longest), valid(offsets, longest)
+    assert padded.shape == (len(lengths), longest, WIDTH)
+    for row, length in enumerate(lengths):
+        assert torch.equal(padded[row, :length], values[offsets[row] : offsets[row + 1]])
+        assert not padded[row, length:].any()
+        assert mask[row].tolist() == [True] * length + [False] * (longest - length)
+    assert torch.equal(unpad(padded, offsets, sum(lengths)), values)
