@@ -55,7 +55,7 @@ clean: ## remove the environment and the caches; what runs have written stays
 
 $(STAMPS)/venv:
 	@test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	    { echo "Python 3.11 or newer is needed, found: $$("$(PYTHON)" --version 2>&1)." \
+	    { echo "Python 3.11 or newer is needed, found: $(if $(PYTHON),$$("$(PYTHON)" --version 2>&1),none)." \
 	           "Name one with make PYTHON=/path/to/python3.11." >&2; exit 1; }
 	"$(PYTHON)" -m venv .venv
 	@mkdir -p $(STAMPS) && touch $@
