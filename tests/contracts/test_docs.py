@@ -45,15 +45,22 @@ def blocks(*languages: str) -> list[Block]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Every command of the shell blocks, in words, and where it stands."""
-    found = []
+    """Every command of the shell blocks and of the running text, in words, and where it stands."""
+    lines = []
     for block in blocks("bash", "sh", "console"):
         for line in block.text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line.removeprefix("$ "), comments=True)
+            lines.append((block.place, line.removeprefix("$ ")))
+    for path in DOCUMENTS:
+        for inline in re.findall(rf"`((?:{'|'.join(CHECKS)}) [^`]+)`", path.read_text()):
+            lines.append((path.name, inline))
+    found = []
+    for place, line in dict.fromkeys(lines):
+        for command in line.split(" && "):
+            words = shlex.split(command, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                 words = words[1:]  # a variable set for the command
             if words:
-                found.append((f"{block.place} {' '.join(words)}", words))
+                found.append((f"{place} {' '.join(words)}", words))
     return found
 
 
@@ -75,7 +82,7 @@ def check_python(words: Sequence[str]) -> None:
             return
         assert importlib.util.find_spec(words[1]), words[1]
         check_flags(["-m", words[1]], words[2:])
-    elif words[0] == TRAIN:
+    elif words[0] == TRAIN and "--help" not in words:
         parse_run(words[1:])
     else:
         assert (ROOT / words[0]).is_file()
@@ -105,6 +112,8 @@ def check_torchx(words: Sequence[str]) -> None:
 
 def check_pip(words: Sequence[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = (ROOT / "requirements" / "cuda.txt").read_text().splitlines()
+    assert [word for word in words if "==" in word and word not in pins] == []
     for before, word in zip(words, words[1:], strict=False):
         if before in ("-r", "--requirement"):
             assert (ROOT / word).is_file()
