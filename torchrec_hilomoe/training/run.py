@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+from contextlib import closing
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -26,6 +27,8 @@ __all__ = ["run_training"]
 
 logger = logging.getLogger(__name__)
 
+SUMMARY = "summary.json"
+
 
 def run_training(parsed: ParsedRun, job: Job) -> None:
     """Train, evaluate and report; a collective call.
@@ -42,6 +45,7 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
     logger.info("run %s: %s, %d ranks on %s", folder, parsed.recipe, job.world.size, job.device)
     logger.info("%s", cost_table(cost))
     if config.dry_run:
+        _write_config(folder, parsed, job)
         _write_summary(folder, job, _costs(cost))
         return
     resumed = _resumed_checkpoint(config.resume, folder)
@@ -50,23 +54,27 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
     total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
     spans = schedule_of(config).place(total)
     assembly = assemble(config, task, job)
-    log = RunLog(folder, total, progress.step if progress else 0, enabled=job.is_main)
-    trainer = Trainer(
-        assembly.model,
-        assembly.learners,
-        spans,
-        rhythm=_rhythm(config),
-        log=log,
-        folder=folder / "checkpoints",
-    )
-    if resumed:
-        trainer.restore(resumed)
-        logger.info("resumed %s at step %d of %d", resumed, trainer.step, total)
-    if not trainer.fit(loader, loader_of(config, "valid", job.world)):
-        logger.info("stopped at step %d of %d; run again to go on", trainer.step, total)
-        return
-    test = trainer.validate("test", loader_of(config, "test", job.world))
-    log.close()
+    start = progress.step if progress else 0
+    with closing(RunLog(folder, total, start, enabled=job.is_main)) as log:
+        trainer = Trainer(
+            assembly.model,
+            assembly.learners,
+            spans,
+            rhythm=_rhythm(config),
+            log=log,
+            folder=folder / "checkpoints",
+        )
+        if resumed:
+            trainer.restore(resumed)
+            log.say(f"resumed {resumed} at step {start} of {total}")
+        if start >= total and (folder / SUMMARY).exists():
+            log.say(f"{folder} is complete; raise train.max_steps, or give another --out_dir")
+            return
+        _write_config(folder, parsed, job)
+        if not trainer.fit(loader, loader_of(config, "valid", job.world)):
+            log.say(f"stopped at step {trainer.step} of {total}; run again to go on")
+            return
+        test = trainer.validate("test", loader_of(config, "test", job.world))
     best = best_auc_of(config, "test") if job.is_main else None
     summary = {
         "recipe": parsed.recipe,
@@ -93,23 +101,33 @@ def _rhythm(config: RunConfig) -> Rhythm:
 
 
 def _make_folder(parsed: ParsedRun, job: Job) -> Path:
-    """Make the run's folder, write its configuration, and return its path on every rank."""
+    """Make the run's folder and return its path on every rank.
+
+    Raises:
+        ValueError: If it holds a run that would be overwritten.
+    """
     config = parsed.config
     folder = Path(
         config.out_dir or broadcast_text(f"runs/{parsed.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
     )
     used = (folder / "metrics.jsonl").exists() or checkpoint.latest(folder / "checkpoints")
     dist.barrier()  # every rank has looked before the first one writes
-    if used and config.resume == "never":
+    if used and (config.dry_run or config.resume == "never"):
+        option = "dry_run is true" if config.dry_run else "resume is 'never'"
         raise ValueError(
-            f"out_dir {folder} already holds a run and resume is 'never'. Give another --out_dir, "
-            "or --resume auto to go on with that run."
+            f"out_dir {folder} already holds a run and {option}. Give another --out_dir, or "
+            "--resume auto to go on with that run."
         )
     if job.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(parsed.resolved)
     dist.barrier()
     return folder
+
+
+def _write_config(folder: Path, parsed: ParsedRun, job: Job) -> None:
+    """Keep the configuration; only once it is known to fit what the folder already holds."""
+    if job.is_main:
+        (folder / "config.yaml").write_text(parsed.resolved)
 
 
 def _resumed_checkpoint(resume: str, folder: Path) -> Path | None:
@@ -135,4 +153,4 @@ def _write_summary(folder: Path, job: Job, content: dict[str, object]) -> None:
         "versions": {name: version(name) for name in ("torch", "torchrec", "torchrec-hilomoe")}
         | {"python": platform.python_version()},
     }
-    (folder / "summary.json").write_text(json.dumps({**content, **where}, indent=2) + "\n")
+    (folder / SUMMARY).write_text(json.dumps({**content, **where}, indent=2) + "\n")
