@@ -131,7 +131,8 @@ def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ra
         faults.add(null_N, lambda row: f"{name} {'has a null id' if is_list else 'is null'}")
         flat = pc.fill_null(flat, 0)
     values = flat.to_numpy(zero_copy_only=False)
-    if len(values) and (values.min() < 0 or values.max() >= table_rows):
+    # Seen as unsigned, a negative id is a huge one: one pass finds both.
+    if len(values) and values.view(f"u{values.itemsize}").max() >= table_rows:
         wrong_V = (values < 0) | (values >= table_rows)
 
         def describe(row: int) -> str:
