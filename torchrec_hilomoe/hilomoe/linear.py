@@ -14,13 +14,13 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.losses import attach, RoutingSums, sum_over_ranks
-from torchrec_hilomoe.hilomoe.routing import inverse_rms, route, Routing, wide
+from torchrec_hilomoe.hilomoe.function import hilomoe, SiteOutput
+from torchrec_hilomoe.hilomoe.losses import RoutingLosses, RoutingRecord
 
 __all__ = ["HiLoMoELinear"]
 
-# Opaque to FX: they ask for the process group, shapes or dtypes, which a proxy does not have.
-for _name in ("attach", "checked", "inverse_rms", "sum_over_ranks", "wide"):
+# Opaque to FX: they ask for shapes, dtypes or the process group, which a proxy does not have.
+for _name in ("checked", "hilomoe", "rms_norm", "unflattened"):
     torch.fx.wrap(_name)
 
 
@@ -93,7 +93,7 @@ class HiLoMoELinear(nn.Module):
         if config.query_dim is not None:
             self.query_proj = parameter(config.query_dim, in_features)
         self.auxiliary_scale = 1.0
-        self._sums: RoutingSums | None = None
+        self._record: RoutingRecord | None = None
         self._active_layers = L
         self.reset_parameters()
 
@@ -129,12 +129,12 @@ class HiLoMoELinear(nn.Module):
                 f"{self.config.num_layers}, got {layers}. Build the site with more layers."
             )
         self._active_layers = layers
-        self._sums = None
+        self._record = None
 
     @property
-    def routing_sums(self) -> RoutingSums | None:
-        """What the last forward pass that trains has routed; None before there was one."""
-        return self._sums
+    def routing_losses(self) -> RoutingLosses | None:
+        """This rank's part of the last training forward's losses; None before there was one."""
+        return None if self._record is None else self._record.losses()
 
     def reset_parameters(self) -> None:
         """Start as ``nn.Linear`` does, with experts that add exactly nothing."""
@@ -170,35 +170,48 @@ class HiLoMoELinear(nn.Module):
         """Apply the map and its active experts; shapes are in the class docstring."""
         if self._active_layers == 0:
             return F.linear(x, self.weight, self.bias)
-        x = checked(x, self.in_features)
-        base = F.linear(x, self.weight, self.bias)
-        x_ND = x.reshape(-1, self.in_features)
-        routing = self.route(x_ND)
-        y = base + self.correct(x_ND, routing).reshape(base.shape)
-        weights = (self.config.balance_weight, self.config.z_weight)
-        if self.training and torch.is_grad_enabled() and weights != (0.0, 0.0):
-            y = self._with_losses(y, routing)
-        return y
+        out = self.compute(checked(x, self.in_features).reshape(-1, self.in_features))
+        return unflattened(out.y_NO, x)
 
-    def route(self, x_ND: Tensor) -> Routing:
-        """Decide which experts the rows use, in float32 at least."""
-        keys_MQ = self.expert_in if self.config.tie_keys else self.expert_keys
-        keys_MQ = keys_MQ[: self._active_layers].flatten(0, -2)
-        q_NQ = x_ND.detach() if self.config.stop_gradient == "query" else x_ND
-        if self.config.query_dim is not None:
-            q_NQ = F.linear(q_NQ, self.query_proj)
-        direct_NM = wide(F.linear(q_NQ, keys_MQ))
-        if self.config.query_norm:
-            direct_NM = direct_NM * inverse_rms(q_NQ)
-        query_dim = self.config.query_dim or self.in_features
-        return route(direct_NM, wide(keys_MQ), self.config, self._active_layers, query_dim)
+    def compute(self, x_ND: Tensor) -> SiteOutput:
+        """Apply the map to rows, and tell how they were routed."""
+        config = self.config
+        query_NQ = None
+        if config.query_dim is not None or config.query_norm:
+            query_NQ = x_ND.detach() if config.stop_gradient == "query" else x_ND
+            if config.query_dim is not None:
+                query_NQ = F.linear(query_NQ, self.query_proj)
+            if config.query_norm:
+                query_NQ = rms_norm(query_NQ)
+        scale = self.auxiliary_scale
+        weights = (config.balance_weight * scale, config.z_weight * scale)
+        losing = self.training and torch.is_grad_enabled() and weights != (0.0, 0.0)
+        out = hilomoe(
+            x_ND,
+            query_NQ,
+            self.weight,
+            self.bias,
+            self._active(self.expert_in),
+            self._active(self.expert_out),
+            None if config.tie_keys else self._active(self.expert_keys),
+            config,
+            weights if losing else None,
+        )
+        if losing and isinstance(out, SiteOutput):  # an FX proxy is no value to keep
+            assert out.counts_LE is not None
+            self._record = RoutingRecord(
+                counts_LE=out.counts_LE,
+                scores_LEN=out.routing.scores_LEN,
+                logsumexp_LN=out.routing.logsumexp_LN,
+                top_k=config.top_k,
+            )
+        return out
 
-    def correct(self, x_ND: Tensor, routing: Routing) -> Tensor:
-        """What the gated experts add to the base map's output."""
-        hidden_NH = F.linear(x_ND, self.expert_in[: self._active_layers].flatten(0, 2))
-        gates_NM = torch.cat(routing.gates, dim=1).to(hidden_NH.dtype) * self.config.alpha
-        gates_NH = gates_NM.repeat_interleave(self.config.rank, dim=1)
-        return (hidden_NH * gates_NH) @ self.expert_out[: self._active_layers].flatten(0, 2)
+    def _active(self, parameter: Tensor) -> Tensor:
+        """The vectors of all experts that compute, one below the other."""
+        if self._active_layers < self.config.num_layers:
+            parameter = parameter[: self._active_layers]
+        return parameter.flatten(0, -2)
 
     def extra_repr(self) -> str:
         """Sizes and options, as ``nn.Linear`` prints its own."""
@@ -207,29 +220,9 @@ class HiLoMoELinear(nn.Module):
             f"bias={self.bias is not None}, active_layers={self._active_layers}, {self.config}"
         )
 
-    def _with_losses(self, y: Tensor, routing: Routing) -> Tensor:
-        """Attach the auxiliary losses of one forward pass to its output."""
-        wide = routing.scores[0].dtype
-        counts_LE = torch.stack([chosen.sum(dim=0, dtype=wide) for chosen in routing.chosen])
-        scores_LE = torch.stack([scores.sum(dim=0) for scores in routing.scores])
-        z_L = torch.stack([logits.logsumexp(dim=1).square().sum() for logits in routing.logits])
-        counts_LE = sum_over_ranks(counts_LE)
-        weights = (
-            self.config.balance_weight * self.auxiliary_scale,
-            self.config.z_weight * self.auxiliary_scale,
-        )
-        if isinstance(y, Tensor):  # an FX proxy is no value to keep
-            self._sums = RoutingSums(
-                counts_LE=counts_LE,
-                scores_LE=scores_LE.detach(),
-                z_L=z_L.detach(),
-                top_k=self.config.top_k,
-            )
-        return attach(y, counts_LE, scores_LE, z_L, self.config.top_k, weights)
-
     def __getstate__(self) -> dict:
-        """Copies and pickles start without the last pass's sums."""
-        return {**super().__getstate__(), "_sums": None}
+        """Copies and pickles start without the last pass's losses."""
+        return {**super().__getstate__(), "_record": None}
 
 
 def checked(x: Tensor, in_features: int) -> Tensor:
@@ -245,3 +238,13 @@ def checked(x: Tensor, in_features: int) -> Tensor:
             "Embed or convert it first, for example with x.float()."
         )
     return x
+
+
+def rms_norm(query_NQ: Tensor) -> Tensor:
+    """Divide each query by its root mean square."""
+    return F.rms_norm(query_NQ, query_NQ.shape[1:])
+
+
+def unflattened(y_NO: Tensor, x: Tensor) -> Tensor:
+    """Give rows back the leading dimensions of the input."""
+    return y_NO.reshape(*x.shape[:-1], y_NO.shape[1])

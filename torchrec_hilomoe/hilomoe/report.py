@@ -21,6 +21,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.losses import choice_counts
 from torchrec_hilomoe.hilomoe.sites import sites_of
 
 __all__ = ["LayerReport", "RoutingReport", "SiteReport", "record_routing", "routing_report"]
@@ -159,20 +160,19 @@ def _record(module: nn.Module, args: tuple, output: Tensor) -> None:
     x_ND = args[0].reshape(-1, site.in_features)
     if site.active_layers == 0 or len(x_ND) == 0:
         return
-    routing = site.route(x_ND)
-    scores_LNE = torch.stack(routing.scores).double()
-    logits_LNE = torch.stack(routing.logits).double()
-    best_NL = torch.stack([logits.argmax(dim=1) for logits in routing.logits], dim=1)
-    paths_PL, path_rows_P = best_NL.unique(dim=0, return_counts=True)
+    out = site.compute(x_ND)
+    routing, scores_LEN = out.routing, out.routing.scores_LEN.double()
+    base_NO = F.linear(x_ND, site.weight, site.bias)
+    paths_PL, path_rows_P = scores_LEN.argmax(dim=1).t().unique(dim=0, return_counts=True)
     _recorded[site].add(
         _Part(
             rows=len(x_ND),
-            counts_LE=torch.stack(routing.chosen).sum(dim=1).cpu(),
-            scores_LE=scores_LNE.sum(dim=1).cpu(),
-            entropy_L=torch.special.entr(scores_LNE).sum(dim=(1, 2)).cpu(),
-            z_L=logits_LNE.logsumexp(dim=2).square().sum(dim=1).cpu(),
-            base_square=F.linear(x_ND, site.weight, site.bias).double().square().sum().item(),
-            added_square=site.correct(x_ND, routing).double().square().sum().item(),
+            counts_LE=choice_counts(routing.chosen_LkN, site.config.num_experts).cpu(),
+            scores_LE=scores_LEN.sum(dim=2).cpu(),
+            entropy_L=torch.special.entr(scores_LEN).sum(dim=(1, 2)).cpu(),
+            z_L=routing.logsumexp_LN.double().square().sum(dim=1).cpu(),
+            base_square=base_NO.double().square().sum().item(),
+            added_square=(out.y_NO - base_NO).double().square().sum().item(),
             paths_PL=paths_PL.cpu(),
             path_rows_P=path_rows_P.cpu(),
         )

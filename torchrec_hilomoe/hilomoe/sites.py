@@ -37,10 +37,10 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     """
     total, sites = torch.zeros(()), sites_of(model).values()
     for site in sites:
-        if site.routing_sums is not None:
-            balance_L, z_L = site.routing_sums.losses_L()
-            loss = site.config.balance_weight * balance_L + site.config.z_weight * z_L
-            total = total.to(loss.device) + loss.mean() / len(sites)
+        part = site.routing_losses
+        if part is not None:
+            loss_L = site.config.balance_weight * part.balance_L + site.config.z_weight * part.z_L
+            total = total.to(loss_L.device) + loss_L.mean() / len(sites)
     return total
 
 

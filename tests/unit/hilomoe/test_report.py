@@ -22,7 +22,7 @@ def model_and_batches(**options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
     inject_hilomoe(model, HiLoMoEConfig(num_layers=3, num_experts=4, **options), sites=["0"])
-    nn.init.normal_(model[0].expert_out)
+    nn.init.normal_(sites_of(model)["0"].expert_out)
     return model.eval(), [torch.randn(rows, 6, dtype=torch.float64) for rows in (7, 0, 20)]
 
 
@@ -33,8 +33,8 @@ def test_matches_the_reference(top_k):
         for batch in batches:
             model(batch)
     (site,) = routing_report(model).sites
-    config = model[0].config
-    params = {name: p.detach() for name, p in model[0].named_parameters()}
+    config = sites_of(model)["0"].config
+    params = {name: p.detach() for name, p in sites_of(model)["0"].named_parameters()}
     out = reference.hilomoe_linear(torch.cat(batches), params, config)
     losses = reference.losses(out, config)
     assert (site.name, site.rows, site.paths_possible) == ("0", 27, 64)

@@ -1,0 +1,248 @@
+"""HiLoMoELinear against the float64 loops: values and every gradient, over sizes and options."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import functional_call
+
+from tests.helpers.rounding import assert_as_exact_as, value_and_grads
+from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+# Odd and degenerate sizes first: they find the off-by-ones that 64 and 128 hide.
+SIZES = [(1, 1, 1, 1, 1), (3, 5, 2, 2, 4), (5, 4, 9, 1, 3), (17, 33, 7, 3, 5)]  # N, D, O, L, E
+OPTIONS = {
+    "default": {},
+    "top_2": {"top_k": 2},
+    "all_chosen": {"top_k": 4},
+    "rank_3": {"rank": 3},
+    "query_dim": {"query_dim": 3},
+    "query_norm": {"query_norm": True},
+    "query_dim_norm": {"query_dim": 3, "query_norm": True},
+    "tied": {"tie_keys": True},
+    "tied_norm": {"tie_keys": True, "query_norm": True},
+    "selected": {"query_update": "selected"},
+    "selected_top_2": {"query_update": "selected", "top_k": 2, "rank": 2},
+    "stop_scores": {"stop_gradient": "scores"},
+    "stop_scores_selected": {"stop_gradient": "scores", "query_update": "selected"},
+    "stop_query": {"stop_gradient": "query"},
+    "stop_query_dim_norm": {"stop_gradient": "query", "query_dim": 3, "query_norm": True},
+    "alpha": {"alpha": -0.3},
+    "no_losses": {"balance_weight": 0.0, "z_weight": 0.0},
+    "balance_only": {"z_weight": 0.0},
+    "z_only": {"balance_weight": 0.0},
+}
+
+
+def config_of(L, E, **options):
+    options = {"balance_weight": 0.7, "z_weight": 0.3, "alpha": 0.7, **options}
+    options["top_k"] = min(options.get("top_k", 1), E)
+    return HiLoMoEConfig(num_layers=L, num_experts=E, **options)
+
+
+def make_case(sizes, config, dtype, seed=0, bias=True):
+    """A site in training mode, its inputs and parameters by name, and an output gradient."""
+    N, D, width, _, _ = sizes
+    rng = torch.Generator().manual_seed(seed)
+    site = HiLoMoELinear(D, width, config, bias=bias, dtype=dtype)
+    tensors = {"x": torch.randn(N, D, generator=rng).to(dtype)}
+    for name, p in site.named_parameters():  # up-vectors start at zero and would hide errors
+        tensors[name] = torch.randn(p.shape, generator=rng).to(dtype)
+    return site, tensors, torch.randn(N, width, generator=rng).to(dtype)
+
+
+def check(sizes, config, dtype, seed=0, bias=True, active_layers=None):
+    site, tensors, cotangent = make_case(sizes, config, dtype, seed, bias)
+    if active_layers is not None:
+        site.active_layers = active_layers
+    chosen_NLE = chosen_by(site, tensors) if site.active_layers else None
+
+    def fast(x, **params):
+        return functional_call(site, params, (x,)), None  # the loss is attached to the output
+
+    def slow(x, **params):
+        out = reference.hilomoe_linear(x, params, config, active_layers, chosen_NLE)
+        return out.y_NO, reference.losses(out, config).total if active_layers != 0 else None
+
+    exact = {name: t.double() for name, t in tensors.items()}
+    plain = {name: t.float() for name, t in tensors.items()} if dtype.itemsize == 8 else tensors
+    want = value_and_grads(slow, exact, cotangent.double())
+    near = value_and_grads(slow, plain, cotangent.to(plain["x"].dtype))
+    assert_as_exact_as(value_and_grads(fast, tensors, cotangent), near, want, dtype, sum(sizes))
+
+
+def chosen_by(site, tensors):
+    """The experts that the site chooses; each must be among the best to within rounding."""
+    params = {name: t for name, t in tensors.items() if name != "x"}
+    with torch.no_grad():
+        routing = functional_call(
+            _Routing(site), {f"site.{n}": p for n, p in params.items()}, (tensors["x"],)
+        )
+    chosen_LEN = torch.zeros_like(routing.scores_LEN, dtype=torch.bool)
+    chosen_NLE = chosen_LEN.scatter(1, routing.chosen_LkN, True).permute(2, 0, 1)
+    config, dtype = site.config, tensors["x"].dtype
+    exact = {name: t.double() for name, t in params.items()}
+    out = reference.hilomoe_linear(
+        tensors["x"].double(), exact, config, site.active_layers, chosen_NLE
+    )
+    plain = reference.hilomoe_linear(tensors["x"], params, config, site.active_layers, chosen_NLE)
+    unit = 1 if dtype.itemsize < 8 else 4
+    slack = 2 * (plain.logits_NLE.double() - out.logits_NLE).abs().max() * unit
+    slack += (
+        4 * torch.finfo(dtype).eps * out.logits_NLE.abs().max() * sum(tensors["x"].shape) ** 0.5
+    )
+    worst_chosen = out.logits_NLE.masked_fill(~chosen_NLE, torch.inf).amin(dim=2)
+    best_other = out.logits_NLE.masked_fill(chosen_NLE, -torch.inf).amax(dim=2)
+    assert (chosen_NLE.sum(dim=2) == config.top_k).all()
+    assert (worst_chosen >= best_other - 2 * slack).all()
+    return chosen_NLE
+
+
+class _Routing(torch.nn.Module):
+    """Calls ``site.compute`` where ``functional_call`` wants a ``forward``."""
+
+    def __init__(self, site):
+        super().__init__()
+        self.site = site
+
+    def forward(self, x):
+        return self.site.compute(x).routing
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "N{}-D{}-O{}-L{}-E{}".format(*s))
+def test_matches_float64_reference(sizes, options, dtype):
+    check(sizes, config_of(*sizes[3:], **options), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_gathered_experts_match_float64_reference(options, dtype):
+    """The same where rows use few of many wide vectors, which are gathered."""
+    sizes = (7, 129, 6, 2, 4 if options.get("top_k") == 4 else 17)
+    check(sizes, config_of(*sizes[3:], **options), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("active_layers", [0, 1, 2, 3])
+def test_active_layers_match_the_reference(active_layers, dtype):
+    check((9, 6, 7, 3, 4), config_of(3, 4), dtype, active_layers=active_layers)
+
+
+def test_without_bias():
+    check((9, 6, 7, 3, 4), config_of(3, 4), torch.float64, bias=False)
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, high) for high in (6, 9, 9, 4, 6)]),
+    options=st.sampled_from(list(OPTIONS.values())),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=25, deadline=None)
+def test_matches_over_random_sizes(sizes, options, seed):
+    check(sizes, config_of(*sizes[3:], **options), torch.float64, seed)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_gradcheck(options):
+    if options.get("stop_gradient", "none") != "none":
+        pytest.skip("a stopped gradient is not the derivative; the reference tests it")
+    config = config_of(2, 4, **{**options, "balance_weight": 0.0, "z_weight": 0.0})
+    site, tensors, _ = make_case((4, 5, 3, 2, 4), config, torch.float64)
+
+    def fn(*values):
+        named = dict(zip(tensors, values, strict=True))
+        return functional_call(site, {n: t for n, t in named.items() if n != "x"}, named["x"])
+
+    assert torch.autograd.gradcheck(fn, [t.requires_grad_() for t in tensors.values()])
+
+
+def test_inactive_layers_are_not_read():
+    config = config_of(3, 4)
+    site, tensors, cotangent = make_case((9, 6, 7, 3, 4), config, torch.float64)
+    site.active_layers = 2
+    params = {name: t for name, t in tensors.items() if name != "x"}
+    want = functional_call(site, params, tensors["x"])
+    for name in ("expert_in", "expert_out", "expert_keys"):
+        tensors[name][2] = torch.nan
+
+    def fn(x, **params):
+        return functional_call(site, params, (x,)), None
+
+    got = value_and_grads(fn, tensors, cotangent)
+    assert torch.equal(got["y"], want)
+    for name in ("expert_in", "expert_out", "expert_keys"):
+        assert got[name].isfinite().all()
+        assert torch.count_nonzero(got[name][2]) == 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_ties_go_to_the_first(k):
+    config = config_of(2, 4, top_k=k)
+    site, tensors, _ = make_case((5, 6, 7, 2, 4), config, torch.float64)
+    tensors["expert_keys"][:] = tensors["expert_keys"][:, :1]  # all experts of a layer alike
+    chosen_NLE = chosen_by(site, tensors)
+    assert chosen_NLE[:, :, :k].all()
+    assert not chosen_NLE[:, :, k:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_near_ties_choose_a_best_expert(dtype):
+    config = config_of(3, 6, top_k=2)
+    site, tensors, _ = make_case((31, 6, 7, 3, 6), config, dtype)
+    nudge = torch.randn(tensors["expert_keys"].shape) * torch.finfo(dtype).eps
+    tensors["expert_keys"] = (tensors["expert_keys"][:, :1] * (1 + nudge)).to(dtype)
+    chosen_by(site, tensors)  # checks the choice
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_saturated_softmax(dtype, top_k):
+    config = config_of(2, 4, top_k=top_k)
+    site, tensors, cotangent = make_case((7, 6, 5, 2, 4), config, dtype)
+    tensors["expert_keys"] *= 1e3  # scores of one and of exactly zero
+
+    def fn(x, **params):
+        return functional_call(site, params, (x,)), None
+
+    got = value_and_grads(fn, tensors, cotangent)
+    assert all(t.isfinite().all() for t in got.values())
+    check_site, _, _ = make_case((7, 6, 5, 2, 4), config, dtype)
+    chosen_NLE = chosen_by(check_site, tensors)
+    params = {n: t.double() for n, t in tensors.items() if n != "x"}
+    out = reference.hilomoe_linear(tensors["x"].double(), params, config, None, chosen_NLE)
+    largest = out.y_NO.abs().max()
+    assert (got["y"].double() - out.y_NO).abs().max() <= 64 * torch.finfo(dtype).eps * largest
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_reads_no_uninitialised_memory(options):
+    """With ``torch.empty`` full of NaN, results stay as they are."""
+    config = config_of(3, 5, **options)
+    site, tensors, cotangent = make_case((9, 6, 7, 3, 5), config, torch.float32)
+
+    def fn(x, **params):
+        return functional_call(site, params, (x,)), None
+
+    want = value_and_grads(fn, tensors, cotangent)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        got = value_and_grads(fn, tensors, cotangent)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+
+
+def test_non_finite_input_propagates():
+    config = config_of(2, 3)
+    site, tensors, _ = make_case((4, 6, 5, 2, 3), config, torch.float32)
+    x = tensors["x"]
+    x[1, 2], x[3, 0] = torch.nan, torch.inf
+    y = functional_call(site, {n: t for n, t in tensors.items() if n != "x"}, x)
+    assert y[[1, 3]].isnan().all()
+    assert y[[0, 2]].isfinite().all()
