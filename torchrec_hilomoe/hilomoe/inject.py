@@ -140,8 +140,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
             wrappers.append(getattr(sys.modules[module_name], class_name))
     for name, module in model.named_modules():
         if isinstance(module, tuple(wrappers)):
+            where = repr(name) if name else "its root"
             raise ValueError(
-                f"The model is already distributed: {name or 'its root'!r} is a "
+                f"The model is already distributed: {where} is a "
                 f"{type(module).__name__}. Its gradients are all-reduced for the parameters it had "
                 "when it was wrapped, so ranks would drift apart. Change the sites first, then "
                 "wrap the model and build the optimizer."
