@@ -1,0 +1,367 @@
+"""BST against its definition, a row and a token at a time, and what must not change its outputs."""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn, Tensor
+from torch.func import functional_call
+
+from tests.helpers.rounding import value_and_grads
+from torchrec_hilomoe import HiLoMoEConfig, inject_hilomoe
+from torchrec_hilomoe.backbones.bst import BST, TransformerLayer
+from torchrec_hilomoe.embeddings.features import (
+    FeatureWidths,
+    History,
+    HistoryWidths,
+    SequenceFeatures,
+)
+
+HEADS = 2
+WIDTHS = FeatureWidths(
+    candidate=4,
+    context=3,
+    histories=(HistoryWidths(event=5, max_length=4), HistoryWidths(event=3, max_length=2)),
+)
+# Of each history: an empty row, full ones, and rows shorter than the longest.
+LENGTHS = ((0, 4, 1, 2, 3), (2, 0, 0, 1, 2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Options of a BST."""
+
+    num_layers: int = 1
+    residual: bool = True
+    layer_norm: bool = False
+    pooling: Literal["target", "mean"] = "target"
+
+    def build(self, widths: FeatureWidths = WIDTHS) -> BST:
+        model = BST(
+            widths,
+            position_dim=3,
+            num_layers=self.num_layers,
+            num_heads=HEADS,
+            residual=self.residual,
+            layer_norm=self.layer_norm,
+            pooling=self.pooling,
+            head=(7, 5),
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():  # attention that starts even would hide errors
+                parameter.add_(0.5 * torch.randn_like(parameter))
+        return model
+
+
+CASES = [
+    Case(),
+    Case(pooling="mean"),
+    Case(residual=False, layer_norm=True),
+    Case(num_layers=2, layer_norm=True),
+    Case(num_layers=2, residual=False, pooling="mean"),
+]
+
+
+def make_features(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> SequenceFeatures:
+    rows = len(lengths[0])
+    return SequenceFeatures(
+        candidate=torch.randn(rows, WIDTHS.candidate),
+        context=torch.randn(rows, WIDTHS.context),
+        histories=tuple(
+            History(
+                events=torch.randn(sum(of_rows), widths.event),
+                lengths=torch.tensor(of_rows),
+                target=torch.randn(rows, widths.event),
+            )
+            for of_rows, widths in zip(lengths, WIDTHS.histories, strict=False)
+        ),
+        longest=max(1, *(length for of_rows in lengths for length in of_rows)),
+    )
+
+
+def select(features: SequenceFeatures, rows: list[int]) -> SequenceFeatures:
+    """The same rows, in another order or alone, padded to no more than they need."""
+    histories = []
+    for history in features.histories:
+        parts = history.events.split(history.lengths.tolist())
+        histories.append(
+            History(
+                events=torch.cat([parts[row] for row in rows]),
+                lengths=history.lengths[rows],
+                target=history.target[rows],
+            )
+        )
+    longest = max(1, *(int(history.lengths.max()) for history in histories))
+    return SequenceFeatures(
+        features.candidate[rows], features.context[rows], tuple(histories), longest
+    )
+
+
+def flat(features: SequenceFeatures) -> dict[str, Tensor]:
+    """The features' floating-point tensors by name."""
+    tensors = {"candidate": features.candidate, "context": features.context}
+    for index, history in enumerate(features.histories):
+        tensors |= {f"events.{index}": history.events, f"target.{index}": history.target}
+    return tensors
+
+
+def unflat(tensors: dict[str, Tensor], like: SequenceFeatures) -> SequenceFeatures:
+    return SequenceFeatures(
+        candidate=tensors["candidate"],
+        context=tensors["context"],
+        histories=tuple(
+            replace(history, events=tensors[f"events.{i}"], target=tensors[f"target.{i}"])
+            for i, history in enumerate(like.histories)
+        ),
+        longest=like.longest,
+    )
+
+
+def linear(x: Tensor, params: dict[str, Tensor], name: str) -> Tensor:
+    return params[f"{name}.weight"] @ x + params[f"{name}.bias"]
+
+
+def attention(tokens: list[Tensor], params: dict[str, Tensor], name: str) -> list[Tensor]:
+    """Every token asks every token of its row, head by head."""
+    width = len(tokens[0]) // HEADS
+    queries, keys, values = (
+        [linear(x, params, f"{name}.{part}") for x in tokens] for part in ("query", "key", "value")
+    )
+    attended = []
+    for query in queries:
+        heads = []
+        for head in range(HEADS):
+            at = slice(head * width, (head + 1) * width)
+            logits = torch.stack([query[at] @ key[at] / math.sqrt(width) for key in keys])
+            weights = torch.exp(logits - logits.max()) / torch.exp(logits - logits.max()).sum()
+            heads.append(sum(w * value[at] for w, value in zip(weights, values, strict=True)))
+        attended.append(linear(torch.cat(heads), params, f"{name}.output"))
+    return attended
+
+
+def norm(x: Tensor, case: Case, params: dict[str, Tensor], name: str) -> Tensor:
+    if not case.layer_norm:
+        return x
+    x = (x - x.mean()) / torch.sqrt(x.var(correction=0) + 1e-5)
+    return x * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def definition(case: Case, features: SequenceFeatures, params: dict[str, Tensor]) -> Tensor:
+    """BST, in plain loops."""
+    logits = []
+    for row in range(len(features.candidate)):
+        summaries = []
+        for index, history in enumerate(features.histories):
+            events = history.events.split(history.lengths.tolist())[row]
+            # The latest event is at distance 1 from the target, which is last, at distance 0.
+            sequence = [*events, history.target[row]]
+            far = range(len(events), -1, -1)
+            tokens = [
+                torch.cat([x, params[f"positions.{index}"][distance]])
+                for x, distance in zip(sequence, far, strict=True)
+            ]
+            for layer in range(case.num_layers):
+                name = f"transformers.{index}.layers.{layer}"
+                attended = attention(tokens, params, f"{name}.attention")
+                for at, x in enumerate(tokens):
+                    y = x + attended[at] if case.residual else attended[at]
+                    y = norm(y, case, params, f"{name}.norm_attention")
+                    z = linear(y, params, f"{name}.ffn_in")
+                    z = linear(torch.where(z > 0, z, 0.01 * z), params, f"{name}.ffn_out")
+                    z = y + z if case.residual else z
+                    tokens[at] = norm(z, case, params, f"{name}.norm_ffn")
+            pooled = tokens[-1] if case.pooling == "target" else sum(tokens) / len(tokens)
+            summaries.append(pooled)
+        x = torch.cat([features.candidate[row], features.context[row], *summaries])
+        for layer in (0, 2):
+            x = linear(x, params, f"head.hidden.{layer}").clamp(min=0)
+        logits.append(linear(x, params, "head.output")[0])
+    return torch.stack(logits)
+
+
+def nudged(tensor: Tensor, eps: float) -> Tensor:
+    return tensor * (1 + eps * torch.randn_like(tensor))
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_the_definition_in_float64(case, dtype):
+    """Float64 itself cannot be asked: FBGEMM pads on CPU in 32 and 16 bits only."""
+    model, features = case.build().to(dtype), make_features()
+    inputs = {**flat(features), **dict(model.named_parameters())}
+    inputs = {name: tensor.detach().to(dtype) for name, tensor in inputs.items()}
+    cotangent = torch.randn(len(LENGTHS[0])).to(dtype)
+
+    def fast(**tensors: Tensor) -> tuple[Tensor, None]:
+        params = {name: tensors[name] for name, _ in model.named_parameters()}
+        return functional_call(model, params, (unflat(tensors, features),)), None
+
+    def slow(**tensors: Tensor) -> tuple[Tensor, None]:
+        return definition(case, unflat(tensors, features), tensors), None
+
+    exact = {name: tensor.double() for name, tensor in inputs.items()}
+    want = value_and_grads(slow, exact, cotangent.double())
+    plain = value_and_grads(slow, inputs, cotangent)
+    got = value_and_grads(fast, inputs, cotangent)
+    # What the obvious computation in the same dtype is wrong by, and, lest that be luck, what a
+    # rounding of every input does to the exact results, for each of many operations in a row.
+    rounded = dict.fromkeys(want, 0.0)
+    for _ in range(4):
+        nudge = partial(nudged, eps=torch.finfo(dtype).eps)
+        moved = {name: nudge(tensor) for name, tensor in exact.items()}
+        for name, tensor in value_and_grads(slow, moved, nudge(cotangent.double())).items():
+            rounded[name] = max(rounded[name], error(tensor, want[name]))
+    for name in want:
+        if not name.endswith("key.bias"):  # see the next test
+            bound = 4 * error(plain[name], want[name]) + 64 * rounded[name]
+            assert error(got[name], want[name]) <= bound, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_is_added_to_every_key_changes_nothing(case):
+    """It cancels in the softmax; so its gradient, all rounding, is left out above."""
+    model, features = case.build(), make_features()
+    before = model(features)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("key.bias"):
+                parameter.add_(0.5)
+    torch.testing.assert_close(model(features), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_row_does_not_depend_on_the_others_nor_on_their_lengths(case):
+    model, features = case.build(), make_features()
+    together = model(features)
+    for row in range(len(LENGTHS[0])):
+        torch.testing.assert_close(model(select(features, [row])), together[[row]])
+    torch.testing.assert_close(model(replace(features, longest=19)), together)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_permuting_the_batch_permutes_the_outputs(case):
+    model, features, order = case.build(), make_features(), [3, 0, 4, 2, 1]
+    torch.testing.assert_close(model(select(features, order)), model(features)[order])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [((0, 0, 0), (0, 0, 0)), ((4, 4), (2, 2)), ((0,), (0,)), ((4,), (2,))],
+    ids=["all empty", "all full", "one empty", "one full"],
+)
+def test_empty_and_full_histories_and_a_batch_of_one(case, lengths):
+    model, features = case.build(), make_features(lengths)
+    logits = model(features)
+    params = dict(model.named_parameters())
+    torch.testing.assert_close(logits, definition(case, features, params), rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_order_of_events_matters_only_through_positions():
+    model, features = Case().build(), make_features(((3,), (2,)))
+    clicks, views = features.histories
+    turned = replace(features, histories=(replace(clicks, events=clicks.events.flip(0)), views))
+    assert not torch.isclose(model(features), model(turned)).all()
+    with torch.no_grad():
+        model.positions[0].zero_()
+    torch.testing.assert_close(model(features), model(turned))
+
+
+def test_positions_start_as_sines_and_cosines_of_the_distance():
+    positions = BST(WIDTHS, position_dim=4, num_heads=1).positions
+    assert [tuple(position.shape) for position in positions] == [(5, 4), (3, 4)]
+    want = [[f(d / s) for s in (1, 100) for f in (math.sin, math.cos)] for d in range(5)]
+    torch.testing.assert_close(positions[0].data, torch.tensor(want), rtol=1e-5, atol=1e-6)
+
+
+def test_targets_only_layers_are_where_nobody_reads_the_rest():
+    def computed(**options: Any) -> list[bool]:
+        model = Case(**options).build()
+        return [m.targets_only for m in model.modules() if isinstance(m, TransformerLayer)]
+
+    assert computed(num_layers=3) == [False, False, True] * 2
+    assert computed(num_layers=2, pooling="mean") == [False, False] * 2
+
+
+class Plain(nn.Module):
+    """BST behind tensors, as FX traces it."""
+
+    def __init__(self, model: BST, like: SequenceFeatures) -> None:
+        super().__init__()
+        self.model, self.like = model, like
+
+    def forward(
+        self, candidate: Tensor, context: Tensor, events: Tensor, target: Tensor, lengths: Tensor
+    ) -> Tensor:
+        history = History(events=events, lengths=lengths, target=target)
+        return self.model(SequenceFeatures(candidate, context, (history,), self.like.longest))
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_fx_traceable(case, experts):
+    """TorchRec's pipelines trace models; a branch on a tensor would break them."""
+    model = case.build(replace(WIDTHS, histories=WIDTHS.histories[:1]))
+    if experts:
+        inject_hilomoe(model, HiLoMoEConfig(num_layers=2, num_experts=3), sites=["*"])
+    features = make_features(LENGTHS[:1])
+    (history,) = features.histories
+    plain = Plain(model, features)
+    inputs = (
+        features.candidate,
+        features.context,
+        history.events,
+        history.target,
+        history.lengths,
+    )
+    traced = torch.fx.symbolic_trace(plain)
+    assert torch.equal(traced(*inputs), plain(*inputs))
+
+
+def test_dropout_works_in_training_only():
+    model = BST(WIDTHS, position_dim=3, num_heads=2, dropout=0.5)
+    features = make_features()
+    assert not torch.equal(model(features), model(features))
+    model.eval()
+    assert torch.equal(model(features), model(features))
+
+
+def test_declared_sites_are_its_linear_maps():
+    model = Case(num_layers=2).build()
+    linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    patterns = [pattern for group in BST.SITES.values() for pattern in group]
+    found = inject_hilomoe(model, HiLoMoEConfig(num_experts=2), sites=patterns)
+    assert linears - set(found) == {"head.output"}  # one output is no place for experts
+    assert {name.rpartition(".")[2] for name in found if "attention" in name} == {
+        "query",
+        "key",
+        "value",
+        "output",
+    }
+
+
+@pytest.mark.parametrize(
+    ("widths", "options", "message"),
+    [
+        (
+            replace(WIDTHS, histories=()),
+            {},
+            "BST needs a behaviour sequence, but the schema has no",
+        ),
+        (WIDTHS, {"num_layers": 0}, "BST.num_layers must be at least 1, got 0"),
+        (WIDTHS, {"num_heads": 3}, "num_heads must divide width, got num_heads=3 and width=8"),
+    ],
+)
+def test_an_impossible_model_is_refused(widths, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        BST(widths, position_dim=3, **options)
