@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.schema import Schema, SequenceGroup
@@ -34,7 +35,7 @@ class Ragged:
     """A column of ids as stored: row ``n`` is ``values[offsets[n]:offsets[n + 1]]``.
 
     Attributes:
-        values: ``(V,)``, of any integer type.
+        values: ``(V,)``, of any integer type; the memory may be Arrow's, so nobody writes to it.
         offsets: ``(N + 1,)`` int64, from 0.
     """
 
@@ -130,7 +131,8 @@ def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ra
         null_N = _rows_with(_mask(flat.is_null()), offsets)
         faults.add(null_N, lambda row: f"{name} {'has a null id' if is_list else 'is null'}")
         flat = pc.fill_null(flat, 0)
-    values = flat.to_numpy(zero_copy_only=False)
+    # Arrow's own numpy view is read-only, which PyTorch warns of; nothing here writes to it.
+    values = torch.from_dlpack(flat).numpy()
     # Seen as unsigned, a negative id is a huge one: one pass finds both.
     if len(values) and values.view(f"u{values.itemsize}").max() >= table_rows:
         wrong_V = (values < 0) | (values >= table_rows)

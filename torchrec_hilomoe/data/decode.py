@@ -11,11 +11,13 @@ Shape legend:
     K  keys of the pooled or of the unpooled features
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import fbgemm_gpu  # noqa: F401 - registers torch.ops.fbgemm
 import numpy as np
 import pyarrow as pa
+import torch
 
 from torchrec_hilomoe.data.columns import (
     check_parallel,
@@ -26,7 +28,6 @@ from torchrec_hilomoe.data.columns import (
     label_column,
     Ragged,
 )
-from torchrec_hilomoe.data.ragged import Runs, runs
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["DecodedBlock", "IdColumns", "decode_block", "padding_block"]
@@ -155,24 +156,32 @@ class _Cutter:
         values_N[self._bad_N[self._order_N]] = 0
         return Ragged(values=values_N, offsets=np.arange(self.rows + 1))
 
-    def many(self, names: Sequence[str], max_length: int, keep: str) -> list[Ragged]:
-        """Take columns of many ids a row, cut to ``max_length``; a bad row gets none."""
-        cuts: list[Ragged] = []
-        offsets = self._columns[names[0]].offsets
-        kept = self._kept(offsets, max_length, keep)
-        for name in names:
-            column = self._columns[name]
-            # The fields of a group have the same offsets, unless a bad row makes them unequal.
-            if not np.array_equal(offsets, column.offsets):
-                offsets, kept = column.offsets, self._kept(column.offsets, max_length, keep)
-            cuts.append(Ragged(values=column.values[kept.index], offsets=kept.offsets))
-        return cuts
+    def many(self, name: str, max_length: int, keep: str) -> Ragged:
+        """Take a column of many ids a row, cut to ``max_length``; a bad row gets none.
 
-    def _kept(self, offsets: np.ndarray, max_length: int, keep: str) -> Runs:
-        counts_N = np.minimum(np.diff(offsets), max_length)
-        counts_N[self._bad_N] = 0
-        starts_N = offsets[1:] - counts_N if keep == "last" else offsets[:-1]
-        return runs(starts_N[self._order_N], counts_N[self._order_N])
+        A row is seen as two segments, of which one is kept. FBGEMM copies the kept segments
+        into their order by blocks of memory, several times faster than numpy by ids.
+        """
+        column = self._columns[name]
+        stored_N = np.diff(column.offsets)
+        kept_N = np.minimum(stored_N, max_length)
+        kept_N[self._bad_N] = 0
+        last = int(keep == "last")
+        lengths_N2 = np.empty((self.rows, 2), dtype=np.int32)
+        lengths_N2[:, last] = kept_N
+        lengths_N2[:, 1 - last] = stored_N - kept_N
+        values = column.values
+        if values.dtype not in (np.int32, np.int64):
+            values = values.astype(np.int64)
+        lengths_N, taken, _ = torch.ops.fbgemm.permute_1D_sparse_data(
+            torch.from_numpy((2 * self._order_N + last).astype(np.int32)),
+            torch.from_numpy(lengths_N2.reshape(-1)),
+            torch.from_numpy(values),
+            None,
+            int(kept_N.sum()),
+        )
+        offsets = np.concatenate([[0], np.cumsum(lengths_N.numpy())])
+        return Ragged(values=taken.numpy(), offsets=offsets)
 
 
 def _id_columns(cuts: list[Ragged], rows: int) -> IdColumns:
@@ -187,18 +196,17 @@ def _id_columns(cuts: list[Ragged], rows: int) -> IdColumns:
 
 
 def _pooled(schema: Schema, cutter: _Cutter) -> IdColumns:
-    cuts: list[Ragged] = []
-    for feature in schema.pooled:
-        if feature.max_length == 1:
-            cuts.append(cutter.single(feature.name))
-        else:
-            cuts += cutter.many([feature.name], feature.max_length, "last")
+    cuts = [
+        cutter.single(feature.name)
+        if feature.max_length == 1
+        else cutter.many(feature.name, feature.max_length, "last")
+        for feature in schema.pooled
+    ]
     return _id_columns(cuts, cutter.rows)
 
 
 def _unpooled(schema: Schema, cutter: _Cutter) -> IdColumns:
     cuts = [cutter.single(field.name) for field in schema.candidate]
     for group in schema.sequences:
-        names = [field.name for field in group.fields]
-        cuts += cutter.many(names, group.max_length, group.keep)
+        cuts += [cutter.many(field.name, group.max_length, group.keep) for field in group.fields]
     return _id_columns(cuts, cutter.rows)

@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
 from torchrec_hilomoe.data.prepare.records import BadLines, find_raw, read_records
+from torchrec_hilomoe.data.prepare.runs import Runs, runs
 from torchrec_hilomoe.data.prepare.timelines import Timelines
 from torchrec_hilomoe.data.prepare.vocabulary import Vocabulary
-from torchrec_hilomoe.data.ragged import Runs, runs
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
 
 __all__ = ["prepare_movielens"]

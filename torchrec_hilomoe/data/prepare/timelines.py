@@ -7,7 +7,7 @@ Shape legend:
 
 import numpy as np
 
-from torchrec_hilomoe.data.ragged import Runs, runs
+from torchrec_hilomoe.data.prepare.runs import Runs, runs
 
 __all__ = ["Timelines"]
 
