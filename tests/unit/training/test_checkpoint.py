@@ -1,10 +1,12 @@
 """Checkpoints: whole or absent, exactly what was saved, and nothing in them is executed."""
 
 import contextlib
+import io
 import json
 import pickle
 import re
 import resource
+import signal
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -282,3 +284,13 @@ def test_a_lost_or_cut_shard_is_told(tmp_path):
     shard.unlink()
     with pytest.raises(CheckpointError, match=r"incomplete or damaged: rank 0: .*__0_0\.distcp"):
         checkpoint.load(path, state())
+
+
+def test_an_index_may_ask_for_enum_members_and_nothing_else():
+    """Python before 3.11.4 pickles an enum's member as a call of getattr."""
+    unpickler = checkpoint._IndexUnpickler(io.BytesIO())
+    getattr_of_index = unpickler.find_class("builtins", "getattr")
+    assert getattr_of_index(signal.Signals, "SIGTERM") is signal.SIGTERM
+    for owner, name in ((signal.Signals, "mro"), (dict, "fromkeys")):
+        with pytest.raises(pickle.UnpicklingError, match=name):
+            getattr_of_index(owner, name)
