@@ -20,6 +20,9 @@ from torchrec_hilomoe.runtime.paths import open_binary, path_manager
 __all__ = ["SUCCESS_FILE", "ParquetSource", "check_folder", "load_schema"]
 
 SUCCESS_FILE = "_SUCCESS"
+# What pyarrow raises for files that are broken; the last for a broken column name.
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+AGAIN = "Copy the file again from a whole copy, or prepare the data again."
 REMEDY = "Make it with: python apps/prepare.py movielens --raw RAW --out DIR"
 
 
@@ -67,12 +70,17 @@ class ParquetSource(BlockSource):
         """Return the needed columns of a row group; every epoch has the same."""
         index = self._file_of(block)
         try:
-            return self._files[index].read(block - self._firsts[index])
-        except (pa.ArrowException, OSError) as error:
+            table = self._files[index].read(block - self._firsts[index])
+        except UNREADABLE as error:
             raise DataError(
-                f"{self.describe(block)} cannot be read ({_one_line(error)}). Copy the file again "
-                "from a whole copy, or prepare the data again."
+                f"{self.describe(block)} cannot be read ({_one_line(error)}). {AGAIN}"
             ) from error
+        if table.num_rows != self._block_rows[block]:
+            raise DataError(
+                f"{self.describe(block)} has {table.num_rows} rows, the file's footer says "
+                f"{self._block_rows[block]}. {AGAIN}"
+            )
+        return table
 
     def _file_of(self, block: int) -> int:
         return bisect_right(self._firsts, block) - 1
@@ -127,14 +135,18 @@ class _File:
         try:
             with open_binary(path) as source, pq.ParquetFile(source) as file:
                 self._footer, columns = file.metadata, file.schema_arrow
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise DataError(
-                f"{path} is not a whole Parquet file ({_one_line(error)}). Copy it again, or "
-                "prepare the data again."
+                f"{path} is not a whole Parquet file ({_one_line(error)}). {AGAIN}"
             ) from error
         check_columns(columns, schema, path)
         groups = range(self._footer.num_row_groups)
         self.block_rows = tuple(self._footer.row_group(group).num_rows for group in groups)
+        if sum(self.block_rows) != self._footer.num_rows:
+            raise DataError(
+                f"{path} has a footer that says {self._footer.num_rows} rows in all and "
+                f"{sum(self.block_rows)} in its row groups. {AGAIN}"
+            )
 
     def read(self, group: int) -> pa.Table:
         with (

@@ -1,6 +1,5 @@
 """ParquetSource: blocks from files, and what a broken folder or file gets."""
 
-import random
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -141,23 +140,25 @@ def test_an_unreadable_block_ends_the_epoch_with_its_name(folder, prefetch):
         epoch(source, prefetch=prefetch)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_flipped_bytes_are_found_or_harmless(tmp_path_factory, data):
-    """Page checksums turn a flipped byte into an error, wherever in the pages it is."""
-    rng = random.Random(data.draw(st.integers(0, 2**32)))
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(4, 10**6), st.integers(0, 7)), min_size=1, max_size=4))
+def test_flipped_bits_are_found_or_harmless(tmp_path_factory, flips):
+    """Page checksums find a flipped bit wherever in the pages; in the footer nothing can hang."""
     folder = write_folder(tmp_path_factory.mktemp("fuzz"), {"train": [toy_table(39)]})
     path = folder / "train" / "part-00000.parquet"
-    good = ParquetSource(str(folder), "train")
-    want = [good.read(0, block) for block in range(len(good.block_rows))]
     raw = bytearray(path.read_bytes())
     footer = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
-    for _ in range(rng.randint(1, 4)):
-        raw[rng.randrange(4, footer)] ^= 1 << rng.randrange(8)
+    places = [place % (len(raw) - 4) + 4 for place, _ in flips]
+    for place, (_, bit) in zip(places, flips, strict=True):
+        raw[place] ^= 1 << bit
+    good = ParquetSource(str(folder), "train")
+    want = [good.read(0, block) for block in range(len(good.block_rows))]
     path.write_bytes(raw)
-    for block, table in enumerate(want):
-        with suppress(DataError):
-            assert good.read(0, block) == table
+    with suppress(DataError):
+        source = ParquetSource(str(folder), "train")
+        assert len(epoch(source, max_bad_rows=39)) <= 39
+        if max(places) < footer:
+            assert [source.read(0, block) for block in range(len(want))] == want
 
 
 MUTATIONS = {
