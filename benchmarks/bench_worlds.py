@@ -30,13 +30,14 @@ from torchrec_hilomoe.data.synthetic import best_auc, SyntheticSource, WorldName
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.ctr_model import CTRModel
 from torchrec_hilomoe.training.metrics import auc
-from torchrec_hilomoe.training.optimizers import decay_factor
 
 BATCH = 1024
 TEST_ROWS = 131_072
 EMBEDDING_DIM = 16
-LEARNING_RATE = 2e-3
-TABLE_LEARNING_RATE = 0.1
+# The best of 1e-3 to 8e-3 for the narrowest head, and of 2e-3 and 4e-3 for the widest.
+LEARNING_RATE = 4e-3
+TABLE_LEARNING_RATE = 0.2
+DECAY_SHARE = 0.3
 NO_HISTORY_WIDTH = 128
 
 
@@ -100,7 +101,7 @@ def logits_of(model: CTRModel, batch: CTRBatch) -> torch.Tensor:
 
 
 def train(model: CTRModel, source: BlockSource, seed: int) -> None:
-    """One pass, Adagrad on the tables and Adam on the rest, both decaying to zero."""
+    """One pass, Adagrad on the tables and Adam on the rest, both decaying to zero at the end."""
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Adagrad(model.sparse.parameters(), lr=TABLE_LEARNING_RATE, eps=1e-8),
         torch.optim.Adam(model.backbone.parameters(), lr=LEARNING_RATE),
@@ -108,7 +109,7 @@ def train(model: CTRModel, source: BlockSource, seed: int) -> None:
     rates = [optimizer.defaults["lr"] for optimizer in optimizers]
     loader = Loader(source, batch_size=BATCH, seed=seed, epochs=1)
     for step, batch in enumerate(loader):
-        decay = decay_factor("linear", step / loader.steps_per_epoch)
+        decay = min(1.0, (1.0 - step / loader.steps_per_epoch) / DECAY_SHARE)
         for optimizer, rate in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * decay
             optimizer.zero_grad()
