@@ -1,21 +1,26 @@
 """What a model costs: parameters, FLOPs of a sample, bytes of its lookups, a component each.
 
-FLOPs are counted by PyTorch's own counter, forward, on a batch of samples with full histories,
-two for each multiply-add; pointwise work is not counted. They are FLOPs that are computed: a site
-computes all of its experts, because that is cheaper than choosing first.
+FLOPs are those of matrix products, two for each multiply-add, forward, for a batch of samples with
+full histories; pointwise work is not counted. PyTorch's own counter counts the plain model. It does
+not see a site's kernels, so experts and routing are counted from their sizes: what is computed,
+which is all of a layer's experts or only the chosen ones, as the site itself decides.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import nn, Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
+from torchrec_hilomoe.hilomoe.experts import gathering_pays
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.sites import sites_of
 from torchrec_hilomoe.models.train_task import TrainTask
@@ -94,7 +99,6 @@ def _flops(backbone: Backbone, widths: FeatureWidths) -> dict[str, int]:
         for name, site in sites.items()
     ]
     layers = {name: site.active_layers for name, site in sites.items()}
-    full, _ = _count(backbone, widths)
     for site in sites.values():
         site.active_layers = 0
     plain, head = _count(backbone, widths)
@@ -102,13 +106,12 @@ def _flops(backbone: Backbone, widths: FeatureWidths) -> dict[str, int]:
         site.active_layers = layers[name]
     for hook in hooks:
         hook.remove()
-    routing = sum(_routing_flops(site, rows[name]) for name, site in sites.items())
     batch = {
         "tables": 0,
         "backbone": plain - head,
         "head": head,
-        "experts": full - plain - routing,
-        "routing": routing,
+        "experts": sum(_expert_flops(site, rows[name]) for name, site in sites.items()),
+        "routing": sum(_routing_flops(site, rows[name]) for name, site in sites.items()),
     }
     return {name: round(flops / SAMPLES) for name, flops in batch.items()}
 
@@ -117,18 +120,27 @@ def _note_rows(rows: dict[str, int], name: str, site: nn.Module, args: tuple[Ten
     rows[name] = args[0].numel() // args[0].shape[-1]
 
 
-def _routing_flops(site: HiLoMoELinear, rows: int) -> int:
-    """FLOPs of the logits: the query, its products with all keys, and the keys' Gram matrix.
+def _expert_flops(site: HiLoMoELinear, rows: int) -> int:
+    """FLOPs of the products with the experts' vectors, on their way down and up."""
+    config = site.config
+    gathered = gathering_pays(config.num_experts, config.top_k, site.in_features)
+    experts = config.top_k if gathered else config.num_experts
+    vectors = config.num_layers * experts * config.rank
+    return 2 * rows * vectors * (site.in_features + site.out_features)
 
-    Tied keys are the experts' own down-vectors, whose products with the input are the experts'.
+
+def _routing_flops(site: HiLoMoELinear, rows: int) -> int:
+    """FLOPs of the logits.
+
+    They are the query, its products with all keys, and what each layer passes on to those below
+    it through the keys' Gram matrix.
     """
     config = site.config
-    keys, width = config.num_layers * config.num_experts, config.query_dim or site.in_features
-    gram = 2 * keys * keys * width
-    if config.tie_keys:
-        return gram
+    layers, experts = config.num_layers, config.num_experts
+    keys, width = layers * experts, config.query_dim or site.in_features
     query = 2 * site.in_features * config.query_dim if config.query_dim else 0
-    return gram + rows * (query + 2 * keys * width)
+    moves = layers * (layers - 1) * experts**2
+    return 2 * keys * keys * width + rows * (query + 2 * keys * width + moves)
 
 
 @torch.no_grad()
@@ -136,7 +148,13 @@ def _count(backbone: Backbone, widths: FeatureWidths) -> tuple[int, int]:
     """Return the FLOPs of a batch: all of them, and the head's."""
     training = backbone.training
     backbone.eval()
-    with FlopCounterMode(display=False) as counter:
+    with (
+        # FBGEMM computes shapes with a function that PyTorch deprecates.
+        warnings.catch_warnings(action="ignore", category=FutureWarning),
+        FakeTensorMode(allow_non_fake_inputs=True),  # shapes without numbers cost nothing
+        sdpa_kernel(SDPBackend.MATH),  # the counter does not know the CPU's own attention
+        FlopCounterMode(display=False) as counter,
+    ):
         backbone(_samples(widths))
     backbone.train(training)
     counts = counter.get_flop_counts()
