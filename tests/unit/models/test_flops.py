@@ -1,0 +1,143 @@
+"""What a model costs, against counts made by hand."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.helpers.datasets import SCHEMA
+from tests.helpers.models import MODEL
+from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig
+from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
+from torchrec_hilomoe.hilomoe.experts import gathering_pays
+from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
+
+BATCH = 1024  # what is computed once a batch is shared by so many samples
+
+AMAZON = Schema(
+    dataset="AmazonElectronics_x1",
+    tables={"item": 63_003, "category": 803},
+    candidate=(
+        IdFeature(name="item_id", table="item"),
+        IdFeature(name="cate_id", table="category"),
+    ),
+    sequences=(
+        SequenceGroup(
+            name="history",
+            fields=(
+                IdFeature(name="item_history", table="item"),
+                IdFeature(name="cate_history", table="category"),
+            ),
+            max_length=100,
+        ),
+    ),
+    group="user_id",
+)
+PUBLISHED = ModelConfig(
+    embedding_dim=64,
+    head=(1024, 512, 256),
+    dropout=0.1,
+    batch_norm=True,
+    bst=BSTConfig(num_heads=8, residual=True, pooling="target"),
+    hilomoe=None,
+)
+
+
+def cost_of(config: ModelConfig, schema: Schema = SCHEMA) -> Cost:
+    return count_cost(build_task(config, schema), schema, config.embedding_dim)
+
+
+def test_bst_on_amazon_electronics_has_the_published_number_of_parameters():
+    """BARS's tuned BST, counted by the benchmark itself."""
+    cost = cost_of(PUBLISHED, AMAZON)
+    assert cost.parameters["total"] == 5_301_057
+    assert cost.parameters["tables"] == (63_003 + 803) * 64
+    assert cost.parameters["experts"] == cost.parameters["routing"] == 0
+    assert cost.lookup_bytes == (2 + 2 * 100) * 64 * 4
+
+
+def test_flops_of_a_plain_bst():
+    cost = cost_of(PUBLISHED, AMAZON)
+    width, tokens = 3 * 64, 101
+    head = 2 * ((128 + width) * 1024 + 1024 * 512 + 512 * 256 + 256)
+    # Only the target's token asks and goes on; all tokens are asked, and mixed.
+    projections = 2 * width**2 * (2 * tokens + 2)
+    mixing = 2 * 2 * width * tokens
+    ffn = 2 * 2 * width**2
+    assert cost.flops["head"] == head
+    assert cost.flops["backbone"] == projections + mixing + ffn
+    assert cost.flops["experts"] == cost.flops["routing"] == 0
+
+
+def test_every_layer_but_a_targets_last_computes_all_tokens():
+    width, tokens = 3 * 64, 101
+    linears, mixing = 2 * width**2 * 6 * tokens, 2 * 2 * width * tokens**2
+    target = cost_of(replace(PUBLISHED, bst=BSTConfig(num_heads=8, num_layers=2)), AMAZON)
+    last = 2 * width**2 * (2 * tokens + 4) + 2 * 2 * width * tokens
+    assert target.flops["backbone"] == linears + mixing + last
+    mean = replace(PUBLISHED, bst=BSTConfig(num_heads=8, pooling="mean"))
+    assert cost_of(mean, AMAZON).flops["backbone"] == linears + mixing
+
+
+@pytest.mark.parametrize(
+    ("options", "gathered"),
+    [
+        ({"num_layers": 3, "num_experts": 4, "rank": 2, "top_k": 2}, False),
+        ({"num_layers": 2, "num_experts": 4, "query_dim": 5}, False),
+        ({"num_layers": 2, "num_experts": 4, "tie_keys": True}, False),
+        ({"num_layers": 1, "num_experts": 3}, False),
+        ({"num_layers": 2, "num_experts": 80, "rank": 3, "top_k": 2}, True),
+    ],
+)
+def test_flops_and_parameters_of_experts(options: dict[str, Any], gathered: bool):
+    config = InjectionConfig(**options)
+    plain = cost_of(replace(MODEL, hilomoe=None))
+    cost = cost_of(replace(MODEL, hilomoe=config))
+    L, E, R, k = config.num_layers, config.num_experts, config.rank, config.top_k
+    widths = [(42, 8), (8, 6)]  # of the two hidden layers of the head
+    experts = routing = expert_parameters = routing_parameters = 0.0
+    for D, O in widths:  # noqa: E741
+        assert gathering_pays(E, k, D) == (gathered and D == 42) or not gathered
+        Q = config.query_dim or D
+        uses = k if gathering_pays(E, k, D) else E
+        experts += 2 * L * uses * R * (D + O)
+        logits = 2 * L * E * Q + (2 * D * Q if config.query_dim else 0)
+        moves = L * (L - 1) * E**2  # each layer's scores into the logits of those below it
+        routing += logits + moves + 2 * (L * E) ** 2 * Q / BATCH
+        expert_parameters += L * E * R * (D + O)
+        keys = 0 if config.tie_keys else L * E * Q
+        routing_parameters += keys + (D * Q if config.query_dim else 0)
+    assert cost.flops["experts"] == round(experts)
+    assert cost.flops["routing"] == round(routing)
+    assert cost.parameters["experts"] == expert_parameters
+    assert cost.parameters["routing"] == routing_parameters
+    for component in ("tables", "backbone", "head"):
+        assert cost.flops[component] == plain.flops[component]
+        assert cost.parameters[component] == plain.parameters[component]
+
+
+def test_components_add_up_and_lookups_count_every_id():
+    cost = cost_of(MODEL)
+    for figures in (cost.parameters, cost.flops):
+        assert list(figures) == ["tables", "backbone", "head", "experts", "routing", "total"]
+        assert figures["total"] == sum(figures.values()) - figures["total"]
+    parameters = sum(p.numel() for p in build_task(MODEL, SCHEMA).parameters())
+    assert cost.parameters["total"] == parameters
+    ids = 2 + (2 * 4 + 3) + (1 + 1 + 2)  # candidate, two histories, user, place, tags
+    assert cost.lookup_bytes == ids * MODEL.embedding_dim * 4
+
+
+def test_counting_leaves_the_model_as_it_was():
+    task = build_task(MODEL, SCHEMA)
+    before = {name: module.training for name, module in task.named_modules()}
+    count_cost(task, SCHEMA, MODEL.embedding_dim)
+    assert {name: module.training for name, module in task.named_modules()} == before
+
+
+def test_the_table_has_a_line_a_component():
+    cost = cost_of(PUBLISHED, AMAZON)
+    lines = cost_table(cost).splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == list(cost.flops)
+    assert "5,301,057" in lines[-2]
+    assert lines[-1] == f"lookups: {cost.lookup_bytes:,} bytes a sample"
