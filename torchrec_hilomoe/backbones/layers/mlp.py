@@ -23,6 +23,9 @@ class MLP(nn.Module):
 
     Shape:
         - input ``(B, D)``, output ``(B,)``
+
+    Raises:
+        ValueError: If a layer would have no unit.
     """
 
     def __init__(
@@ -34,6 +37,11 @@ class MLP(nn.Module):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
+        if any(units < 1 for units in hidden):
+            raise ValueError(
+                f"MLP.hidden must be widths of at least 1, got {tuple(hidden)}. "
+                "Correct model.head, or leave it empty for a linear head."
+            )
         layers: list[nn.Module] = []
         width = in_features
         for units in hidden:
