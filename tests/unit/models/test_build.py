@@ -1,0 +1,83 @@
+"""Configuration -> modules: what is built, where experts go, what is refused."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from tests.helpers.datasets import SCHEMA, without
+from tests.helpers.models import MODEL
+from torchrec_hilomoe.config import BSTConfig, InjectionConfig
+from torchrec_hilomoe.hilomoe.sites import sites_of
+from torchrec_hilomoe.models.build import build_task
+
+HEAD = {"head.hidden.0", "head.hidden.2"}
+FFN = {f"transformers.{i}.layers.0.{name}" for i in (0, 1) for name in ("ffn_in", "ffn_out")}
+ATTENTION = {
+    f"transformers.{i}.layers.0.attention.{name}"
+    for i in (0, 1)
+    for name in ("query", "key", "value", "output")
+}
+
+
+@pytest.mark.parametrize(
+    ("sites", "want"),
+    [
+        (("head",), HEAD),
+        (("ffn",), FFN),
+        (("attention",), ATTENTION),
+        (("head", "ffn"), HEAD | FFN),
+        (("all",), HEAD | FFN | ATTENTION),
+        (("*.hidden.2", "ffn"), FFN | {"head.hidden.2"}),
+    ],
+    ids=str,
+)
+def test_sites_are_groups_of_the_backbone_or_patterns(sites, want):
+    config = replace(MODEL, hilomoe=InjectionConfig(num_experts=2, sites=sites))
+    assert set(sites_of(build_task(config, SCHEMA).model.backbone)) == want
+
+
+def test_without_hilomoe_the_model_is_plain():
+    assert not sites_of(build_task(replace(MODEL, hilomoe=None), SCHEMA))
+
+
+def test_tables_wait_on_meta_and_the_rest_is_real():
+    task = build_task(MODEL, SCHEMA)
+    assert {p.device.type for p in task.model.sparse.parameters()} == {"meta"}
+    assert {p.device.type for p in task.model.backbone.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "bts"}, "model.backbone is 'bts', which is not known. Did you mean 'bst'?"),
+        ({"backbone": "xyz"}, "model.backbone is 'xyz', which is not known. Use one of bst."),
+        ({"embedding_dim": 6}, "model.embedding_dim must be a multiple of 4, got 6"),
+        ({"embedding_dim": 0}, "model.embedding_dim must be a multiple of 4, got 0"),
+        ({"embedding_dim": -4}, "model.embedding_dim must be a multiple of 4, got -4"),
+        ({"bst": BSTConfig(num_heads=5)}, "num_heads must divide width, got num_heads=5 and w"),
+        ({"bst": BSTConfig(num_heads=0)}, "num_heads must be at least 1, got 0"),
+        ({"bst": BSTConfig(num_layers=0)}, "BST.num_layers must be at least 1, got 0"),
+        ({"dropout": 1.5}, "dropout"),
+        (
+            {"head": (8, 0)},
+            "MLP.hidden must be widths of at least 1, got (8, 0). Correct model.head",
+        ),
+        (
+            {"hilomoe": InjectionConfig(sites=("heads",))},
+            "sites pattern 'heads' matches none of the model's nn.Linear: transformers.0",
+        ),
+        (
+            {"hilomoe": InjectionConfig(sites=("head", "head.*"))},
+            "'head.hidden.0' is matched twice, by 'head.hidden.*' and by 'head.*'",
+        ),
+    ],
+)
+def test_an_impossible_model_is_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_task(replace(MODEL, **options), SCHEMA)
+
+
+def test_a_schema_without_a_history_is_refused():
+    with pytest.raises(ValueError, match="BST needs a behaviour sequence"):
+        build_task(MODEL, without(SCHEMA, "sequences"))
