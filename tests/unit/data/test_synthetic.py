@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.data.parquet import ParquetSource
 from torchrec_hilomoe.data.synthetic import best_auc, SyntheticSource, WORLDS, write_synthetic
 from torchrec_hilomoe.data.synthetic.source import PROBABILITY
 
@@ -134,22 +134,30 @@ def test_best_auc_is_the_auc_of_the_probabilities():
     assert best_auc(source) == pytest.approx(expected, abs=1e-12)
 
 
-def test_written_folder_holds_the_same_rows(tmp_path):
-    out = tmp_path / "set"
-    write_synthetic(str(out), world="tree", train_rows=5000, eval_rows=300, seed=3)
-    assert (out / "_SUCCESS").exists()
-    source = make_source("tree", rows=5000, seed=3)
-    assert Schema.load(str(out / "schema.json")) == source.schema
-    file = pq.ParquetFile(out / "train" / "part-00000.parquet")
-    assert [file.metadata.row_group(i).num_rows for i in range(2)] == list(source.block_rows)
-    assert file.read_row_group(1).equals(source.read(0, 1))
-    assert pq.read_table(out / "test" / "part-00000.parquet").num_rows == 300
+def test_a_written_folder_is_read_as_the_same_rows(tmp_path):
+    out = str(tmp_path / "set")
+    write_synthetic(out, world="tree", train_rows=20_000, eval_rows=300, seed=3)
+    source = make_source("tree", rows=20_000, seed=3)
+    files = ParquetSource(out, "train")
+    assert files.schema == source.schema
+    made, read = (
+        pa.concat_tables([rows.read(0, block) for block in range(len(rows.block_rows))])
+        for rows in (source, files)
+    )
+    assert read.equals(made.select(read.column_names))
+    assert sum(ParquetSource(out, "test").block_rows) == 300
+
+
+def test_the_loader_finds_no_bad_row():
+    batches = list(Loader(make_source(rows=5000), batch_size=1000, epochs=1, max_bad_rows=0))
+    assert sum(batch.weights.sum().item() for batch in batches) == 5000
 
 
 def test_writing_never_touches_a_folder_in_use(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"is not empty; name a new folder or remove it"):
+    with pytest.raises(ValueError, match=r"holds files that are no prepared data"):
         write_synthetic(str(tmp_path), train_rows=10, eval_rows=10)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,10 @@
 """Generated rows as a prepared folder, for those who ask for files."""
 
-import os
+import pyarrow as pa
 
-import pyarrow.parquet as pq
-
-from torchrec_hilomoe.data.schema import SCHEMA_FILE
-from torchrec_hilomoe.data.synthetic.source import SPLITS, SyntheticSource
+from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
+from torchrec_hilomoe.data.synthetic.source import BLOCK_ROWS, SPLITS, SyntheticSource
 from torchrec_hilomoe.data.synthetic.worlds import WorldName
-from torchrec_hilomoe.runtime.paths import open_binary, open_text, path_manager
 
 __all__ = ["write_synthetic"]
 
@@ -20,13 +17,10 @@ def write_synthetic(
     eval_rows: int = 131_072,
     seed: int = 0,
 ) -> None:
-    """Write epoch 0 of every split in the layout of a prepared data set.
-
-    ``_SUCCESS`` comes last, so a stopped run leaves nothing that looks whole. A block is a row
-    group; the true ``probability`` rides along.
+    """Write epoch 0 of every split as a prepared data set, with the true ``probability`` beside.
 
     Args:
-        out_dir: A folder that does not exist or is empty.
+        out_dir: A folder that does not exist or is empty; it appears once it is whole.
         world: One of ``WORLDS``.
         train_rows: Rows of the training split.
         eval_rows: Rows of each of the other two.
@@ -35,24 +29,38 @@ def write_synthetic(
     Raises:
         ValueError: If ``out_dir`` holds anything.
     """
-    if path_manager.exists(out_dir) and path_manager.ls(out_dir):
-        raise ValueError(
-            f"write_synthetic: out_dir {out_dir!r} is not empty; name a new folder or remove it."
+    rows = {split: train_rows if split == "train" else eval_rows for split in SPLITS}
+    sources = {split: SyntheticSource(world, split, rows[split], seed) for split in SPLITS}
+    schema = sources["train"].schema
+    with prepared_folder(out_dir, overwrite=False) as folder:
+        folder.write_schema(schema)
+        written = {
+            split: folder.write_split(split, rows[split], _Rows(source), label=schema.label)
+            for split, source in sources.items()
+        }
+        folder.write_report(
+            Report(
+                dataset=schema.dataset,
+                options={"world": world, "seed": seed},
+                rows_read=sum(rows.values()),
+                rows_kept=sum(rows.values()),
+                rows_bad={},
+                vocabularies=dict(schema.tables),
+                splits=written,
+                notes={},
+            )
         )
-    for split in SPLITS:
-        rows = train_rows if split == "train" else eval_rows
-        source = SyntheticSource(world=world, split=split, rows=rows, seed=seed)
-        folder = os.path.join(out_dir, split)
-        path_manager.mkdirs(folder)
-        if split == "train":
-            source.schema.save(os.path.join(out_dir, SCHEMA_FILE))
-        first = source.read(epoch=0, block=0)
-        with (
-            open_binary(os.path.join(folder, "part-00000.parquet"), "wb") as sink,
-            pq.ParquetWriter(sink, first.schema) as writer,
-        ):
-            writer.write_table(first)
-            for block in range(1, len(source.block_rows)):
-                writer.write_table(source.read(epoch=0, block=block))
-    with open_text(os.path.join(out_dir, "_SUCCESS"), "w"):
-        pass
+
+
+class _Rows:
+    """Rows of epoch 0, by whole blocks."""
+
+    def __init__(self, source: SyntheticSource) -> None:
+        self._source = source
+
+    def __call__(self, start: int, stop: int) -> pa.Table:
+        assert start % BLOCK_ROWS == 0, "the folder asks for whole blocks"
+        first, last = start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)
+        if first == last:
+            return self._source.read(0, 0).slice(0, 0)
+        return pa.concat_tables([self._source.read(0, block) for block in range(first, last)])
