@@ -61,7 +61,7 @@ def test_tables_wait_on_meta_and_the_rest_is_real():
         ({"dropout": 1.5}, "dropout"),
         (
             {"head": (8, 0)},
-            "MLP.hidden must be widths of at least 1, got (8, 0). Correct model.head",
+            "MLP.hidden must be widths of at least 1, got (8, 0). Correct",
         ),
         (
             {"hilomoe": InjectionConfig(sites=("heads",))},
