@@ -56,7 +56,7 @@ class Report:
     Attributes:
         dataset: Its name.
         options: Those that change the result.
-        rows_read: Raw records, bad ones included.
+        rows_read: Raw records of all files, bad ones included.
         rows_kept: Rows written, over all splits.
         rows_bad: Malformed raw lines, by file.
         vocabularies: Rows of each embedding table, id 0 included.

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
+from torchrec_hilomoe.data.prepare.log import check_least, EncodedLog, write_log
 from torchrec_hilomoe.data.prepare.records import BadLines, find_raw, read_records
-from torchrec_hilomoe.data.prepare.runs import Runs, runs
+from torchrec_hilomoe.data.prepare.runs import runs
 from torchrec_hilomoe.data.prepare.timelines import Timelines
 from torchrec_hilomoe.data.prepare.vocabulary import Vocabulary
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
@@ -39,7 +40,6 @@ CLICK_STARS = 4
 MAX_STARS = 5
 ZIP_DIGITS = 3  # an area of the United States; the whole code is close to being the user
 TRAIN_PERCENT, VALID_PERCENT = 80, 10
-SPLITS = ("train", "valid", "test")
 
 
 def prepare_movielens(
@@ -70,38 +70,19 @@ def prepare_movielens(
         DataError: If raw files are missing or too malformed, or ``out`` is taken.
         ValueError: If an option is out of range.
     """
-    for name, value in (("max_history", max_history), ("max_liked", max_liked)):
-        if value < 2:
-            raise ValueError(f"--{name} must be at least 2, got {value}.")
-    if seed < 0:
-        raise ValueError(f"--seed must not be negative, got {seed}.")
+    check_least(2, max_history=max_history, max_liked=max_liked)
+    check_least(0, seed=seed, max_bad_rows=max_bad_rows)
     with prepared_folder(out, overwrite=overwrite) as folder:
         bad = BadLines(max_bad_rows)
         tables = {name: _read(raw, name, bad) for name in PATTERNS}
-        log = _Log(tables, max_history=max_history, max_liked=max_liked)
-        folder.write_schema(log.schema)
-        splits = {}
-        for code, name in enumerate(SPLITS):
-            rows_M = np.flatnonzero(log.split_N == code)
-            if name == "train":
-                # A row group is the unit of shuffling between blocks. In the order of users it
-                # would hold a few users only, and so would a batch.
-                rows_M = np.random.default_rng(seed).permutation(rows_M)
-            splits[name] = folder.write_split(
-                name, len(rows_M), lambda start, stop, rows_M=rows_M: log.rows(rows_M[start:stop])
-            )
-        report = Report(
-            dataset=log.schema.dataset,
-            options={"max_history": max_history, "max_liked": max_liked, "seed": seed},
-            rows_read=tables["ratings.dat"].num_rows + bad.counts["ratings.dat"],
-            rows_kept=sum(split.rows for split in splits.values()),
-            rows_bad=dict(bad.counts),
-            vocabularies=dict(log.schema.tables),
-            splits=splits,
-            notes=log.notes,
+        return write_log(
+            folder,
+            _Ratings(tables, max_history=max_history, max_liked=max_liked),
+            seed=seed,
+            options={"max_history": max_history, "max_liked": max_liked},
+            rows_read=sum(table.num_rows for table in tables.values()),
+            bad=bad,
         )
-        folder.write_report(report)
-    return report
 
 
 def _read(raw: str, name: str, bad: BadLines) -> pa.Table:
@@ -142,18 +123,13 @@ def _line_of(keys: np.ndarray, wanted_N: np.ndarray) -> np.ndarray:
     return np.where(keys[at_N] == wanted_N, at_N, len(keys))
 
 
-class _Log:
-    """The encoded ratings, and the rows they become.
+class _Ratings(EncodedLog):
+    """The ratings as ids, and the rows they become.
 
     Args:
         tables: The raw files.
         max_history: Events of a history.
         max_liked: Events of the bag of liked movies.
-
-    Attributes:
-        schema: Of the rows.
-        split_N: Index into ``SPLITS`` of each rating.
-        notes: Counts for the report.
     """
 
     def __init__(self, tables: dict[str, pa.Table], *, max_history: int, max_liked: int) -> None:
@@ -163,8 +139,8 @@ class _Log:
         user_N, movie_N = _ints(ratings, "user"), _ints(ratings, "movie")
         self._times = Timelines(user_N, _ints(ratings, "time"))
         user_N, movie_N = user_N[self._times.order], movie_N[self._times.order]
-        self.split_N = self._times.split(TRAIN_PERCENT, VALID_PERCENT)
-        train_N = self.split_N == 0
+        self._split_N = self._times.split(TRAIN_PERCENT, VALID_PERCENT)
+        train_N = self._split_N == 0
 
         # A user is known by being there; a movie or a set of genres only by a training row.
         user_ids = Vocabulary.count(user_N)
@@ -193,13 +169,13 @@ class _Log:
         profiles = {name: _texts(users, name) for name in ("gender", "age", "occupation", "zip")}
         profiles["zip"] = profiles["zip"].astype(f"<U{ZIP_DIGITS}")
         self._profiles = {name: _codes(values) for name, values in profiles.items()}
-        self.notes = {
+        self._notes = {
             "repeated_ratings_dropped": int(repeated.sum()),
             "ratings_of_movies_not_in_movies.dat": int((~known_N).sum()),
             "ratings_of_users_not_in_users.dat": int((self._user_line_N == users.num_rows).sum()),
         }
         self._max_history, self._max_liked = max_history, max_liked
-        self.schema = _schema(
+        self._schema = _schema(
             {
                 "movie": movie_ids.size,
                 "genre_set": set_ids.size,
@@ -212,6 +188,21 @@ class _Log:
             max_history=max_history,
             max_liked=max_liked,
         )
+
+    @property
+    def schema(self) -> Schema:
+        """What the columns mean."""
+        return self._schema
+
+    @property
+    def split_N(self) -> np.ndarray:
+        """Index into ``SPLITS`` of each rating."""
+        return self._split_N
+
+    @property
+    def notes(self) -> dict[str, int]:
+        """What was dropped or unknown."""
+        return self._notes
 
     def rows(self, rows_M: np.ndarray) -> pa.Table:
         """Return the rows that predict the given ratings."""
@@ -226,24 +217,18 @@ class _Log:
         columns = {
             "movie": self._movie_N[rows_M],
             "genre_set": self._genre_set_N[rows_M],
-            "history_movie": _lists(self._movie_N, history),
-            "history_genre_set": _lists(self._genre_set_N, history),
-            "history_rating": _lists(self._stars_N, history),
+            "history_movie": history.lists(self._movie_N),
+            "history_genre_set": history.lists(self._genre_set_N),
+            "history_rating": history.lists(self._stars_N),
             "user": self._user_N[rows_M],
             **{name: codes[user_line_M] for name, codes in self._profiles.items()},
-            "genres": _lists(self._genres, genres),
-            "liked_movies": _lists(self._liked_movie, liked),
+            "genres": genres.lists(self._genres),
+            "liked_movies": liked.lists(self._liked_movie),
             "history_length": np.log1p(position_M).astype(np.float32),
             "like_rate": ((liked_M + 1) / (position_M + 2)).astype(np.float32),
             "label": self._liked_N[rows_M].astype(np.int8),
         }
         return pa.table(columns)
-
-
-def _lists(values: np.ndarray, taken: Runs) -> pa.Array:
-    return pa.ListArray.from_arrays(
-        pa.array(taken.offsets, pa.int32()), pa.array(values[taken.index])
-    )
 
 
 def _schema(tables: dict[str, int], *, max_history: int, max_liked: int) -> Schema:

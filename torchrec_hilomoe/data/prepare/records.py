@@ -35,8 +35,6 @@ class BadLines:
     """
 
     def __init__(self, limit: int) -> None:
-        if limit < 0:
-            raise ValueError(f"max_bad_rows must not be negative, got {limit}.")
         self.counts: Counter[str] = Counter()
         self._limit = limit
 

@@ -8,6 +8,7 @@ Shape legend:
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 __all__ = ["Runs", "runs"]
 
@@ -23,6 +24,11 @@ class Runs:
 
     offsets: np.ndarray
     index: np.ndarray
+
+    def lists(self, values: np.ndarray) -> pa.Array:
+        """Take the runs from ``values``: a list column with ``N`` rows."""
+        offsets = pa.array(self.offsets, pa.int32())
+        return pa.ListArray.from_arrays(offsets, pa.array(values[self.index]))
 
 
 def runs(starts_N: np.ndarray, counts_N: np.ndarray) -> Runs:

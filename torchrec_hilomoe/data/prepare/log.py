@@ -1,0 +1,102 @@
+"""What every data set's preparation has in common once its records are encoded.
+
+Shape legend:
+    N  rows of the data set
+    M  rows that are asked for
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from torchrec_hilomoe.data.prepare.folder import PreparedFolder, Report
+from torchrec_hilomoe.data.prepare.records import BadLines
+from torchrec_hilomoe.data.schema import Schema
+
+__all__ = ["SPLITS", "EncodedLog", "check_least", "write_log"]
+
+SPLITS = ("train", "valid", "test")
+
+
+class EncodedLog(ABC):
+    """A data set in memory as ids, from which rows are made when they are written."""
+
+    @property
+    @abstractmethod
+    def schema(self) -> Schema:
+        """What the columns mean."""
+
+    @property
+    @abstractmethod
+    def split_N(self) -> np.ndarray:
+        """Index into ``SPLITS`` of each row."""
+
+    @property
+    @abstractmethod
+    def notes(self) -> Mapping[str, int]:
+        """Counts for the report that are particular to the data set."""
+
+    @abstractmethod
+    def rows(self, rows_M: np.ndarray) -> pa.Table:
+        """Return rows by their numbers, in that order."""
+
+
+def check_least(least: int, **options: int) -> None:
+    """Refuse options that are too small.
+
+    Raises:
+        ValueError: Naming the option, its value and the least.
+    """
+    for name, value in options.items():
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}.")
+
+
+def write_log(
+    folder: PreparedFolder,
+    log: EncodedLog,
+    *,
+    seed: int,
+    options: Mapping[str, Any],
+    rows_read: int,
+    bad: BadLines,
+) -> Report:
+    """Write schema, splits and report.
+
+    Args:
+        folder: Where to.
+        log: What.
+        seed: Of the order of the training rows.
+        options: Those that change the result, for the report.
+        rows_read: Raw records, without the bad ones.
+        bad: The bad ones.
+
+    Returns:
+        The report.
+    """
+    folder.write_schema(log.schema)
+    splits = {}
+    for code, name in enumerate(SPLITS):
+        rows_M = np.flatnonzero(log.split_N == code)
+        if name == "train":
+            # A row group is the unit of shuffling between blocks. In the order of users or of
+            # time it would hold a few users or one hour only, and so would a batch.
+            rows_M = np.random.default_rng(seed).permutation(rows_M)
+        splits[name] = folder.write_split(
+            name, len(rows_M), lambda start, stop, rows_M=rows_M: log.rows(rows_M[start:stop])
+        )
+    report = Report(
+        dataset=log.schema.dataset,
+        options={**options, "seed": seed},
+        rows_read=rows_read + bad.counts.total(),
+        rows_kept=sum(split.rows for split in splits.values()),
+        rows_bad=dict(bad.counts),
+        vocabularies=dict(log.schema.tables),
+        splits=splits,
+        notes=dict(log.notes),
+    )
+    folder.write_report(report)
+    return report
