@@ -2,15 +2,18 @@
 
 import re
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.option_names import did_you_mean, option_names, unknown_keys
 
 __all__ = ["DEFAULT_RECIPE", "ParsedRun", "UsageError", "parse_run", "recipe_names"]
 
@@ -63,11 +66,13 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     )
     parser.add_class_arguments(RunConfig)
     arguments, recipe = _with_recipe_path(_spell_out_switches(argv))
+    _check_flags(arguments, parser)
+    _check_recipe(arguments[1])
     try:
         parsed = parser.parse_args(arguments)
         config = _run_config(parser.instantiate(parsed))
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        raise UsageError(_explain(error, parser)) from error
+        raise UsageError(_explain(error)) from error
     return ParsedRun(
         config=config, resolved=parser.dump(parsed.clone(), skip_unset=False), recipe=recipe
     )
@@ -95,6 +100,8 @@ def _with_recipe_path(argv: Sequence[str]) -> tuple[list[str], str]:
     for argument in arguments:
         if argument == "--config":
             name = next(arguments, "")
+            if not name:
+                raise UsageError("--config needs a YAML file or the name of a recipe.")
         elif argument.startswith("--config="):
             name = argument.partition("=")[2]
         else:
@@ -108,17 +115,51 @@ def _with_recipe_path(argv: Sequence[str]) -> tuple[list[str], str]:
     return ["--config", str(files("torchrec_hilomoe") / "recipes" / f"{name}.yaml"), *rest], name
 
 
-def _explain(error: Exception, parser: ArgumentParser) -> str:
-    """Add the nearest valid name to an error that is about an unknown one."""
+def _check_flags(arguments: Sequence[str], parser: ArgumentParser) -> None:
+    names = set(option_names(RunConfig))
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        name = flag.removeprefix("--").removesuffix("+")  # --list+=item appends
+        if name and flag.startswith("--") and flag not in flags and name not in names:
+            raise UsageError(f"there is no option --{name}. {did_you_mean(name, names)}")
+
+
+def _check_recipe(path: str) -> None:
+    """Look for unknown keys by ourselves: the parser overlooks groups without a value in them."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"--config: there is no file {path}. The recipes that are shipped are "
+            f"{', '.join(recipe_names())}."
+        ) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping):
+        raise UsageError(f"--config: {path} is not a mapping of options to values.")
+    for name in unknown_keys(RunConfig, values):
+        names = option_names(RunConfig)
+        raise UsageError(f"{path}: there is no option {name!r}. {did_you_mean(name, names)}")
+
+
+def _explain(error: Exception) -> str:
+    """Shorten the parser's report, which lists what it tried for every type a value may have."""
     text = " ".join(str(error).split())
-    known = [
-        option.removeprefix("--")
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--")
-    ]
-    unknown = re.findall(r"(?:unrecognized arguments: --|[Kk]ey ['\"]|option ['\"])([\w.]+)", text)
-    for name in unknown:
-        if name not in known and (near := get_close_matches(name, known, n=1)):
-            return f"{text} Did you mean {near[0]!r}?"
-    return text
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"^Parser key \"([\w.]+)\":", r"\1:", text)
+    text = re.sub(r"a typing.Literal\[(.*?)\]", r"one of \1", text)
+    if unknown := re.search(r"Option '(\w+)' is not accepted", text):
+        leaves = [name.rpartition(".")[2] for name in option_names(RunConfig)]
+        text = text.replace(unknown[0], f"{unknown[0]}. {did_you_mean(unknown[1], leaves)}")
+    union = re.fullmatch(
+        r"([\w.]+: |)Does not validate against any of the Union subtypes Subtypes: .*? Errors: - "
+        r"(.*) Given value type: .*? Given value: (.*)",
+        text,
+    )
+    if union is None:
+        return text
+    where, errors, value = union.groups()
+    reasons = [reason for reason in errors.split(" - ") if reason != "Expected a NoneType"]
+    shown = "" if value.startswith(("Namespace(", "(")) else f". Got value: {value}"
+    return f"{where}{'; '.join(reasons)}{shown}"

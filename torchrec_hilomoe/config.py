@@ -142,6 +142,9 @@ class TrainConfig:
         for name in ("batch_size", "log_every", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "table_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name} must be above 0, got {getattr(self, name)}.")
         for name in ("max_steps", "evaluate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
