@@ -1,6 +1,7 @@
 """Stopping between two steps when the scheduler, or a person, asks for it."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -15,11 +16,16 @@ ASK_EVERY = 10  # steps between two agreements of several ranks: one small all-r
 class StopSignal:
     """Notices SIGTERM and Ctrl-C; all ranks agree on the step to stop after.
 
-    The first signal is kept for :meth:`requested`; a second one acts as it always does.
+    The first signal is kept for :meth:`requested`; a later one acts as it always does.
+
+    Args:
+        echo_seconds: A signal within so many seconds of the first is the same one: a launcher
+            passes on to its ranks what the terminal, or the scheduler, sent to them as well.
     """
 
-    def __init__(self) -> None:
-        self._asked = False
+    def __init__(self, echo_seconds: float = 2.0) -> None:
+        self._echo_seconds = echo_seconds
+        self._asked_at: float | None = None
         self._before: dict[signal.Signals, signal.Handlers] = {}
 
     def __enter__(self) -> Self:
@@ -38,16 +44,20 @@ class StopSignal:
     def requested(self, step: int) -> bool:
         """Return whether to stop after ``step``, the same on every rank; a collective call."""
         if dist.get_world_size() == 1:
-            return self._asked
+            return self._asked_at is not None
         if step % ASK_EVERY:
             return False
-        asked = torch.tensor([int(self._asked)])
+        asked = torch.tensor([int(self._asked_at is not None)])
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return bool(asked.item())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        self._restore()
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > self._echo_seconds:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
