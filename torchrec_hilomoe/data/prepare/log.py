@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_hilomoe.data.prepare.folder import PreparedFolder, Report
-from torchrec_hilomoe.data.prepare.records import BadLines
+from torchrec_hilomoe.data.prepare.records import BadRecords
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["SPLITS", "EncodedLog", "check_least", "write_log"]
@@ -62,7 +62,7 @@ def write_log(
     seed: int,
     options: Mapping[str, Any],
     rows_read: int,
-    bad: BadLines,
+    bad: BadRecords,
 ) -> Report:
     """Write schema, splits and report.
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
 from torchrec_hilomoe.data.prepare.log import check_least, EncodedLog, write_log
-from torchrec_hilomoe.data.prepare.records import BadLines, find_raw, read_records
+from torchrec_hilomoe.data.prepare.records import BadRecords, find_raw, read_records
 from torchrec_hilomoe.data.prepare.runs import runs
 from torchrec_hilomoe.data.prepare.timelines import Timelines
 from torchrec_hilomoe.data.prepare.vocabulary import Vocabulary
@@ -73,7 +73,7 @@ def prepare_movielens(
     check_least(2, max_history=max_history, max_liked=max_liked)
     check_least(0, seed=seed, max_bad_rows=max_bad_rows)
     with prepared_folder(out, overwrite=overwrite) as folder:
-        bad = BadLines(max_bad_rows)
+        bad = BadRecords(max_bad_rows)
         tables = {name: _read(raw, name, bad) for name in PATTERNS}
         return write_log(
             folder,
@@ -85,7 +85,7 @@ def prepare_movielens(
         )
 
 
-def _read(raw: str, name: str, bad: BadLines) -> pa.Table:
+def _read(raw: str, name: str, bad: BadRecords) -> pa.Table:
     path = find_raw(raw, name, SOURCE)
     tables = list(read_records(path, PATTERNS[name], bad, encoding=ENCODING))
     if not sum(table.num_rows for table in tables):

@@ -1,12 +1,13 @@
-"""Raw text files, one record a line: found, decompressed, taken apart, bad lines counted."""
+"""Raw files: found, decompressed, taken apart into records, the bad ones counted."""
 
 import gzip
+import json
 import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from typing import IO
+from typing import Any, IO
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
 
-__all__ = ["BadLines", "find_raw", "read_records"]
+__all__ = ["BadRecords", "find_raw", "read_json", "read_records", "which"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,39 +25,39 @@ REPORTED_BAD_LINES = 3  # of each file; the rest are counted
 SHOWN_CHARACTERS = 80
 
 
-class BadLines:
-    """Counts malformed lines, over all raw files of a data set.
+class BadRecords:
+    """Counts malformed records, over all raw files of a data set.
 
     Args:
         limit: More than these are fatal.
 
     Attributes:
-        counts: Bad lines of each file, by its name without ``.gz``.
+        counts: Those of each file, by its name without ``.gz``.
     """
 
     def __init__(self, limit: int) -> None:
         self.counts: Counter[str] = Counter()
         self._limit = limit
 
-    def add(self, path: str, number: int, line: str) -> None:
+    def add(self, path: str, place: str, text: str) -> None:
         """Report one.
 
         Args:
             path: The file.
-            number: The line's, from 1.
-            line: Its text.
+            place: Where in it, such as ``line 7``.
+            text: What is there.
 
         Raises:
             DataError: If it is one too many.
         """
         name = path.rpartition("/")[2].removesuffix(".gz")
         self.counts[name] += 1
-        what = f"{path} line {number}: malformed: {line[:SHOWN_CHARACTERS]!r}"
+        what = f"{path} {place}: malformed: {text[:SHOWN_CHARACTERS]!r}"
         if self.counts[name] <= REPORTED_BAD_LINES:
             logger.warning("%s; skipped", what)
         if self.counts.total() > self._limit:
             raise DataError(
-                f"more than max_bad_rows {self._limit} malformed lines; the last is {what}. "
+                f"more than max_bad_rows {self._limit} malformed records; the last is {what}. "
                 "Repair the raw files, or raise --max_bad_rows."
             )
 
@@ -80,7 +81,7 @@ def find_raw(folder: str, name: str, source: str) -> str:
     raise DataError(f"{folder} has neither {name} nor {name}.gz. {source}")
 
 
-def read_records(path: str, pattern: str, bad: BadLines, *, encoding: str) -> Iterator[pa.Table]:
+def read_records(path: str, pattern: str, bad: BadRecords, *, encoding: str) -> Iterator[pa.Table]:
     """Read a file a few hundred thousand lines at a time.
 
     Args:
@@ -99,11 +100,36 @@ def read_records(path: str, pattern: str, bad: BadLines, *, encoding: str) -> It
     number = 0
     for lines in _lines(path, encoding):
         matched = pc.call_function("extract_regex", [pa.array(lines, pa.string())], whole)
-        missed = matched.is_null().to_numpy(zero_copy_only=False)
-        for index in np.flatnonzero(missed).tolist():
-            bad.add(path, number + index + 1, lines[index])
+        for index in np.flatnonzero(which("is_null", matched)).tolist():
+            bad.add(path, f"line {number + index + 1}", lines[index])
         number += len(lines)
         yield pa.Table.from_struct_array(matched.drop_null())
+
+
+def read_json(path: str) -> Any:
+    """Read a whole JSON file, plain or gzipped.
+
+    Raises:
+        DataError: If it is unreadable or no JSON.
+    """
+    try:
+        with open_binary(path) as raw, _unzipped(path, raw) as binary:
+            return json.loads(binary.read())
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Download it again.") from error
+
+
+def which(predicate: str, *values: Any, pattern: str | None = None) -> np.ndarray:
+    """Say where an Arrow predicate holds; a null counts as no.
+
+    Args:
+        predicate: The name of a function of ``pyarrow.compute``.
+        *values: Its arguments.
+        pattern: The regular expression or text that it matches, if it does.
+    """
+    options = None if pattern is None else pc.MatchSubstringOptions(pattern)
+    found = pc.call_function(predicate, list(values), options)
+    return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
 
 
 def _lines(path: str, encoding: str) -> Iterator[list[str]]:

@@ -38,7 +38,7 @@ def test_prepares_and_reports(raw, tmp_path):
     ("arguments", "message"),
     [
         (["movielans"], "error: there is no data set 'movielans'. Did you mean 'movielens'?"),
-        (["criteria"], "error: there is no data set 'criteria'. Known are: "),
+        (["xyz"], "error: there is no data set 'xyz'. Known are: "),
         (["movielens", "--raw", "x", "--outt", "y"], "Did you mean --out?"),
         (["movielens", "--raw", "x", "--out", "y", "--overwrit"], "Did you mean --overwrite?"),
         (["movielens", "--out", "y"], "error: the following arguments are required: raw"),
