@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.function import hilomoe, SiteOutput
 from torchrec_hilomoe.hilomoe.losses import RoutingLosses, RoutingRecord
+from torchrec_hilomoe.hilomoe.plan import plan_for
 
 __all__ = ["HiLoMoELinear"]
 
@@ -79,6 +80,7 @@ class HiLoMoELinear(nn.Module):
                     "Experts need vectors to work on."
                 )
         self.in_features, self.out_features, self.config = in_features, out_features, config
+        self.plan = plan_for(config, in_features)
         L, E, R = config.num_layers, config.num_experts, config.rank
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -195,6 +197,7 @@ class HiLoMoELinear(nn.Module):
             self._active(self.expert_out),
             None if config.tie_keys else self._active(self.expert_keys),
             config,
+            self.plan,
             weights if losing else None,
         )
         if losing and isinstance(out, SiteOutput):  # an FX proxy is no value to keep

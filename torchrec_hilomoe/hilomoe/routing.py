@@ -48,38 +48,43 @@ class Routing:
     logsumexp_LN: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class RouteGradients:
+    """By the direct logits, and by the Gram matrix."""
+
+    direct_MN: Tensor
+    gram_MM: Tensor
+
+
 def route(direct_MN: Tensor, gram_MM: Tensor, config: HiLoMoEConfig) -> Routing:
     """Run the layers' recursion over scores.
 
     Args:
-        direct_MN: The scaled ``q_1 K_l^T`` of all layers, one below the other.
+        direct_MN: The scaled ``q_1 K_l^T`` of all layers, one below the other; overwritten.
         gram_MM: The scaled products of all keys with all keys.
         config: The site's options.
     """
-    E, k, selected = config.num_experts, config.top_k, config.query_update == "selected"
-    scores_MN = torch.empty_like(direct_MN)
+    E, selected = config.num_experts, config.query_update == "selected"
+    logits_MN, scores_MN = direct_MN, torch.empty_like(direct_MN)
     passed_MN = torch.zeros_like(direct_MN) if selected else scores_MN
-    rank_E1 = _ranks(E, direct_MN)
-    chosen, best_logit = [], []
     for at in range(0, len(direct_MN), E):
         here = slice(at, at + E)
-        logits_EN = direct_MN[here]
+        logits_EN = logits_MN[here]
         if at:
-            logits_EN = torch.addmm(logits_EN, gram_MM[here, :at], passed_MN[:at])
+            logits_EN.addmm_(gram_MM[here, :at], passed_MN[:at])
         torch.softmax(logits_EN, dim=0, out=scores_MN[here])
-        best_logit.append(logits_EN.amax(dim=0, keepdim=True))
-        chosen.append(_largest(logits_EN, best_logit[-1], rank_E1, k))
         if selected:
-            index_kN = _as_index(chosen[-1])
-            passed_MN[here].scatter_(0, index_kN, scores_MN[here].gather(0, index_kN))
-    chosen_LkN, scores_LEN = _as_index(torch.stack(chosen)), scores_MN.unflatten(0, (-1, E))
-    gates_LkN = scores_LEN.gather(1, chosen_LkN)
+            chosen_kN = largest(logits_EN.unsqueeze(0), config.top_k).squeeze(0)
+            passed_MN[here].scatter_(0, chosen_kN, scores_MN[here].gather(0, chosen_kN))
+    logits_LEN, scores_LEN = (t.unflatten(0, (-1, E)) for t in (logits_MN, scores_MN))
+    chosen_LkN = largest(logits_LEN, config.top_k)
+    gates_LkN, best_L1N = scores_LEN.gather(1, chosen_LkN), chosen_LkN[:, :1]
     return Routing(
         gates_LkN=gates_LkN,
         chosen_LkN=chosen_LkN,
         scores_LEN=scores_LEN,
         # log(sum(exp(z))) = z_e - log(s_e) for any e; the best score has not underflown
-        logsumexp_LN=torch.cat(best_logit) - gates_LkN[:, 0].log(),
+        logsumexp_LN=logits_LEN.gather(1, best_L1N).squeeze(1) - gates_LkN[:, 0].log(),
     )
 
 
@@ -89,9 +94,8 @@ def route_backward(
     gram_MM: Tensor,
     config: HiLoMoEConfig,
     loss: LossGradients | None,
-    grad_direct_MN: Tensor,
-) -> Tensor:
-    """Run the recursion backwards, from the scores alone; return the gradient by the Gram matrix.
+) -> RouteGradients:
+    """Run the recursion backwards, from the scores alone.
 
     Args:
         grad_gates_LkN: The gradient by the gates.
@@ -99,7 +103,6 @@ def route_backward(
         gram_MM: What it was given.
         config: The site's options.
         loss: The gradient of the auxiliary losses, which joins here; None without.
-        grad_direct_MN: Zeros, to be filled with the gradient by the direct logits.
     """
     E, selected = config.num_experts, config.query_update == "selected"
     scores_LEN, chosen_LkN = routing.scores_LEN, routing.chosen_LkN
@@ -107,63 +110,66 @@ def route_backward(
     if selected:
         passed_LEN = torch.zeros_like(scores_LEN).scatter_(1, chosen_LkN, routing.gates_LkN)
     passed_MN = passed_LEN.flatten(0, 1)
-    grad_gram_MM = torch.zeros_like(gram_MM)
+    # By the time a layer's turn comes, its lines hold what the output, the losses and later layers
+    # want of its scores; in the same place, that becomes the gradient of its logits.
+    grad_LEN, grad_gram_MM = torch.zeros_like(scores_LEN), torch.zeros_like(gram_MM)
+    grad_MN, passed_MN = grad_LEN.flatten(0, 1), passed_LEN.flatten(0, 1)
+    if not selected:
+        _add_direct(grad_LEN, chosen_LkN, grad_gates_LkN, loss)
     pull_LN = None if loss is None else routing.logsumexp_LN * (2 * loss.z)
     for layer in reversed(range(len(scores_LEN))):
-        at, here = layer * E, slice(layer * E, (layer + 1) * E)
-        # By now this holds what later layers want of what this layer passes on. In the same place
-        # it becomes what they and the output want of the scores, then the gradient of the logits.
-        grad_EN, grad_gates_kN = grad_direct_MN[here], grad_gates_LkN[layer]
-        if selected:  # what it passes on are its gates
-            grad_gates_kN = grad_gates_kN + grad_EN.gather(0, chosen_LkN[layer])
+        at, here, only = layer * E, slice(layer * E, (layer + 1) * E), slice(layer, layer + 1)
+        grad_EN, scores_EN = grad_LEN[layer], scores_LEN[layer]
+        if selected:  # later layers have seen no more than the gates
+            passed_on_1kN = grad_LEN[only].gather(1, chosen_LkN[only])
             grad_EN.zero_()
-        grad_EN.scatter_add_(0, chosen_LkN[layer], grad_gates_kN)
-        if loss is not None:
-            grad_EN += loss.scores_LE[layer].unsqueeze(1)
-        shift_N = (scores_LEN[layer] * grad_EN).sum(dim=0)
+            grad_gates_1kN = grad_gates_LkN[only] + passed_on_1kN
+            _add_direct(grad_LEN[only], chosen_LkN[only], grad_gates_1kN, loss, layer)
+        shift_N = (scores_EN * grad_EN).sum(dim=0)
         if pull_LN is not None:
             shift_N -= pull_LN[layer]
-        grad_EN.sub_(shift_N).mul_(scores_LEN[layer])
+        grad_EN.sub_(shift_N).mul_(scores_EN)
         if at:
             grad_gram_MM[here, :at] = grad_EN @ passed_MN[:at].t()
             if config.stop_gradient != "scores":
-                grad_direct_MN[:at].addmm_(gram_MM[:at, here], grad_EN)
-    return grad_gram_MM
+                grad_MN[:at].addmm_(gram_MM[:at, here], grad_EN)
+    return RouteGradients(direct_MN=grad_MN, gram_MM=grad_gram_MM)
 
 
-def largest(logits_EN: Tensor, k: int) -> Tensor:
-    """Find the ``k`` largest logits of each row, best first; of equal ones, the first.
+def _add_direct(
+    grad_LEN: Tensor,
+    chosen_LkN: Tensor,
+    grad_gates_LkN: Tensor,
+    loss: LossGradients | None,
+    layer: int | None = None,
+) -> None:
+    """Add what the gates and the losses want of the scores of all layers, or of one."""
+    grad_LEN.scatter_add_(1, chosen_LkN, grad_gates_LkN)
+    if loss is not None:
+        scores_LE = loss.scores_LE if layer is None else loss.scores_LE[layer : layer + 1]
+        grad_LEN += scores_LE.unsqueeze(2)
+
+
+def largest(logits_LEN: Tensor, k: int) -> Tensor:
+    """Find the ``k`` largest logits of each row and layer, best first; of equal ones, the first.
 
     Softmax is strictly increasing, so these are the ``k`` largest scores. Logits are compared
-    because rounding can make different logits equal scores.
+    because rounding can make different logits equal scores. Nothing but float arithmetic is used:
+    on a CPU, argmax over lines is twenty times slower.
     """
-    best_1N = logits_EN.amax(dim=0, keepdim=True)
-    return _as_index(_largest(logits_EN, best_1N, _ranks(len(logits_EN), logits_EN), k))
-
-
-def _largest(logits_EN: Tensor, best_1N: Tensor, rank_E1: Tensor, k: int) -> Tensor:
-    """`largest` in floating-point numbers, given the maximum.
-
-    Nothing but float arithmetic: on a CPU, argmax over lines is twenty times slower.
-    """
+    E = logits_LEN.shape[1]
+    # Of several best experts, the first has the highest rank.
+    rank_E1 = torch.arange(E, 0, -1, device=logits_LEN.device, dtype=logits_LEN.dtype).unsqueeze(1)
     found: list[Tensor] = []
     for _ in range(k):
         if found:
-            logits_EN = logits_EN.scatter(0, _as_index(found[-1]), -torch.inf)
-            best_1N = logits_EN.amax(dim=0, keepdim=True)
-        is_best_EN = (logits_EN - best_1N).sign_().add_(1)
-        found.append(len(rank_E1) - is_best_EN.mul_(rank_E1).amax(dim=0, keepdim=True))
-    return found[0] if k == 1 else torch.cat(found)
-
-
-def _ranks(num_experts: int, like: Tensor) -> Tensor:
-    """``E, E - 1, ..., 1``: the first of several best experts has the highest rank."""
-    return torch.arange(num_experts, 0, -1, device=like.device, dtype=like.dtype).unsqueeze(1)
-
-
-def _as_index(found: Tensor) -> Tensor:
-    # A row with a NaN chooses anything: its gates are NaN, and so is its output.
-    return found.nan_to_num(nan=0.0).long()
+            logits_LEN = logits_LEN.scatter(1, found[-1], -torch.inf)
+        best_L1N = logits_LEN.amax(dim=1, keepdim=True)
+        is_best_LEN = (logits_LEN - best_L1N).sign_().add_(1)
+        index_L1N = E - is_best_LEN.mul_(rank_E1).amax(dim=1, keepdim=True)
+        # A row with a NaN chooses anything: its gates are NaN, and so is its output.
+        found.append(index_L1N.nan_to_num_(nan=0.0).long())
+    return found[0] if k == 1 else torch.cat(found, dim=1)
 
 
 def wide(t: Tensor) -> Tensor:

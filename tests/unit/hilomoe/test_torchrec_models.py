@@ -1,5 +1,8 @@
 """HiLoMoE inside torchrec's own models: plain, from an old checkpoint, and distributed."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -21,14 +24,14 @@ DENSE, WIDTH = 5, 4
 CONFIG = HiLoMoEConfig(num_layers=2, num_experts=4)
 
 
-def build(kind: type, device: str = "cpu") -> nn.Module:
+def build(kind: Callable[..., nn.Module], device: str = "cpu") -> nn.Module:
     torch.manual_seed(0)
     tables = [
         EmbeddingBagConfig(name=f"t{i}", embedding_dim=WIDTH, num_embeddings=9, feature_names=[f])
         for i, f in enumerate(("a", "b"))
     ]
     collection = EmbeddingBagCollection(tables=tables, device=torch.device(device))
-    extra = {"dcn_num_layers": 1, "dcn_low_rank_dim": 3} if kind is DLRM_DCN else {}
+    extra: dict[str, Any] = {"dcn_num_layers": 1, "dcn_low_rank_dim": 3} if kind is DLRM_DCN else {}
     return kind(
         embedding_bag_collection=collection,
         dense_in_features=DENSE,

@@ -1,0 +1,85 @@
+"""Backends: decided at construction, logged once, refused with every reason."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear
+from torchrec_hilomoe.hilomoe.experts import Dense, Gathered, Indexed
+from torchrec_hilomoe.hilomoe.plan import _say, plan_for
+
+
+def test_size_decides_how_experts_are_met():
+    assert plan_for(HiLoMoEConfig(num_experts=8), width=16).experts == "dense"
+    assert plan_for(HiLoMoEConfig(num_experts=8), width=256).experts == "gathered"
+    assert plan_for(HiLoMoEConfig(num_experts=8, top_k=8), width=256).experts == "dense"
+
+
+def test_the_decision_is_logged_once(caplog):
+    _say.cache_clear()
+    with caplog.at_level(logging.INFO, logger="torchrec_hilomoe"):
+        for _ in range(3):
+            HiLoMoELinear(256, 4, HiLoMoEConfig())
+    assert [r.getMessage() for r in caplog.records] == [
+        "HiLoMoE backend 'auto': eager, experts gathered"
+    ]
+
+
+def test_refuses_with_every_reason(monkeypatch):
+    with pytest.raises(ValueError, match=r"backend = 'triton'.*no Triton kernels.*Use backend"):
+        HiLoMoELinear(8, 4, HiLoMoEConfig(backend="triton"))
+    if torch.cuda.is_available():
+        pytest.skip("the compiler in question is the CPU's")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"backend = 'compiled'.*needs a C\+\+ compiler; install"):
+        HiLoMoELinear(8, 4, HiLoMoEConfig(backend="compiled"))
+
+
+@pytest.mark.parametrize("way", [Dense, Gathered, Indexed])
+@pytest.mark.parametrize("rows", [1, 5, 9000])  # few, and enough for the long sort
+def test_ways_agree_with_one_hot_products(way, rows):
+    choices, vectors, width = 2, 6, 3
+    chosen_SN = torch.stack([torch.randint(0, 3, (rows,)), torch.randint(3, 6, (rows,))])
+    w_SN = torch.randn(choices, rows, dtype=torch.float64)
+    x_ND = torch.randn(rows, width, dtype=torch.float64)
+    bank_HD = torch.randn(vectors, width, dtype=torch.float64)
+    one_hot_SNH = nn.functional.one_hot(chosen_SN, vectors).double()
+    experts, w = way(way.indices(chosen_SN)), way.layout(w_SN)
+    dots_SN = torch.einsum("nd,snh,hd->sn", x_ND, one_hot_SNH, bank_HD)
+    torch.testing.assert_close(experts.dot(x_ND, bank_HD), way.layout(dots_SN))
+    added_ND = torch.einsum("sn,snh,hd->nd", w_SN, one_hot_SNH, bank_HD)
+    torch.testing.assert_close(experts.add(torch.ones_like(x_ND), w, bank_HD), 1 + added_ND)
+    grad_HD = torch.einsum("sn,snh,nd->hd", w_SN, one_hot_SNH, x_ND)
+    torch.testing.assert_close(experts.grad(x_ND, w, vectors), grad_HD)
+    torch.testing.assert_close(way.layout(way.layout(w_SN)), w_SN)
+
+
+@pytest.mark.slow
+# Dynamo looks for gradients where there are none. Goes when it does not.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 2, "rank": 2, "query_dim": 5}, {"tie_keys": True, "query_update": "selected"}],
+    ids=str,
+)
+def test_compiled_equals_eager(options):
+    torch.compiler.reset()
+    eager = HiLoMoELinear(6, 5, HiLoMoEConfig(num_experts=4, **options)).double()
+    nn.init.normal_(eager.expert_out)
+    compiled = HiLoMoELinear(6, 5, HiLoMoEConfig(num_experts=4, backend="compiled", **options))
+    compiled.double().load_state_dict(eager.state_dict())
+    for rows in (7, 9):
+        x = torch.randn(rows, 6, dtype=torch.float64)
+        results = []
+        for site in (eager, copy.deepcopy(compiled)):
+            leaf = x.clone().requires_grad_()
+            y = site(leaf)
+            y.sin().sum().backward()
+            results.append(
+                {"y": y, "x": leaf.grad} | {n: p.grad for n, p in site.named_parameters()}
+            )
+            site.zero_grad()
+        torch.testing.assert_close(results[1], results[0])
