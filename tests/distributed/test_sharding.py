@@ -1,0 +1,136 @@
+"""A sharded model against the same model whole: outputs, gradients, and tables after a step."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import Tensor
+
+from tests.helpers.models import batches, dense_parameters, in_memory, MODEL
+from tests.helpers.processes import run_ranks
+from tests.helpers.sharded import assembled, joined, load_whole, Part, parts
+from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
+from torchrec_hilomoe.data.loader import World
+from torchrec_hilomoe.models.train_task import TrainTask
+from torchrec_hilomoe.training.pipeline import Pipeline, predict
+from torchrec_hilomoe.training.stages import Stage, StageSpan
+from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.trainer import training_state
+
+ROWS, BATCH = 37, 24  # two batches, of which the second is cut short: 24 and 13 rows
+RATE, TABLE_RATE, WARMUP = 1e-3, 0.1, 0.5
+ALL = Stage(name="all", warmup_steps=2)
+# Every expert is chosen: a choice that hangs on a rounding would not be a fair comparison.
+EXPERTS = InjectionConfig(num_layers=2, num_experts=2, top_k=2, sites=("all",), balance_weight=0.1)
+CONFIG = RunConfig(
+    model=replace(MODEL, hilomoe=EXPERTS),
+    train=TrainConfig(batch_size=BATCH, learning_rate=RATE, table_learning_rate=TABLE_RATE),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank knows after predicting both batches and training on the second."""
+
+    logits: Tensor
+    loss: float
+    state: dict[str, list[Part]]
+
+
+def predict_and_step(whole: dict[str, Tensor]) -> Step:
+    assembly = assembled(CONFIG)
+    load_whole(assembly.model, whole)
+    world = World(rank=dist.get_rank(), size=dist.get_world_size())
+    evaluation = predict(
+        assembly.model, assembly.learners.combined, batches(ROWS, BATCH, world=world)
+    )
+    logits = torch.cat([output.logits[output.weights > 0] for output in evaluation])
+    model = enter_stage(assembly.model, ALL)
+    assembly.learners.enter(ALL)
+    assembly.learners.set_rates(StageSpan(stage=ALL, start=0, stop=9), 0, decay=1.0)
+    pipeline = Pipeline(model, assembly.learners.combined, model.device)
+    _, second = batches(ROWS, BATCH, world=world)
+    output = pipeline.step(iter([second]))
+    pipeline.detach()
+    return Step(logits, output.loss.item(), parts(training_state(model, assembly.learners)))
+
+
+def close(got: Tensor, want: Tensor, name: str) -> None:
+    """Equal but for the order in which the rows' terms were added, in float32."""
+    unit = 64 * torch.finfo(torch.float32).eps * ROWS**0.5
+    error = (got - want).abs().max().item()
+    assert error <= unit * max(want.abs().max().item(), 1e-6), f"{name}: {error:.1e}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole model before any step, and what the ranks of a job made of it."""
+
+    task: TrainTask
+    whole: dict[str, Tensor]
+    steps: list[Step]
+
+
+@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def comparison(request: pytest.FixtureRequest) -> Comparison:
+    """On as many ranks as the parameter says."""
+    torch.manual_seed(1)
+    task = in_memory(CONFIG.model)
+    with torch.no_grad():  # up-vectors that start at zero would hide errors in the others
+        for name, parameter in task.named_parameters():
+            if name.endswith("expert_out"):
+                parameter.normal_(std=0.3)
+    whole = {name: tensor.detach().clone() for name, tensor in task.state_dict().items()}
+    return Comparison(task, whole, run_ranks(predict_and_step, request.param, whole))
+
+
+def test_predictions_are_those_of_the_whole_model(comparison):
+    task, steps = comparison.task.eval(), comparison.steps
+    with torch.no_grad():
+        want = torch.cat([task(batch)[1].logits for batch in batches(ROWS, BATCH)])
+    got = torch.cat([step.logits for step in steps])
+    # Ranks interleave the batches' rows, so the order is another, but the numbers are the same.
+    torch.testing.assert_close(got.sort().values, want.sort().values)
+
+
+def test_a_step_has_the_gradients_and_the_tables_of_the_whole_model(comparison):
+    task, whole, steps = comparison.task.train(), comparison.whole, comparison.steps
+    task.zero_grad()
+    _, second = batches(ROWS, BATCH)
+    loss, _ = task(second)
+    loss.backward()
+    assert sum(step.loss for step in steps) / len(steps) == pytest.approx(loss.item(), rel=1e-5)
+
+    state = joined([step.state for step in steps])
+    for name, parameter in dense_parameters(task).items():
+        gradient = parameter.grad
+        assert gradient is not None
+        # Adam's first moment after one step is a tenth of the averaged gradient.
+        if name.rpartition(".")[2] in ("expert_in", "expert_out", "expert_keys"):
+            keys = [f"optimizer.state.experts.{name}.{layer}.exp_avg" for layer in (1, 2)]
+            moment = torch.stack([state[key] for key in keys])
+        else:
+            moment = state[f"optimizer.state.backbone.{name}.exp_avg"]
+        if not name.endswith("key.bias"):  # all rounding: it cancels in the softmax
+            close(moment * 10, gradient, name)
+            moved = (state[f"model.{name}"] - whole[name]).abs().max().item()
+            rate = RATE * WARMUP * (ALL.expert_rate if "expert" in name else 1.0)
+            assert moved == pytest.approx(rate, rel=0.1), name
+    for name, parameter in task.model.sparse.named_parameters():
+        key, gradient = f"model.sparse.{name}", parameter.grad
+        assert gradient is not None
+        table = name.split(".")[-2]
+        sums = gradient.square().mean(dim=1)  # row-wise Adagrad's state
+        close(state[f"optimizer.state.tables.{key}.{table}.momentum1"], sums, f"{key} sums")
+        update = TABLE_RATE * WARMUP * gradient / (sums.sqrt() + 1e-8).unsqueeze(1)  # FBGEMM's eps
+        close(state[f"model.{key}"], whole[key] - update, key)
+
+
+def test_replicated_parts_are_equal_to_the_bit(comparison):
+    first, *others = [step.state for step in comparison.steps]
+    replicated = {name for name in first if ".sparse." not in name}
+    assert len(replicated) > 50
+    for name in replicated:
+        for other in others:
+            assert torch.equal(first[name][0].values, other[name][0].values), name
