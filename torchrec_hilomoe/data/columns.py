@@ -15,13 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.schema import Schema, SequenceGroup
+from torchrec_hilomoe.data.column_types import is_list
+from torchrec_hilomoe.data.schema import SequenceGroup
 
 __all__ = [
     "Faults",
     "Ragged",
-    "check_columns",
     "check_parallel",
     "dense_column",
     "flat_column",
@@ -67,59 +66,11 @@ class Faults:
         return f"row {row}: {'; '.join(dict.fromkeys(faults))}"
 
 
-def check_columns(columns: pa.Schema, schema: Schema, where: str) -> None:
-    """Refuse columns that are missing or whose type cannot hold what the schema says.
-
-    Args:
-        columns: The Arrow schema of a file.
-        schema: What is wanted.
-        where: The file, for the message.
-
-    Raises:
-        DataError: Naming every fault.
-    """
-    lists = {field.name for field in schema.sequence_fields}
-    lists |= {feature.name for feature in schema.pooled if feature.max_length > 1}
-    ids = {feature.name for feature in schema.id_features}
-    faults = []
-    for name in schema.columns:
-        if columns.get_field_index(name) < 0:
-            how = "occurs twice" if name in columns.names else "is missing"
-            faults.append(f"column {name!r} {how}")
-            continue
-        stored = columns.field(name).type
-        if name in lists:
-            fits, wanted = _is_list(stored) and _is_id(stored.value_type), "a list of integers"
-        elif name in ids or name == schema.group:
-            fits, wanted = _is_id(stored), "an integer"
-        else:
-            fits, wanted = _is_number(stored), "a number"
-        if not fits:
-            faults.append(f"column {name!r} is {stored}, the schema wants {wanted}")
-    if faults:
-        raise DataError(
-            f"{where}: {'; '.join(faults)}. Prepare the data again, or correct its schema.json."
-        )
-
-
-def _is_list(stored: pa.DataType) -> bool:
-    return pa.types.is_list(stored) or pa.types.is_large_list(stored)
-
-
-def _is_id(stored: pa.DataType) -> bool:
-    return pa.types.is_integer(stored)
-
-
-def _is_number(stored: pa.DataType) -> bool:
-    floating = pa.types.is_floating(stored)
-    return floating or pa.types.is_integer(stored) or pa.types.is_boolean(stored)
-
-
 def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ragged:
     """Return a column of ids, one or many a row; nulls and ids outside the table are bad."""
     array = table.column(name).combine_chunks()
-    is_list = _is_list(array.type)
-    if is_list:
+    many = is_list(array.type)
+    if many:
         offsets = array.offsets.to_numpy().astype(np.int64)
         base, end = int(offsets[0]), int(offsets[-1])
         flat, offsets = array.values.slice(base, end - base), offsets - base
@@ -129,7 +80,7 @@ def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ra
         flat, offsets = array, np.arange(len(array) + 1)
     if flat.null_count:
         null_N = _rows_with(_mask(flat.is_null()), offsets)
-        faults.add(null_N, lambda row: f"{name} {'has a null id' if is_list else 'is null'}")
+        faults.add(null_N, lambda row: f"{name} {'has a null id' if many else 'is null'}")
         flat = pc.fill_null(flat, 0)
     # Arrow's own numpy view is read-only, which PyTorch warns of; nothing here writes to it.
     values = torch.from_dlpack(flat).numpy()

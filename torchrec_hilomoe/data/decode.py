@@ -75,7 +75,7 @@ def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray) -> Decode
     """Check, cut and reorder a block.
 
     Args:
-        table: Columns that ``check_columns`` accepts.
+        table: Columns that ``column_types.check_columns`` accepts.
         schema: What they mean.
         order_N: The stored row at each place of the result.
 

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_hilomoe.data.columns import check_columns
+from torchrec_hilomoe.data.column_types import check_columns
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
 from torchrec_hilomoe.data.source import BlockSource
