@@ -1,13 +1,18 @@
 """The HiLoMoE module: linear maps that carry stacked layers of routed rank-1 experts.
 
 Read in this order: `config` (the options), `reference` (the equations as loops), `routing` (the
-equations in score space), `linear` (the module), `losses` (how its routers are kept balanced),
-`inject` (how an existing model gets it), `sites` and `report` (what one asks of a whole model).
+equations in score space), `experts` and `function` (what a row then computes, and its gradient),
+`losses` (how routers are kept balanced), `plan` (which backend), `linear` (the module), `inject`
+(how an existing model gets it), then `sites`, `report`, `plots`, `collapse` and `controls` (what
+one asks of a whole model).
 """
 
+from torchrec_hilomoe.hilomoe.collapse import CollapseWatch
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.controls import fix_random_routing
 from torchrec_hilomoe.hilomoe.inject import inject_hilomoe, remove_hilomoe
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.plots import draw_routing
 from torchrec_hilomoe.hilomoe.report import (
     LayerReport,
     record_routing,
@@ -23,13 +28,16 @@ from torchrec_hilomoe.hilomoe.sites import (
 )
 
 __all__ = [
+    "CollapseWatch",
     "HiLoMoEConfig",
     "HiLoMoELinear",
     "LayerReport",
     "RoutingReport",
     "SiteReport",
     "auxiliary_loss",
+    "draw_routing",
     "expert_parameters",
+    "fix_random_routing",
     "inject_hilomoe",
     "record_routing",
     "remove_hilomoe",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.function import hilomoe, SiteOutput
-from torchrec_hilomoe.hilomoe.losses import RoutingLosses, RoutingRecord
+from torchrec_hilomoe.hilomoe.losses import RoutingRecord
 from torchrec_hilomoe.hilomoe.plan import plan_for
 
 __all__ = ["HiLoMoELinear"]
@@ -134,9 +134,9 @@ class HiLoMoELinear(nn.Module):
         self._record = None
 
     @property
-    def routing_losses(self) -> RoutingLosses | None:
-        """This rank's part of the last training forward's losses; None before there was one."""
-        return None if self._record is None else self._record.losses()
+    def routing_record(self) -> RoutingRecord | None:
+        """What the last training forward has left for its losses; None before there was one."""
+        return self._record
 
     def reset_parameters(self) -> None:
         """Start as ``nn.Linear`` does, with experts that add exactly nothing."""
@@ -155,18 +155,28 @@ class HiLoMoELinear(nn.Module):
         """
         nn.init.normal_(self.expert_in, std=1 / math.sqrt(self.in_features))
         nn.init.zeros_(self.expert_out)
+        self.reset_routing()
+
+    def reset_routing(self, generator: torch.Generator | None = None) -> None:
+        """Draw keys and query projection anew; tied keys stay, being the experts' down-vectors."""
         if not self.config.tie_keys:
-            nn.init.normal_(self.expert_keys)
+            nn.init.normal_(self.expert_keys, generator=generator)
             if self.config.num_experts > 1:
                 with torch.no_grad():
                     self.expert_keys -= self.expert_keys.mean(dim=1, keepdim=True)
         if self.config.query_dim is not None:
-            nn.init.normal_(self.query_proj, std=1 / math.sqrt(self.in_features))
+            std = 1 / math.sqrt(self.in_features)
+            nn.init.normal_(self.query_proj, std=std, generator=generator)
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that ``nn.Linear`` does not have, by name."""
         base = ("weight", "bias")
         return {name: p for name, p in self.named_parameters(recurse=False) if name not in base}
+
+    def routing_parameters(self) -> dict[str, nn.Parameter]:
+        """Those that do nothing but route, by name; none of them if keys are tied."""
+        names = ("expert_keys", "query_proj")
+        return {name: p for name, p in self.named_parameters(recurse=False) if name in names}
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map and its active experts; shapes are in the class docstring."""

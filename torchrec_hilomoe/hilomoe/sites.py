@@ -37,8 +37,8 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     """
     total, sites = torch.zeros(()), sites_of(model).values()
     for site in sites:
-        part = site.routing_losses
-        if part is not None:
+        if site.routing_record is not None:
+            part = site.routing_record.losses()
             loss_L = site.config.balance_weight * part.balance_L + site.config.z_weight * part.z_L
             total = total.to(loss_L.device) + loss_L.mean() / len(sites)
     return total

@@ -1,0 +1,32 @@
+"""Controls for experiments: what a claim about learned routing must be compared with."""
+
+import torch
+from torch import nn
+
+from torchrec_hilomoe.hilomoe.sites import sites_of
+
+__all__ = ["fix_random_routing"]
+
+
+def fix_random_routing(model: nn.Module, seed: int) -> None:
+    """Draw all routers at random, the same for the same seed, and never train them.
+
+    A row's path is then a fixed random function of its input: as many paths, as balanced as fresh
+    routers are, but nothing learned. Call it before the model is wrapped for distributed training
+    and before its optimizer is built.
+
+    Raises:
+        ValueError: If a site's keys are tied to its down-vectors: those must train.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sites = sites_of(model)
+    for name, site in sites.items():
+        if site.config.tie_keys:
+            raise ValueError(
+                f"fix_random_routing: {name!r} has tie_keys = True, so its router cannot be fixed "
+                "without its experts. Compare with tie_keys=False."
+            )
+    for site in sites.values():
+        site.reset_routing(generator)
+        for parameter in site.routing_parameters().values():
+            parameter.requires_grad_(False)
