@@ -18,6 +18,7 @@ except (ImportError, OSError):
 
     sys.exit(doctor.main([]))
 
+from torchrec_hilomoe.hilomoe.plots import draw_routing
 from torchrec_hilomoe.runtime.console import set_up_console
 from torchrec_hilomoe.runtime.distributed import join
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--split", choices=["valid", "test"], default="test")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, help="also write the result, as JSON, to this file")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the routing there, as PNG")
     arguments, overrides = parser.parse_known_args(drop_launcher_residue(sys.argv[1:], __file__))
     try:
         with join(arguments.device) as job:
@@ -48,6 +50,9 @@ def main() -> int:
         print(report)
         if arguments.out:
             arguments.out.write_text(report + "\n")
+        if arguments.plots and found.routing is not None:
+            for path in draw_routing(found.routing, arguments.plots):
+                print(f"drew {path}", file=sys.stderr)
     return 0
 
 

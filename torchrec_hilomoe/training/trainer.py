@@ -12,6 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.data.batch import CTRBatch, Position
 from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.hilomoe.collapse import CollapseWatch
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
 from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
 from torchrec_hilomoe.runtime.stopping import StopSignal
@@ -94,6 +95,8 @@ class Trainer:
         self._folder = folder
         self._total = spans[-1].stop
         self._window = _Window()
+        # Counts are of all ranks, so one of them is enough to warn.
+        self._watch = CollapseWatch(task) if torch.distributed.get_rank() == 0 else None
         self._span = spans[0]
         self._pipeline: Pipeline | None = None
 
@@ -184,6 +187,8 @@ class Trainer:
         self.step += 1
         self.position = output.position
         self._window.add(self.step, output, time.perf_counter() - started)
+        if self._watch is not None:
+            self._watch.observe()
         self._log.step(self._span.stage.name)
 
     def _due(self, every: int | None) -> bool:
