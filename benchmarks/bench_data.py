@@ -4,26 +4,21 @@
 
 ``DIR`` is a folder that ``apps/prepare.py`` made; without it, rows are generated into a
 temporary one. Every row's ids, labels and dense values are summed per column through both paths
-before anything is timed; a difference stops the run. Rounds of the contenders alternate, so that
-a busy machine slows them alike. One JSON line per contender.
+before anything is timed; a difference stops the run. One JSON line per contender.
 """
 
 import argparse
 import json
-import platform
 import resource
-import statistics
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
+from benchmarks.harness import append, environment, measure
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import ParquetSource
 from torchrec_hilomoe.data.synthetic import write_synthetic
@@ -90,54 +85,29 @@ def contenders(
     }
 
 
-def environment() -> dict[str, object]:
-    """What a reader must know before comparing two result files."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "commit": commit.stdout.strip() or "none",
-        "pyarrow": pa.__version__,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "arrow_threads": pa.cpu_count(),
-    }
-
-
-def measure(folder: Path, args: argparse.Namespace) -> None:
-    """Check, then time, then print and append one line a contender."""
+def bench(folder: Path, args: argparse.Namespace) -> list[dict]:
+    """Check, then time, and return one line a contender."""
     source = ParquetSource(str(folder), "train")
     rows = check(folder, source)
+    results = measure(contenders(folder, source, args.batch_size), args.seconds, "cpu")
     size = sum(path.stat().st_size for path in (folder / "train").glob("*.parquet"))
-    runs = contenders(folder, source, args.batch_size)
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    cpu: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(args.rounds):
-        for name, run in runs.items():
-            before = time.perf_counter(), time.process_time()
-            seen = run()
-            wall[name].append(time.perf_counter() - before[0])
-            cpu[name].append(time.process_time() - before[1])
-            assert seen == rows
-    for name in runs:
-        seconds, cpu_seconds = statistics.median(wall[name]), statistics.median(cpu[name])
-        line = {
+    return [
+        {
             "dataset": source.schema.dataset,
             "provider": name,
             "batch_size": args.batch_size,
             "rows": rows,
             "file_mb": round(size / 2**20, 1),
-            "rows_per_second": round(rows / seconds),
-            "of_pyarrow": round(statistics.median(wall["pyarrow"]) / seconds, 3),
-            "of_pyarrow_cpu": round(statistics.median(cpu["pyarrow"]) / cpu_seconds, 3),
+            "rows_per_second": round(rows / result.median_us * 1e6),
+            "of_pyarrow": round(1 / result.ratio, 3),
+            "ratio_iqr": round(result.ratio_iqr, 3),
             "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),
-            **environment(),
+            "pyarrow": pa.__version__,
+            "arrow_threads": pa.cpu_count(),
+            **environment("cpu"),
         }
-        print(json.dumps(line))
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            with args.out.open("a") as sink:
-                sink.write(json.dumps(line) + "\n")
+        for name, result in results.items()
+    ]
 
 
 def main() -> None:
@@ -146,15 +116,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a prepared folder; default: generated rows")
     parser.add_argument("--rows", type=int, default=400_000, help="rows to generate without --data")
     parser.add_argument("--batch_size", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each contender")
+    parser.add_argument("--seconds", type=float, default=30.0, help="time spent, at least 5 rounds")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     args = parser.parse_args()
     if args.data:
-        measure(args.data, args)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_synthetic(folder, train_rows=args.rows, eval_rows=4096)
-        measure(Path(folder), args)
+        lines = bench(args.data, args)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            write_synthetic(folder, train_rows=args.rows, eval_rows=4096)
+            lines = bench(Path(folder), args)
+    for line in lines:
+        print(json.dumps(line))
+    if args.out:
+        append(args.out, lines)
 
 
 if __name__ == "__main__":
