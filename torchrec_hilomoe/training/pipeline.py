@@ -31,6 +31,7 @@ class Pipeline:
         self._pipeline: TrainPipelineSparseDist[CTRBatch, TaskOutput] = TrainPipelineSparseDist(
             model, optimizer, device, execute_all_batches=True
         )
+        self._detached = False
 
     def step(self, batches: Iterator[CTRBatch]) -> TaskOutput:
         """Train one step; reads ahead, but trains every batch that it has read.
@@ -38,11 +39,17 @@ class Pipeline:
         Raises:
             StopIteration: When ``batches`` has ended and all of them are trained.
         """
+        if self._detached:
+            # Batches that were read ahead are distributed already. Left to itself, the pipeline
+            # would distribute one of them again, and the ranks' exchanges would not match.
+            self._pipeline.attach(sparse_dist=False)
+            self._detached = False
         return self._pipeline.progress(batches)
 
     def detach(self) -> None:
         """Give the model its own forward back; the next :meth:`step` takes it again."""
         self._pipeline.detach()
+        self._detached = True
 
 
 def predict(
