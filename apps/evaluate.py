@@ -22,7 +22,18 @@ from torchrec_hilomoe.hilomoe.plots import draw_routing
 from torchrec_hilomoe.runtime.console import set_up_console
 from torchrec_hilomoe.runtime.distributed import join
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
-from torchrec_hilomoe.training.evaluation import evaluate_checkpoint
+from torchrec_hilomoe.training.evaluation import evaluate_checkpoint, Evaluation
+
+
+def show(found: Evaluation, arguments: argparse.Namespace) -> None:
+    """Print the evaluation, and write and draw it where the arguments say."""
+    report = json.dumps({"split": arguments.split, **asdict(found)}, indent=2)
+    print(report)
+    if arguments.out:
+        arguments.out.write_text(report + "\n")
+    if arguments.plots and found.routing is not None:
+        for path in draw_routing(found.routing, arguments.plots):
+            print(f"drew {path}", file=sys.stderr)
 
 
 def main() -> int:
@@ -42,17 +53,11 @@ def main() -> int:
             found = evaluate_checkpoint(
                 arguments.checkpoint, arguments.split, tuple(overrides), job
             )
-    except ValueError as error:
+        if job.is_main:
+            show(found, arguments)
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if job.is_main:
-        report = json.dumps({"split": arguments.split, **asdict(found)}, indent=2)
-        print(report)
-        if arguments.out:
-            arguments.out.write_text(report + "\n")
-        if arguments.plots and found.routing is not None:
-            for path in draw_routing(found.routing, arguments.plots):
-                print(f"drew {path}", file=sys.stderr)
     return 0
 
 
