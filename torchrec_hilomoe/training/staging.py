@@ -6,6 +6,7 @@ without all-reduce. So a boundary first sets ``requires_grad`` and then wraps th
 
 from collections.abc import Iterable
 
+from torch import distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -15,7 +16,13 @@ from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.sharding import shard
 from torchrec_hilomoe.training.stages import Stage
 
-__all__ = ["activate_layers", "check_stages", "enter_stage", "set_training_mode"]
+__all__ = [
+    "activate_layers",
+    "check_stages",
+    "enter_stage",
+    "set_training_mode",
+    "share_statistics",
+]
 
 
 def check_stages(task: TrainTask, stages: Iterable[Stage]) -> None:
@@ -57,6 +64,7 @@ def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedMod
     """
     task = model.module
     assert isinstance(task, TrainTask)
+    share_statistics(task)
     activate_layers(task, stage)
     task.model.sparse.frozen = not stage.train_tables
     tables = set(task.model.sparse.parameters())
@@ -77,9 +85,27 @@ def activate_layers(model: nn.Module, stage: Stage) -> None:
         site.active_layers = site.config.num_layers if layers is None else layers
 
 
-def set_training_mode(task: nn.Module, stage: Stage) -> None:
-    """Switch to training, but keep the running statistics of a frozen backbone as they are."""
-    task.train()
+def share_statistics(task: nn.Module) -> None:
+    """Give every rank the first one's running statistics; a collective call.
+
+    Each rank gathers them over its own rows. The first rank's stay as they are, so a run does not
+    depend on when, and how often, they are shared.
+    """
     for module in task.modules():
+        if isinstance(module, _BatchNorm):
+            for buffer in module.buffers(recurse=False):
+                dist.broadcast(buffer, src=0)
+
+
+def set_training_mode(model: nn.Module, stage: Stage) -> None:
+    """Switch to training, but keep the running statistics of a frozen backbone as they are.
+
+    Args:
+        model: With its wrappers, if it has any: TorchRec's pipeline asks the outermost whether to
+            train.
+        stage: What trains.
+    """
+    model.train()
+    for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.train(stage.train_backbone)

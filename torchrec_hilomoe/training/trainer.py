@@ -23,7 +23,12 @@ from torchrec_hilomoe.training.metrics import Metrics, Predictions
 from torchrec_hilomoe.training.optimizers import decay_factor, Learners
 from torchrec_hilomoe.training.pipeline import Pipeline, predict
 from torchrec_hilomoe.training.stages import StageSpan
-from torchrec_hilomoe.training.staging import check_stages, enter_stage, set_training_mode
+from torchrec_hilomoe.training.staging import (
+    check_stages,
+    enter_stage,
+    set_training_mode,
+    share_statistics,
+)
 
 __all__ = ["NonFiniteLossError", "Rhythm", "Trainer", "evaluate", "training_state"]
 
@@ -151,8 +156,9 @@ class Trainer:
         """Evaluate in the middle of, or after, training; a collective call."""
         if self._pipeline is not None:
             self._pipeline.detach()
+        share_statistics(self.model.module)
         metrics = evaluate(self.model, self._learners, loader)
-        set_training_mode(self.model.module, self._span.stage)
+        set_training_mode(self.model, self._span.stage)
         self._log.record(step=self.step, stage=self._span.stage.name, split=split, metrics=metrics)
         return metrics
 
@@ -160,6 +166,7 @@ class Trainer:
         """Write a checkpoint, unless one of this step exists; a collective call."""
         assert self.position is not None
         self._window.check_finite()
+        share_statistics(self.model.module)
         path = checkpoint.save(
             self._folder,
             training_state(self.model, self._learners),
