@@ -1,16 +1,16 @@
 """The HiLoMoE module: linear maps that carry stacked layers of routed rank-1 experts.
 
 Read in this order: `config` (the options), `reference` (the equations as loops), `routing` (the
-equations in score space), `experts` and `function` (what a row then computes, and its gradient),
-`losses` (how routers are kept balanced), `plan` (which backend), `linear` (the module), `inject`
-(how an existing model gets it), then `sites`, `report`, `plots`, `collapse` and `controls` (what
-one asks of a whole model).
+equations in score space), `experts`, `mixing` and `function` (what a row computes, its gradient),
+`losses` (how routers are kept balanced), `plan` (which backend), `linear` (the module), `router`
+(one for several sites), `inject` (how an existing model gets them), then `sites`, `report`,
+`plots`, `collapse` and `controls` (what one asks of a whole model).
 """
 
 from torchrec_hilomoe.hilomoe.collapse import CollapseWatch
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.controls import fix_random_routing
-from torchrec_hilomoe.hilomoe.inject import inject_hilomoe, remove_hilomoe
+from torchrec_hilomoe.hilomoe.inject import inject_hilomoe, remove_hilomoe, share_routing
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.plots import draw_routing
 from torchrec_hilomoe.hilomoe.report import (
@@ -20,6 +20,7 @@ from torchrec_hilomoe.hilomoe.report import (
     RoutingReport,
     SiteReport,
 )
+from torchrec_hilomoe.hilomoe.router import SampleRouter
 from torchrec_hilomoe.hilomoe.sites import (
     auxiliary_loss,
     expert_parameters,
@@ -33,6 +34,7 @@ __all__ = [
     "HiLoMoELinear",
     "LayerReport",
     "RoutingReport",
+    "SampleRouter",
     "SiteReport",
     "auxiliary_loss",
     "draw_routing",
@@ -43,5 +45,6 @@ __all__ = [
     "remove_hilomoe",
     "routing_report",
     "set_auxiliary_loss_scale",
+    "share_routing",
     "sites_of",
 ]

@@ -27,6 +27,8 @@ def fix_random_routing(model: nn.Module, seed: int) -> None:
                 "without its experts. Compare with tie_keys=False."
             )
     for site in sites.values():
+        if site.shared_router is not None:
+            site.shared_router.reset_parameters(generator)
         site.reset_routing(generator)
         for parameter in site.routing_parameters().values():
             parameter.requires_grad_(False)

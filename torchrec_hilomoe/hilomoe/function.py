@@ -1,8 +1,11 @@
-"""A site's forward and backward as one autograd function, written by hand.
+"""A site's forward and backward as autograd functions, written by hand.
 
 Autograd would keep every intermediate of the routing and build one ``(N, D)`` gradient for each of
 the input's uses. Here the forward keeps the scores and the chosen hidden values, the backward
 recomputes the rest, and all parts of the input's gradient are added up in one buffer.
+
+Two halves make a site: `score` finds each row's gates, `mix` computes its output with them. Most
+sites run both in one function; sites that share a router run them apart, the first once a sample.
 
 Shape legend:
     N  rows     D  input width     O  output width    Q  query width
@@ -17,18 +20,12 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.experts import WAYS
-from torchrec_hilomoe.hilomoe.losses import choice_counts, loss_gradients, sum_over_ranks
+from torchrec_hilomoe.hilomoe.losses import sum_over_ranks
+from torchrec_hilomoe.hilomoe.mixing import mix, mix_backward, Mixed
 from torchrec_hilomoe.hilomoe.plan import Plan
-from torchrec_hilomoe.hilomoe.routing import (
-    route,
-    route_backward,
-    Routing,
-    wide,
-)
+from torchrec_hilomoe.hilomoe.routing import Routing, score, score_backward, Scored, wide
 
 __all__ = ["SiteOutput", "hilomoe"]
 
@@ -86,6 +83,38 @@ def hilomoe(
     return SiteOutput(y_NO=y_NO, routing=_routing(routed), counts_LE=counts_LE)
 
 
+def route_samples(
+    query_BQ: Tensor,
+    keys_MQ: Tensor,
+    config: HiLoMoEConfig,
+    loss_weights: tuple[float, float] | None,
+) -> tuple[Routing, Tensor | None]:
+    """Compute the first half alone: the routing, with differentiable gates, and the counts."""
+    with torch.autocast(query_BQ.device.type, enabled=False):
+        counts_LE, *routed = _Route.apply(wide(query_BQ), wide(keys_MQ), config, loss_weights)
+    return _routing(routed), counts_LE
+
+
+def mix_rows(
+    x_ND: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down_HD: Tensor,
+    up_HO: Tensor,
+    gates_LkN: Tensor,
+    chosen_LkN: Tensor,
+    config: HiLoMoEConfig,
+    plan: Plan,
+) -> Tensor:
+    """Compute the second half alone: outputs under given gates."""
+    tensors, device = (x_ND, weight, bias, down_HD, up_HO), x_ND.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        tensors = tuple(None if t is None else t.to(low) for t in tensors)
+    with torch.autocast(device, enabled=False):
+        return _Mix.apply(*tensors, gates_LkN, chosen_LkN, config, plan)
+
+
 class _HiLoMoE(torch.autograd.Function):
     """See `hilomoe`."""
 
@@ -96,12 +125,8 @@ class _HiLoMoE(torch.autograd.Function):
             x, query, weight, bias, down, up, keys, config, plan
         )
         routed = tensors[:4]
-        if loss_weights is None:
-            counts_LE = None
-        else:
-            counts_LE = sum_over_ranks(counts_LE)
-            ctx.mark_non_differentiable(counts_LE)
-        ctx.mark_non_differentiable(*routed)
+        counts_LE = _shared_counts(counts_LE, loss_weights)
+        ctx.mark_non_differentiable(*routed, *([] if counts_LE is None else [counts_LE]))
         ctx.save_for_backward(x, query, weight, down, up, keys, counts_LE, gram_MM, *tensors)
         ctx.config, ctx.plan, ctx.loss_weights = config, plan, loss_weights
         return y_NO, counts_LE, *routed
@@ -113,6 +138,50 @@ class _HiLoMoE(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         grads = run(grad_NO, ctx.saved_tensors, ctx.config, ctx.plan, ctx.loss_weights, needs)
         return *grads, None, None, None
+
+
+class _Route(torch.autograd.Function):
+    """See `route_samples`."""
+
+    @staticmethod
+    def forward(ctx, query, keys, config, loss_weights):
+        scored = score(query, keys, config)
+        routed = tuple(vars(scored.routing).values())
+        counts_LE = _shared_counts(scored.counts_LE, loss_weights)
+        ctx.mark_non_differentiable(*routed[1:], *([] if counts_LE is None else [counts_LE]))
+        ctx.save_for_backward(query, keys, counts_LE, scored.gram_MM, *routed)
+        ctx.config, ctx.loss_weights = config, loss_weights
+        return counts_LE, *routed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _, grad_gates, *__):
+        query, keys, counts_LE, gram_MM, *routed = ctx.saved_tensors
+        scored = Scored(routing=_routing(routed), gram_MM=gram_MM, counts_LE=counts_LE)
+        grads = score_backward(grad_gates, query, keys, scored, ctx.config, ctx.loss_weights)
+        return grads.direct_MN.t() @ grads.scaled_MQ, grads.keys_MQ, None, None
+
+
+class _Mix(torch.autograd.Function):
+    """See `mix_rows`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, gates, chosen, config, plan):
+        mixed = mix(x, weight, bias, down, up, gates, chosen, config, plan)
+        ctx.save_for_backward(x, weight, down, up, mixed.chosen, mixed.gates, mixed.hidden)
+        ctx.config, ctx.plan = config, plan
+        return mixed.y_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NO):
+        x, weight, down, up, chosen, gates, hidden = ctx.saved_tensors
+        mixed = Mixed(y_NO=None, chosen=chosen, gates=gates, hidden=hidden)
+        grads = mix_backward(
+            grad_NO, x, weight, down, up, mixed, ctx.config, ctx.plan, ctx.needs_input_grad[:3]
+        )
+        gates_LkN = grads.gates_LkN
+        return grads.x, grads.weight, grads.bias, grads.down, grads.up, gates_LkN, None, None, None
 
 
 @cache
@@ -131,26 +200,14 @@ def _forward(
     config: HiLoMoEConfig,
     plan: Plan,
 ) -> tuple[Tensor, ...]:
-    """The output, this rank's counts, and what `_backward` needs.
-
-    Keys are scaled before they meet a query, so that logits come scaled out of the product.
-    """
-    q_NQ, keys_MQ = x if query is None else query, down if keys is None else keys
-    scaled_MQ = keys_MQ * q_NQ.shape[1] ** -0.5
-    y_NO = F.linear(x, weight, bias)
-    gram_MM = wide(scaled_MQ) @ wide(keys_MQ).t()
-    routing = route(wide(scaled_MQ @ q_NQ.t()), gram_MM, config)
-    counts_LE = choice_counts(routing.chosen_LkN, config.num_experts).to(gram_MM.dtype)
-
-    way = WAYS[plan.experts]
-    chosen, gates = (
-        way.indices(_slots(routing, config)),
-        way.layout(_slot_gates(routing, config, x)),
-    )
-    experts = way(chosen)
-    hidden = experts.dot(x, down)
-    experts.add(y_NO, hidden * gates, _scaled(up, config.alpha))
-    return y_NO, counts_LE, gram_MM, *vars(routing).values(), chosen, gates, hidden
+    """The output, this rank's counts, and what `_backward` needs."""
+    scored = score(x if query is None else query, down if keys is None else keys, config)
+    gates_LkN, chosen_LkN = scored.routing.gates_LkN, scored.routing.chosen_LkN
+    mixed = mix(x, weight, bias, down, up, gates_LkN, chosen_LkN, config, plan)
+    routed = vars(scored.routing).values()
+    found = (mixed.chosen, mixed.gates, mixed.hidden)
+    assert mixed.y_NO is not None
+    return mixed.y_NO, scored.counts_LE, scored.gram_MM, *routed, *found
 
 
 def _backward(
@@ -172,70 +229,32 @@ def _backward(
         needs: Whether input, query, weight and bias need a gradient.
     """
     x, query, weight, down, up, keys, counts_LE, gram_MM, *routed, chosen, gates, hidden = saved
-    routing = _routing(routed)
     need_x, need_query, need_weight, need_bias = needs
+    mixed = Mixed(y_NO=None, chosen=chosen, gates=gates, hidden=hidden)
+    by_mixing = mix_backward(
+        grad_NO, x, weight, down, up, mixed, config, plan, (need_x, need_weight, need_bias)
+    )
+    scored = Scored(routing=_routing(routed), gram_MM=gram_MM, counts_LE=counts_LE)
     q_NQ, keys_MQ = x if query is None else query, down if keys is None else keys
-    scale = q_NQ.shape[1] ** -0.5
-    scaled_MQ = keys_MQ * scale
-
-    # Experts: each weighs its up-vector with gate * hidden.
-    experts = WAYS[plan.experts](chosen)
-    grad_w = experts.dot(grad_NO, _scaled(up, config.alpha))
-    grad_up = _scaled(experts.grad(grad_NO, hidden * gates, len(up)), config.alpha)
-    grad_hidden = grad_w * gates
-    grad_down = experts.grad(x, grad_hidden, len(down))
-
-    # Routing: from the gates to the direct logits and the keys' Gram matrix, and to the keys.
-    L, k, N = routing.gates_LkN.shape
-    grad_gates_SN = wide(experts.layout(grad_w * hidden)).reshape(L, k, config.rank, N)
-    loss = None
-    if loss_weights is not None:
-        loss = loss_gradients(counts_LE, N, config.top_k, loss_weights)
-    grads = route_backward(grad_gates_SN.sum(dim=2), routing, gram_MM, config, loss)
-    grad_direct_MN = grads.direct_MN.to(x.dtype)
-    grad_scaled = ((grads.gram_MM + grads.gram_MM.t()) @ wide(keys_MQ)).to(x.dtype)
-    grad_keys = grad_scaled.addmm_(grad_direct_MN, q_NQ) * scale
-
-    # The uses of the input: base map, experts, query.
-    grad_x = grad_query = None
-    if need_x:
-        grad_x = experts.add(grad_NO @ weight, grad_hidden, down)
-        if query is None and config.stop_gradient != "query":
-            grad_x.addmm_(grad_direct_MN.t(), scaled_MQ)
-    if need_query:
-        grad_query = grad_direct_MN.t() @ scaled_MQ
+    by_scoring = score_backward(by_mixing.gates_LkN, q_NQ, keys_MQ, scored, config, loss_weights)
+    if by_mixing.x is not None and query is None and config.stop_gradient != "query":
+        by_mixing.x.addmm_(by_scoring.direct_MN.t(), by_scoring.scaled_MQ)
     return (
-        grad_x,
-        grad_query,
-        grad_NO.t() @ x if need_weight else None,
-        grad_NO.sum(dim=0) if need_bias else None,
-        grad_down + grad_keys if keys is None else grad_down,
-        grad_up,
-        None if keys is None else grad_keys,
+        by_mixing.x,
+        by_scoring.direct_MN.t() @ by_scoring.scaled_MQ if need_query else None,
+        by_mixing.weight,
+        by_mixing.bias,
+        by_mixing.down + by_scoring.keys_MQ if keys is None else by_mixing.down,
+        by_mixing.up,
+        None if keys is None else by_scoring.keys_MQ,
     )
 
 
-def _scaled(t: Tensor, alpha: float) -> Tensor:
-    return t if alpha == 1 else t * alpha
+def _shared_counts(counts_LE: Tensor, loss_weights: tuple[float, float] | None) -> Tensor | None:
+    """Of all ranks where losses are computed, else none."""
+    return None if loss_weights is None else sum_over_ranks(counts_LE)
 
 
 def _routing(tensors: Sequence[Tensor]) -> Routing:
     gates, chosen, scores, logsumexp = tensors
     return Routing(gates_LkN=gates, chosen_LkN=chosen, scores_LEN=scores, logsumexp_LN=logsumexp)
-
-
-def _slots(routing: Routing, config: HiLoMoEConfig) -> Tensor:
-    """Where the chosen experts' vectors lie among those of all layers; ``(S, N)``."""
-    (L, k, N), E, R = routing.chosen_LkN.shape, config.num_experts, config.rank
-    first_L11 = torch.arange(0, L * E, E, device=routing.chosen_LkN.device).view(L, 1, 1)
-    expert_SN = (routing.chosen_LkN + first_L11).view(L * k, N)
-    if R == 1:
-        return expert_SN
-    rank_R1 = torch.arange(R, device=expert_SN.device).unsqueeze(1)
-    return (expert_SN.unsqueeze(1) * R + rank_R1).view(L * k * R, N)
-
-
-def _slot_gates(routing: Routing, config: HiLoMoEConfig, like: Tensor) -> Tensor:
-    """The gate of each used vector; ``(S, N)``."""
-    gates_SN = routing.gates_LkN.to(like.dtype).flatten(0, 1)
-    return gates_SN.repeat_interleave(config.rank, dim=0) if config.rank > 1 else gates_SN

@@ -10,9 +10,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.router import SampleRouter
 from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale, sites_of
 
-__all__ = ["inject_hilomoe", "remove_hilomoe"]
+__all__ = ["inject_hilomoe", "remove_hilomoe", "share_routing"]
 
 
 def inject_hilomoe(
@@ -58,6 +59,53 @@ def inject_hilomoe(
     return chosen
 
 
+def share_routing(
+    model: nn.Module, config: HiLoMoEConfig, sites: Sequence[str], query: str, width: int
+) -> list[str]:
+    """Inject sites that share one router, which decides once per sample.
+
+    As `inject_hilomoe`, but every token of every one of these sites uses the gates that the router
+    finds for its sample, so the sites' inputs must be ``(samples, ..., D)``. The router's
+    parameters live in the first site, as ``router``.
+
+    Args:
+        model: As for `inject_hilomoe`.
+        config: Options of the sites and of their router.
+        sites: As for `inject_hilomoe`.
+        query: Qualified name of the module whose output, ``(samples, width)``, routes the samples;
+            it must run before the sites.
+        width: Of that output.
+
+    Returns:
+        The names of the replaced maps.
+
+    Raises:
+        ValueError: As `inject_hilomoe`; also if there is no such module, or keys are tied.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 1))
+        >>> share_routing(model, HiLoMoEConfig(), sites=["[12]"], query="0", width=6)
+        ['1', '2']
+    """
+    modules = dict(model.named_modules())
+    if query not in modules or not query:
+        raise ValueError(
+            f"share_routing: query {query!r} is no module of the model. It has: "
+            f"{', '.join(name for name in modules if name)}."
+        )
+    SampleRouter(width, config, device="meta")  # refuses before anything is changed
+    names = inject_hilomoe(model, config, sites)
+    chosen = [sites_of(model)[name] for name in names]
+    weight = chosen[0].weight
+    router = SampleRouter(width, config, device=weight.device, dtype=weight.dtype)
+    for index, site in enumerate(chosen):
+        site.share(router, owner=index == 0)
+    # Looked up again: the query may itself have been replaced by a site.
+    router.attach(model, model.get_submodule(query))
+    set_auxiliary_loss_scale(model, 1.0)
+    return names
+
+
 def remove_hilomoe(model: nn.Module) -> list[str]:
     """Turn sites back into plain linear maps, in place.
 
@@ -77,6 +125,8 @@ def remove_hilomoe(model: nn.Module) -> list[str]:
             f"compute would change the model's outputs; got {busy}. Set active_layers = 0 first."
         )
     for name, site in sites.items():
+        if site.shared_router is not None:
+            site.shared_router.detach()
         linear = nn.Linear(
             site.in_features, site.out_features, site.bias is not None, device="meta"
         )

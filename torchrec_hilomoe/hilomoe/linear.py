@@ -14,14 +14,15 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.function import hilomoe, SiteOutput
+from torchrec_hilomoe.hilomoe.function import hilomoe, mix_rows, SiteOutput
 from torchrec_hilomoe.hilomoe.losses import RoutingRecord
 from torchrec_hilomoe.hilomoe.plan import plan_for
+from torchrec_hilomoe.hilomoe.router import for_tokens, SampleRouter
 
 __all__ = ["HiLoMoELinear"]
 
 # Opaque to FX: they ask for shapes, dtypes or the process group, which a proxy does not have.
-for _name in ("checked", "hilomoe", "rms_norm", "unflattened"):
+for _name in ("checked", "for_tokens", "hilomoe", "mix_rows", "rms_norm", "unflattened"):
     torch.fx.wrap(_name)
 
 
@@ -54,6 +55,7 @@ class HiLoMoELinear(nn.Module):
         active_layers: How many expert layers compute, 0 to ``L``; 0 is exactly ``nn.Linear``.
         auxiliary_scale: Factor on the auxiliary loss's gradient; set for a whole model by
             ``set_auxiliary_loss_scale``.
+        plan: How it computes, decided when it was built.
 
     Example:
         >>> site = HiLoMoELinear(16, 4, HiLoMoEConfig(num_layers=2, num_experts=4))
@@ -96,6 +98,7 @@ class HiLoMoELinear(nn.Module):
             self.query_proj = parameter(config.query_dim, in_features)
         self.auxiliary_scale = 1.0
         self._record: RoutingRecord | None = None
+        self._shared: tuple[SampleRouter] | None = None  # not registered: its owner has it
         self._active_layers = L
         self.reset_parameters()
 
@@ -132,11 +135,26 @@ class HiLoMoELinear(nn.Module):
             )
         self._active_layers = layers
         self._record = None
+        if self._shared is not None:
+            self._shared[0].active_layers = layers
+
+    @property
+    def shared_router(self) -> SampleRouter | None:
+        """What routes this site by sample; None if it routes its own rows."""
+        return None if self._shared is None else self._shared[0]
+
+    def share(self, router: SampleRouter, owner: bool) -> None:
+        """Leave the routing to a router that several sites share; one of them owns it."""
+        for name in self.routing_parameters():
+            delattr(self, name)
+        if owner:
+            self.router = router
+        self._shared = (router,)
 
     @property
     def routing_record(self) -> RoutingRecord | None:
         """What the last training forward has left for its losses; None before there was one."""
-        return self._record
+        return self._record if self._shared is None else self._shared[0].routing_record
 
     def reset_parameters(self) -> None:
         """Start as ``nn.Linear`` does, with experts that add exactly nothing."""
@@ -158,7 +176,12 @@ class HiLoMoELinear(nn.Module):
         self.reset_routing()
 
     def reset_routing(self, generator: torch.Generator | None = None) -> None:
-        """Draw keys and query projection anew; tied keys stay, being the experts' down-vectors."""
+        """Draw keys and query projection anew.
+
+        Tied keys stay, being the experts' down-vectors; a shared router resets itself.
+        """
+        if self._shared is not None:
+            return
         if not self.config.tie_keys:
             nn.init.normal_(self.expert_keys, generator=generator)
             if self.config.num_experts > 1:
@@ -171,22 +194,37 @@ class HiLoMoELinear(nn.Module):
     def expert_parameters(self) -> dict[str, nn.Parameter]:
         """Everything that ``nn.Linear`` does not have, by name."""
         base = ("weight", "bias")
-        return {name: p for name, p in self.named_parameters(recurse=False) if name not in base}
+        return {name: p for name, p in self.named_parameters() if name not in base}
 
     def routing_parameters(self) -> dict[str, nn.Parameter]:
         """Those that do nothing but route, by name; none of them if keys are tied."""
-        names = ("expert_keys", "query_proj")
-        return {name: p for name, p in self.named_parameters(recurse=False) if name in names}
+        own = ("weight", "bias", "expert_in", "expert_out")
+        return {name: p for name, p in self.named_parameters() if name not in own}
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map and its active experts; shapes are in the class docstring."""
         if self._active_layers == 0:
             return F.linear(x, self.weight, self.bias)
-        out = self.compute(checked(x, self.in_features).reshape(-1, self.in_features))
-        return unflattened(out.y_NO, x)
+        x = checked(x, self.in_features)
+        x_ND = x.reshape(-1, self.in_features)
+        if self._shared is None:
+            return unflattened(self.compute(x_ND).y_NO, x)
+        chosen = for_tokens(self._shared[0].routing, x, self._active_layers)
+        y_NO = mix_rows(
+            x_ND,
+            self.weight,
+            self.bias,
+            self._active(self.expert_in),
+            self._active(self.expert_out),
+            chosen.gates_LkN,
+            chosen.chosen_LkN,
+            self.config,
+            self.plan,
+        )
+        return unflattened(y_NO, x)
 
     def compute(self, x_ND: Tensor) -> SiteOutput:
-        """Apply the map to rows, and tell how they were routed."""
+        """Apply the map to rows, and tell how they were routed; not for a shared router."""
         config = self.config
         query_NQ = None
         if config.query_dim is not None or config.query_norm:

@@ -6,6 +6,7 @@ never imports this file.
 Shape legend:
     N  rows (tokens or samples)     D  input width     O  output width    Q  query width
     L  expert layers                E  experts         R  rank            k  experts chosen
+    C  width of what a row is routed by, D unless a router is shared
 """
 
 import math
@@ -54,6 +55,7 @@ def hilomoe_linear(
     config: HiLoMoEConfig,
     active_layers: int | None = None,
     chosen_NLE: Tensor | None = None,
+    source_NC: Tensor | None = None,
 ) -> Output:
     """The equations of a site, one row and one expert at a time.
 
@@ -64,6 +66,8 @@ def hilomoe_linear(
         active_layers: Layers that compute; None means all.
         chosen_NLE: Experts to use instead of each row's best ones. In low precision near-ties may
             fall either way; with the choice given, what is left is a smooth function.
+        source_NC: What each row is routed by, if not by itself: its sample's tensor, where sites
+            share a router.
     """
     L = config.num_layers if active_layers is None else active_layers
     keys_LEQ = params["expert_in"].squeeze(2) if config.tie_keys else params["expert_keys"]
@@ -72,7 +76,8 @@ def hilomoe_linear(
         y_O = params["weight"] @ x_D
         if "bias" in params:
             y_O = y_O + params["bias"]
-        q_Q = x_D.detach() if config.stop_gradient == "query" else x_D
+        source_C = x_D if source_NC is None else source_NC[n]
+        q_Q = source_C.detach() if config.stop_gradient == "query" else source_C
         if config.query_dim is not None:
             q_Q = params["query_proj"] @ q_Q
         if config.query_norm:

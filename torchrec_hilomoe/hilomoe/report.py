@@ -54,7 +54,7 @@ class SiteReport:
 
     Attributes:
         name: Its qualified name.
-        rows: Rows that were recorded, over all ranks.
+        rows: Rows that were routed, over all ranks: samples, where sites share a router.
         layers: Its active layers, in order.
         paths_in_use: Distinct sequences of best experts, one a layer, among the rows.
         paths_possible: ``E ** L``.
@@ -157,22 +157,22 @@ def _record(module: nn.Module, args: tuple, output: Tensor) -> None:
     """Forward hook: add this pass to the site's totals."""
     site = module
     assert isinstance(site, HiLoMoELinear)
-    x_ND = args[0].reshape(-1, site.in_features)
+    x_ND, router = args[0].reshape(-1, site.in_features), site.shared_router
     if site.active_layers == 0 or len(x_ND) == 0:
         return
-    out = site.compute(x_ND)
-    routing, scores_LEN = out.routing, out.routing.scores_LEN.double()
+    routing = site.compute(x_ND).routing if router is None else router.routing
+    scores_LEN = routing.scores_LEN.double()
     base_NO = F.linear(x_ND, site.weight, site.bias)
     paths_PL, path_rows_P = scores_LEN.argmax(dim=1).t().unique(dim=0, return_counts=True)
     _recorded[site].add(
         _Part(
-            rows=len(x_ND),
+            rows=scores_LEN.shape[2],
             counts_LE=choice_counts(routing.chosen_LkN, site.config.num_experts).cpu(),
             scores_LE=scores_LEN.sum(dim=2).cpu(),
             entropy_L=torch.special.entr(scores_LEN).sum(dim=(1, 2)).cpu(),
             z_L=routing.logsumexp_LN.double().square().sum(dim=1).cpu(),
             base_square=base_NO.double().square().sum().item(),
-            added_square=(out.y_NO - base_NO).double().square().sum().item(),
+            added_square=(output.view_as(base_NO) - base_NO).double().square().sum().item(),
             paths_PL=paths_PL.cpu(),
             path_rows_P=path_rows_P.cpu(),
         )

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.losses import LossGradients
+from torchrec_hilomoe.hilomoe.losses import choice_counts, loss_gradients, LossGradients
 
 __all__ = ["Routing", "largest", "route", "route_backward", "wide"]
 
@@ -46,6 +46,56 @@ class Routing:
     chosen_LkN: Tensor
     scores_LEN: Tensor
     logsumexp_LN: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What `score` found; ``counts_LE`` may be None where no losses are computed."""
+
+    routing: Routing
+    gram_MM: Tensor
+    counts_LE: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreGradients:
+    """By the direct logits and by the keys; and the scaled keys, which lead on to the query."""
+
+    direct_MN: Tensor
+    keys_MQ: Tensor
+    scaled_MQ: Tensor
+
+
+def score(q_NQ: Tensor, keys_MQ: Tensor, config: HiLoMoEConfig) -> Scored:
+    """Keys are scaled before they meet a query, so that logits come scaled out of the product."""
+    scaled_MQ = keys_MQ * q_NQ.shape[1] ** -0.5
+    gram_MM = wide(scaled_MQ) @ wide(keys_MQ).t()
+    routing = route(wide(scaled_MQ @ q_NQ.t()), gram_MM, config)
+    counts_LE = choice_counts(routing.chosen_LkN, config.num_experts).to(gram_MM.dtype)
+    return Scored(routing=routing, gram_MM=gram_MM, counts_LE=counts_LE)
+
+
+def score_backward(
+    grad_gates_LkN: Tensor,
+    q_NQ: Tensor,
+    keys_MQ: Tensor,
+    scored: Scored,
+    config: HiLoMoEConfig,
+    loss_weights: tuple[float, float] | None,
+) -> ScoreGradients:
+    """From the gates to the direct logits, and through the keys' Gram matrix to the keys."""
+    scale = q_NQ.shape[1] ** -0.5
+    loss = None
+    if loss_weights is not None:
+        loss = loss_gradients(scored.counts_LE, len(q_NQ), config.top_k, loss_weights)
+    grads = route_backward(grad_gates_LkN, scored.routing, scored.gram_MM, config, loss)
+    direct_MN = grads.direct_MN.to(q_NQ.dtype)
+    by_scaled_MQ = ((grads.gram_MM + grads.gram_MM.t()) @ wide(keys_MQ)).to(q_NQ.dtype)
+    return ScoreGradients(
+        direct_MN=direct_MN,
+        keys_MQ=by_scaled_MQ.addmm_(direct_MN, q_NQ) * scale,
+        scaled_MQ=keys_MQ * scale,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,5 +53,8 @@ def set_auxiliary_loss_scale(model: nn.Module, scale: float) -> None:
     hand; ``inject_hilomoe`` does.
     """
     sites = sites_of(model).values()
+    routers = [site.shared_router for site in sites if site.shared_router is not None]
+    for router in routers:
+        router.auxiliary_scale = scale * routers.count(router) / len(sites)
     for site in sites:
         site.auxiliary_scale = scale / len(sites)

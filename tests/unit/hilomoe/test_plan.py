@@ -1,6 +1,5 @@
 """Backends: decided at construction, logged once, refused with every reason."""
 
-import copy
 import logging
 
 import pytest
@@ -62,8 +61,8 @@ def test_ways_agree_with_one_hot_products(way, rows):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_k": 2, "rank": 2, "query_dim": 5}, {"tie_keys": True, "query_update": "selected"}],
-    ids=str,
+    [{}, {"top_k": 2, "rank": 2, "query_dim": 5, "query_update": "selected"}],
+    ids=["default", "other"],
 )
 def test_compiled_equals_eager(options):
     torch.compiler.reset()
@@ -71,15 +70,10 @@ def test_compiled_equals_eager(options):
     nn.init.normal_(eager.expert_out)
     compiled = HiLoMoELinear(6, 5, HiLoMoEConfig(num_experts=4, backend="compiled", **options))
     compiled.double().load_state_dict(eager.state_dict())
-    for rows in (7, 9):
-        x = torch.randn(rows, 6, dtype=torch.float64)
-        results = []
-        for site in (eager, copy.deepcopy(compiled)):
-            leaf = x.clone().requires_grad_()
-            y = site(leaf)
-            y.sin().sum().backward()
-            results.append(
-                {"y": y, "x": leaf.grad} | {n: p.grad for n, p in site.named_parameters()}
-            )
-            site.zero_grad()
-        torch.testing.assert_close(results[1], results[0])
+    x, results = torch.randn(7, 6, dtype=torch.float64), []
+    for site in (eager, compiled):
+        leaf = x.clone().requires_grad_()
+        y = site(leaf)
+        y.sin().sum().backward()
+        results.append({"y": y, "x": leaf.grad} | {n: p.grad for n, p in site.named_parameters()})
+    torch.testing.assert_close(results[1], results[0])

@@ -1,0 +1,161 @@
+"""Sites that share a router: against the loops, with every gradient, and as parts of a model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from tests.helpers.rounding import assert_as_exact_as, value_and_grads
+from torchrec_hilomoe.hilomoe import (
+    auxiliary_loss,
+    expert_parameters,
+    HiLoMoEConfig,
+    record_routing,
+    reference,
+    remove_hilomoe,
+    routing_report,
+    share_routing,
+    sites_of,
+)
+
+SAMPLES, TOKENS, USER, WIDTH = 4, 3, 5, 6
+OPTIONS = {
+    "default": {},
+    "top_2": {"top_k": 2, "rank": 2},
+    "query": {"query_dim": 3, "query_norm": True, "query_update": "selected"},
+    "stop_query": {"stop_gradient": "query"},
+}
+
+
+class TwoTowers(nn.Module):
+    """A user's tower routes two maps over the tokens of a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Linear(USER, USER)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, user_BU: torch.Tensor, tokens_BTW: torch.Tensor) -> torch.Tensor:
+        user_BU = self.user(user_BU)  # before the sites that it routes
+        return self.down(self.up(tokens_BTW).tanh()) + user_BU.sum()
+
+
+def build(dtype=torch.float64, **options) -> TwoTowers:
+    torch.manual_seed(0)
+    model = TwoTowers().to(dtype)
+    config = HiLoMoEConfig(num_layers=3, num_experts=4, balance_weight=0.7, z_weight=0.3, **options)
+    names = share_routing(model, config, sites=["up", "down"], query="user", width=USER)
+    assert names == ["up", "down"]
+    for site in sites_of(model).values():
+        nn.init.normal_(site.expert_out)
+    return model
+
+
+def inputs(dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    user = torch.randn(SAMPLES, USER, generator=generator).to(dtype)
+    return user, torch.randn(SAMPLES, TOKENS, WIDTH, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_matches_float64_reference(options, dtype):
+    model = build(dtype, **options)
+    config = sites_of(model)["up"].config
+    user, tokens = inputs(dtype)
+    tensors = {"user": user, "tokens": tokens, **dict(model.named_parameters())}
+
+    def fast(user, tokens, **params):
+        return functional_call(model, params, (user, tokens)), None
+
+    def slow(user, tokens, **params):
+        source = user @ params["user.weight"].t() + params["user.bias"]
+        router = {n.removeprefix("up.router."): p for n, p in params.items() if "router" in n}
+
+        def site(name, x):
+            own = {n.removeprefix(f"{name}."): p for n, p in params.items() if n.startswith(name)}
+            repeated = source.repeat_interleave(TOKENS, dim=0)
+            rows = x.reshape(-1, x.shape[-1])
+            out = reference.hilomoe_linear(rows, {**own, **router}, config, source_NC=repeated)
+            return out, out.y_NO.reshape(SAMPLES, TOKENS, -1)
+
+        out, hidden = site("up", tokens)
+        _, y = site("down", hidden.tanh())
+        # Tokens of a sample are routed alike, so the means over tokens are those over samples.
+        return y + source.sum(), reference.losses(out, config).total
+
+    exact = {name: t.detach().double() for name, t in tensors.items()}
+    plain = {name: t.detach().float() for name, t in tensors.items()}
+    cotangent = torch.randn(SAMPLES, TOKENS, WIDTH, dtype=dtype)
+    want = value_and_grads(slow, exact, cotangent.double())
+    near = value_and_grads(slow, plain, cotangent.float())
+    assert_as_exact_as(value_and_grads(fast, tensors, cotangent), near, want, dtype, 64)
+
+
+def test_the_loss_read_is_the_router_s_own():
+    model = build()
+    model(*inputs()).sum().backward()
+    with record_routing(model):
+        model(*inputs())
+    report = routing_report(model)
+    assert {site.rows for site in report.sites} == {SAMPLES}
+    layers = report.sites[0].layers
+    want = sum(0.7 * layer.balance_loss + 0.3 * layer.z_loss for layer in layers) / len(layers)
+    assert auxiliary_loss(model).item() == pytest.approx(want)
+
+
+def test_parameters_live_once_and_copies_are_independent():
+    model = build()
+    keys = [name for name in model.state_dict() if "keys" in name]
+    assert keys == ["up.router.expert_keys"]
+    assert "up.router.expert_keys" in expert_parameters(model)
+    model(*inputs())
+    twin = copy.deepcopy(model)
+    want = model(*inputs())
+    with torch.no_grad():
+        sites_of(model)["up"].router.expert_keys.normal_()
+    assert torch.equal(twin(*inputs()), want)
+    assert not torch.equal(model(*inputs()), want)
+
+
+def test_active_layers_and_removal():
+    model = build()
+    for layers in (2, 0):
+        for site in sites_of(model).values():
+            site.active_layers = layers
+        y = model(*inputs())
+    assert remove_hilomoe(model) == ["up", "down"]
+    assert torch.equal(model(*inputs()), y)
+    assert not model._forward_pre_hooks
+    assert not model.user._forward_hooks
+
+
+# Dynamo instantiates an autograd.Function while it traces its backward. Goes when it does not.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_without_graph_breaks(training):
+    model = build().train(training)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs()), model(*inputs()))
+
+
+def test_refuses_what_it_cannot_route():
+    model = build()
+    user, tokens = inputs()
+    with pytest.raises(ValueError, match=r"4 samples were routed, .* \(12, 6\); its first dimens"):
+        model(user, tokens.flatten(0, 1))
+    with pytest.raises(ValueError, match=r"a site ran before the module whose output routes it"):
+        sites_of(build())["up"](tokens)
+    with pytest.raises(ValueError, match=r"query 'usr' is no module.*user, up, down"):
+        share_routing(TwoTowers(), HiLoMoEConfig(), sites=["up"], query="usr", width=USER)
+    config = HiLoMoEConfig(tie_keys=True)
+    with pytest.raises(ValueError, match=r"tie_keys = True needs a router for each site"):
+        share_routing(TwoTowers(), config, sites=["up"], query="user", width=USER)
+    model = TwoTowers()
+    share_routing(model, HiLoMoEConfig(), sites=["up"], query="user", width=USER + 1)
+    with pytest.raises(ValueError, match=r"width is 6, but the query's shape is \(4, 5\)"):
+        model(user.float(), tokens.float())

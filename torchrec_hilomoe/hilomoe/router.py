@@ -1,0 +1,181 @@
+"""Sample-level routing: one router decides once per sample, for every token of several sites.
+
+Routing per row computes logits for each token of each site. Where what matters about a sample is
+known in one place of the model, for instance in the embedding of its user, the sites can share one
+router that reads that place: its cost no longer grows with the length of the sequence.
+
+Shape legend:
+    B  samples     D  width of the tensor that is read     Q  query width
+    L  active expert layers     E  experts     k  experts chosen
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn, Tensor
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.function import route_samples
+from torchrec_hilomoe.hilomoe.losses import RoutingRecord
+from torchrec_hilomoe.hilomoe.routing import Routing
+
+__all__ = ["SampleRouter", "TokenGates", "for_tokens"]
+
+
+class SampleRouter(nn.Module):
+    """Routes samples by a tensor of the model.
+
+    It hears the tensor through a forward hook (`hear`) on the module that makes it, and keeps the
+    routing for the sites until the model's next forward.
+
+    Args:
+        width: ``D``.
+        config: Options of the sites that share this router.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        active_layers: As for a site; the sites set it.
+        auxiliary_scale: As for a site, for all sites that share this router together.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        config: HiLoMoEConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.tie_keys:
+            raise ValueError(
+                "HiLoMoEConfig.tie_keys = True needs a router for each site, because its keys are "
+                "the site's own down-vectors. Use tie_keys=False to share a router."
+            )
+        self.width, self.config = width, config
+        L, E, Q = config.num_layers, config.num_experts, config.query_dim or width
+        self.expert_keys = nn.Parameter(torch.empty(L, E, Q, device=device, dtype=dtype))
+        if config.query_dim is not None:
+            self.query_proj = nn.Parameter(torch.empty(Q, width, device=device, dtype=dtype))
+        self.active_layers = L
+        self.auxiliary_scale = 1.0
+        self._hooks: list[RemovableHandle] = []
+        self._routing: Routing | None = None
+        self._record: RoutingRecord | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Keys of a layer sum to zero, as in ``HiLoMoELinear.reset_experts``."""
+        nn.init.normal_(self.expert_keys, generator=generator)
+        if self.config.num_experts > 1:
+            with torch.no_grad():
+                self.expert_keys -= self.expert_keys.mean(dim=1, keepdim=True)
+        if self.config.query_dim is not None:
+            nn.init.normal_(self.query_proj, std=1 / math.sqrt(self.width), generator=generator)
+
+    @property
+    def routing(self) -> Routing:
+        """How the samples of the pass under way are routed; gates are differentiable."""
+        if self._routing is None:
+            raise ValueError(
+                "SampleRouter: a site ran before the module whose output routes it, or outside of "
+                "its model. Name a module that runs earlier as the query."
+            )
+        return self._routing
+
+    @property
+    def routing_record(self) -> RoutingRecord | None:
+        """As ``HiLoMoELinear.routing_record``."""
+        return self._record
+
+    def attach(self, model: nn.Module, source: nn.Module) -> None:
+        """Hear what ``source``, a module of ``model``, says in each forward of ``model``."""
+        self._hooks += [
+            model.register_forward_pre_hook(self.forget),
+            source.register_forward_hook(self.hear),
+        ]
+
+    def detach(self) -> None:
+        """Hear no more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def hear(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of the module that makes the query."""
+        if self.active_layers > 0:
+            self._routing = self(output)
+
+    def forget(self, module: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the model: a pass must not use the routing of the one before."""
+        self._routing = None
+
+    def forward(self, query_BD: Tensor) -> Routing:
+        """Route samples."""
+        config = self.config
+        if query_BD.dim() != 2 or query_BD.shape[1] != self.width:
+            raise ValueError(
+                f"SampleRouter.width is {self.width}, but the query's shape is "
+                f"{tuple(query_BD.shape)}; it must be (samples, {self.width}). Name another module "
+                "as the query, or build the router with its width."
+            )
+        q_BQ = query_BD.detach() if config.stop_gradient == "query" else query_BD
+        if config.query_dim is not None:
+            q_BQ = F.linear(q_BQ, self.query_proj)
+        if config.query_norm:
+            q_BQ = F.rms_norm(q_BQ, q_BQ.shape[1:])
+        scale = self.auxiliary_scale
+        weights = (config.balance_weight * scale, config.z_weight * scale)
+        losing = self.training and torch.is_grad_enabled() and weights != (0.0, 0.0)
+        keys_MQ = self.expert_keys[: self.active_layers].flatten(0, 1)
+        routing, counts_LE = route_samples(q_BQ, keys_MQ, config, weights if losing else None)
+        if counts_LE is not None:
+            self._record = RoutingRecord(
+                counts_LE=counts_LE,
+                scores_LEN=routing.scores_LEN,
+                logsumexp_LN=routing.logsumexp_LN,
+                top_k=config.top_k,
+            )
+        return routing
+
+    def extra_repr(self) -> str:
+        """What it reads and how it routes."""
+        return f"width={self.width}, active_layers={self.active_layers}, {self.config}"
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles start without what the last pass left."""
+        return {**super().__getstate__(), "_routing": None, "_record": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenGates:
+    """The gates of each token: those of its sample."""
+
+    gates_LkN: Tensor
+    chosen_LkN: Tensor
+
+
+def for_tokens(routing: Routing, x: Tensor, num_layers: int) -> TokenGates:
+    """Give every token of ``x``, ``(B, ..., D)``, the routing of its sample.
+
+    Raises:
+        ValueError: If ``x`` does not have the router's number of samples.
+    """
+    gates_LkB, chosen_LkB = routing.gates_LkN[:num_layers], routing.chosen_LkN[:num_layers]
+    samples = gates_LkB.shape[2]
+    if x.dim() < 2 or x.shape[0] != samples:
+        raise ValueError(
+            f"SampleRouter: {samples} samples were routed, but a site's input has shape "
+            f"{tuple(x.shape)}; its first dimension must be the samples. Give the site rows per "
+            "sample, or let it route its own rows."
+        )
+    tokens = x.shape[1:-1].numel()
+    if tokens == 1:
+        return TokenGates(gates_LkN=gates_LkB, chosen_LkN=chosen_LkB)
+    return TokenGates(
+        gates_LkN=gates_LkB.repeat_interleave(tokens, dim=2),
+        chosen_LkN=chosen_LkB.repeat_interleave(tokens, dim=2),
+    )
