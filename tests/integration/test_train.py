@@ -1,0 +1,78 @@
+"""A run keeps the contract of its files."""
+
+import json
+import math
+
+import pytest
+
+from tests.helpers.runs import train
+from torchrec_hilomoe.command_line import parse_run
+from torchrec_hilomoe.training import checkpoint
+
+METRICS = {"auc", "gauc", "logloss", "ne", "rows"}
+COMPONENTS = {"tables", "backbone", "head", "experts", "routing", "total"}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(folder, "--checkpoint.every_steps=6", "--train.evaluate_every=9", ranks=2)
+    return folder
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_configuration_is_kept_and_can_be_given_back(out):
+    kept = parse_run(["--config", str(out / "config.yaml")]).config
+    assert kept.out_dir == str(out)
+    assert kept.train.max_steps == 18
+
+
+def test_metrics_are_written_a_line_at_a_time(out):
+    rows = lines(out)
+    assert {row["split"] for row in rows} == {"train", "valid", "test"}
+    for row in rows:
+        assert METRICS | {"step", "stage", "split"} <= row.keys()
+        assert row["logloss"] > 0
+    training = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in training] == [4, 8, 12, 16]
+    assert all(row["samples_per_second"] > 0 for row in training)
+    assert [row["step"] for row in rows if row["split"] == "valid"] == [9, 18]
+
+
+def test_training_goes_on_after_a_validation_in_the_middle(out):
+    """TorchRec's pipeline asks the outermost wrapper whether to train."""
+    nine = {"step": 9, "split": "valid"}.items()
+    last = {"step": 18, "split": "valid"}.items()
+    rows = lines(out)
+    (before,) = [row for row in rows if nine <= row.items()]
+    (after,) = [row for row in rows if last <= row.items()]
+    assert before["logloss"] != after["logloss"]
+
+
+def test_summary_has_the_test_metrics_and_the_cost(out):
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["test"].keys() >= METRICS
+    assert summary["test"]["rows"] == 512
+    assert summary["test"]["auc"] < summary["best_auc"] < 1
+    assert summary["parameters"].keys() == summary["flops"].keys() == COMPONENTS
+    for counted in (summary["parameters"], summary["flops"]):
+        parts = [figure for name, figure in counted.items() if name != "total"]
+        assert sum(parts) == counted["total"] > 0
+    assert math.isfinite(summary["samples_per_second"])
+    stages = [stage["name"] for stage in summary["stages"]]
+    assert stages[0] == "backbone_warmup"
+    assert stages[1:-1] == [f"expert_warmup[{layer}]" for layer in (1, 2, 3)]
+    assert stages[-1] == "finetune"
+
+
+def test_checkpoints_and_curves_are_there(out):
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "step_12",
+        "step_18",
+        "step_6",
+    ]
+    assert checkpoint.read_progress(out / "checkpoints" / "step_12").position.lane_rows == 96
+    assert list((out / "tensorboard").iterdir())
