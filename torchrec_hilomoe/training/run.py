@@ -50,6 +50,8 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
         return
     resumed = _resumed_checkpoint(config.resume, folder)
     progress = checkpoint.read_progress(resumed) if resumed else None
+    if progress:
+        _refuse_to_go_back(progress.step, folder)
     loader = loader_of(config, "train", job.world, start=progress.position if progress else None)
     total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
     spans = schedule_of(config).place(total)
@@ -134,6 +136,16 @@ def _resumed_checkpoint(resume: str, folder: Path) -> Path | None:
     if resume == "never":
         return None
     return checkpoint.latest(folder / "checkpoints") if resume == "auto" else Path(resume)
+
+
+def _refuse_to_go_back(step: int, folder: Path) -> None:
+    """Refuse to overwrite later checkpoints of the run that is gone on with."""
+    newest = checkpoint.latest(folder / "checkpoints")
+    if newest is not None and (newest_step := checkpoint.read_progress(newest).step) > step:
+        raise ValueError(
+            f"resume is a checkpoint of step {step}, but out_dir {folder} already holds step "
+            f"{newest_step}, which would be overwritten. Give another --out_dir, or --resume auto."
+        )
 
 
 def _costs(cost: Cost) -> dict[str, object]:

@@ -103,6 +103,7 @@ class Trainer:
         # Counts are of all ranks, so one of them is enough to warn.
         self._watch = CollapseWatch(task) if torch.distributed.get_rank() == 0 else None
         self._span = spans[0]
+        self._saved_step: int | None = None
         self._pipeline: Pipeline | None = None
 
     @property
@@ -115,6 +116,9 @@ class Trainer:
         progress = checkpoint.read_progress(path)
         checkpoint.load(path, training_state(self.model, self._learners))
         self.step, self.position = progress.step, progress.position
+        # The stage that is next, or the last one of a run that is complete.
+        ahead = [span for span in self._spans if self.step < span.stop]
+        self._span = ahead[0] if ahead else self._spans[-1]
 
     def fit(self, loader: Loader, validation: Loader) -> bool:
         """Train to the end of the last stage.
@@ -163,7 +167,9 @@ class Trainer:
         return metrics
 
     def save(self) -> None:
-        """Write a checkpoint, unless one of this step exists; a collective call."""
+        """Write a checkpoint, unless one of this step was written; a collective call."""
+        if self._saved_step == self.step:
+            return
         assert self.position is not None
         self._window.check_finite()
         share_statistics(self.model.module)
@@ -178,6 +184,7 @@ class Trainer:
             ),
             keep=self._rhythm.keep,
         )
+        self._saved_step = self.step
         self._log.say(f"saved {path}")
 
     def _enter(self, span: StageSpan) -> Pipeline:
