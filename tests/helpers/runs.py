@@ -1,20 +1,32 @@
 """Small whole runs for tests, and what their checkpoints hold."""
 
+import os
+import signal
+import threading
+import time
 import warnings
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from tests.helpers.processes import run_ranks
+from tests.helpers.sharded import joined, Part, parts
 from torchrec_hilomoe.command_line import parse_run
-from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.data.loader import World
+from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.runtime.distributed import Job, join
+from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.assemble import assemble
+from torchrec_hilomoe.training.inputs import schema_of
 from torchrec_hilomoe.training.run import run_training
+from torchrec_hilomoe.training.trainer import training_state
 
-__all__ = ["SMALL", "read_tensors", "train"]
+__all__ = ["SMALL", "load", "read_tensors", "train", "train_and_signal"]
 
-# Every stage has a step or more: 1 to 6, then one a layer, then the rest.
+# Stages end after steps 5, 7, 9, 12 and 18: the backbone's, one of each expert layer, the rest.
 SMALL = (
     "--train.max_steps=18",
     "--train.batch_size=64",
@@ -25,6 +37,7 @@ SMALL = (
     "--data.train_rows=4096",
     "--data.eval_rows=512",
     "--model.dropout=0.1",
+    "--model.batch_norm=true",
     "--checkpoint.keep=20",
 )
 
@@ -34,9 +47,23 @@ def train(out: Path, *overrides: str, ranks: int = 1) -> None:
     run_ranks(_train, ranks, [*SMALL, f"--out_dir={out}", *overrides], joined=False)
 
 
-def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+def train_and_signal(
+    out: Path, *overrides: str, ranks: int, rank: int, number: signal.Signals, step: int
+) -> None:
+    """Train, and send a signal to one rank as soon as there is a checkpoint of ``step``."""
+    argv = [*SMALL, f"--out_dir={out}", *overrides]
+    seen = out / "checkpoints" / f"step_{step}"
+    run_ranks(_train_and_signal, ranks, argv, rank, number, seen, joined=False)
+
+
+def load(folder: Path, *overrides: str, ranks: int) -> dict[str, Tensor]:
+    """Load a checkpoint into the model and optimizers of a job; return what its ranks then hold."""
+    return joined(run_ranks(_load, ranks, [*SMALL, *overrides], folder))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole, by name."""
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = dcp.FileSystemReader(folder)
     tensors = {
         name: torch.zeros(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -51,3 +78,24 @@ def _train(argv: list[str]) -> None:
     parsed = parse_run(argv)
     with join("cpu") as job:
         run_training(parsed, job)
+
+
+def _train_and_signal(argv: list[str], rank: int, number: signal.Signals, seen: Path) -> None:
+    def wait_and_signal() -> None:
+        while not seen.exists():
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    if os.environ["RANK"] == str(rank):
+        threading.Thread(target=wait_and_signal, daemon=True).start()
+    _train(argv)
+
+
+def _load(argv: list[str], folder: Path) -> dict[str, list[Part]]:
+    config = parse_run(argv).config
+    world = World(rank=dist.get_rank(), size=dist.get_world_size())
+    task = build_task(config.model, schema_of(config))
+    assembly = assemble(config, task, Job(world=world, device=torch.device("cpu")))
+    state = training_state(assembly.model, assembly.learners)
+    checkpoint.load(folder, state)
+    return parts(state)

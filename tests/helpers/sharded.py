@@ -68,15 +68,18 @@ def parts(state: Mapping[str, Any]) -> dict[str, list[Part]]:
 def joined(ranks: Sequence[Mapping[str, list[Part]]]) -> dict[str, Tensor]:
     """The whole tensors that the ranks hold together; every element must be there."""
     whole: dict[str, Tensor] = {}
+    missing: dict[str, Tensor] = {}
     for rank in ranks:
         for name, held in rank.items():
             for part in held:
                 if name not in whole:
-                    whole[name] = torch.full(part.size, float("nan"), dtype=part.values.dtype)
+                    whole[name] = torch.empty(part.size, dtype=part.values.dtype)
+                    missing[name] = torch.ones(part.size, dtype=torch.bool)
                 where = zip(part.offsets, part.values.shape, strict=True)
-                whole[name][tuple(slice(at, at + length) for at, length in where)] = part.values
-    for name, tensor in whole.items():
-        assert not tensor.isnan().any(), name
+                index = tuple(slice(at, at + length) for at, length in where)
+                whole[name][index] = part.values
+                missing[name][index] = False
+    assert not [name for name, where in missing.items() if where.any()]
     return whole
 
 
