@@ -18,6 +18,14 @@ def _alone(monkeypatch):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Handle Ctrl-C as Python does, also where the tests were started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_to_stop_after_the_step(number):
     with StopSignal() as stop:
