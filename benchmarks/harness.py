@@ -40,6 +40,7 @@ def measure(
     contenders: Mapping[str, Callable[[], object]], seconds: float, device: str
 ) -> dict[str, Measurement]:
     """Time contenders in turns for about ``seconds`` in all; the first is the baseline."""
+    _settle_heap()
     for fn in contenders.values():
         fn()  # warm up: allocate, compile
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -103,6 +104,15 @@ def append(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as sink:
         sink.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _settle_heap() -> None:
+    """Free one large block, so that the C library stops returning small ones to the system.
+
+    Any process that trains does so sooner or later; before, each fresh block costs page faults.
+    """
+    block = torch.empty(30 * 2**20, dtype=torch.uint8)
+    del block
 
 
 def _wait_for(device: str) -> None:

@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from tests.helpers.rounding import assert_as_exact_as, value_and_grads
 from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear, reference
+from torchrec_hilomoe.hilomoe.plan import plan_for
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Odd and degenerate sizes first: they find the off-by-ones that 64 and 128 hide.
@@ -121,8 +122,20 @@ def test_matches_float64_reference(sizes, options, dtype):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_gathered_experts_match_float64_reference(options, dtype):
     """The same where rows use few of many wide vectors, which are gathered."""
-    sizes = (7, 129, 6, 2, 4 if options.get("top_k") == 4 else 17)
-    check(sizes, config_of(*sizes[3:], **options), dtype)
+    sizes = (7, 129, 6, 2, 32 if "top_k" in options else 9)
+    config = config_of(*sizes[3:], **options)
+    assert plan_for(config, width=129).experts == "gathered"
+    check(sizes, config, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_moved_queries_match_float64_reference(options, dtype):
+    """The same where many experts share a narrow query, which is moved instead of its scores."""
+    sizes = (5, 6, 4, 3, 64 if options.get("top_k") == 4 else 33)
+    config = config_of(*sizes[3:], **options)
+    assert plan_for(config, width=6).space == "queries"
+    check(sizes, config, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

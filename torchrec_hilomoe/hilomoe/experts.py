@@ -30,7 +30,7 @@ def gathering_pays(num_experts: int, top_k: int, width: int) -> bool:
     A dense product takes time in proportion to ``E D``, a gathered one to ``k (D + a constant)``;
     measured in ``benchmarks/LOG.md``.
     """
-    return num_experts * width >= 512 * top_k
+    return num_experts >= 8 * top_k and num_experts * width >= 1024 * top_k
 
 
 _RADIX_SORT_FROM = 32768  # PyTorch sorts shorter lists by comparison, which takes longer

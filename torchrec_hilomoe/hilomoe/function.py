@@ -4,7 +4,7 @@ Autograd would keep every intermediate of the routing and build one ``(N, D)`` g
 the input's uses. Here the forward keeps the scores and the chosen hidden values, the backward
 recomputes the rest, and all parts of the input's gradient are added up in one buffer.
 
-Two halves make a site: `score` finds each row's gates, `mix` computes its output with them. Most
+Two halves make a site: `score_by` finds each row's gates, `mix` computes its output with them. Most
 sites run both in one function; sites that share a router run them apart, the first once a sample.
 
 Shape legend:
@@ -25,7 +25,8 @@ from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.losses import sum_over_ranks
 from torchrec_hilomoe.hilomoe.mixing import mix, mix_backward, Mixed
 from torchrec_hilomoe.hilomoe.plan import Plan
-from torchrec_hilomoe.hilomoe.routing import Routing, score, score_backward, Scored, wide
+from torchrec_hilomoe.hilomoe.query_space import score_by, score_by_backward
+from torchrec_hilomoe.hilomoe.routing import Routing, Scored, wide
 
 __all__ = ["SiteOutput", "hilomoe"]
 
@@ -87,11 +88,12 @@ def route_samples(
     query_BQ: Tensor,
     keys_MQ: Tensor,
     config: HiLoMoEConfig,
+    plan: Plan,
     loss_weights: tuple[float, float] | None,
 ) -> tuple[Routing, Tensor | None]:
     """Compute the first half alone: the routing, with differentiable gates, and the counts."""
     with torch.autocast(query_BQ.device.type, enabled=False):
-        counts_LE, *routed = _Route.apply(wide(query_BQ), wide(keys_MQ), config, loss_weights)
+        counts_LE, *routed = _Route.apply(wide(query_BQ), wide(keys_MQ), config, plan, loss_weights)
     return _routing(routed), counts_LE
 
 
@@ -121,13 +123,13 @@ class _HiLoMoE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, query, weight, bias, down, up, keys, config, plan, loss_weights):
         run = _compiled()[0] if plan.compiled else _forward
-        y_NO, counts_LE, gram_MM, *tensors = run(
+        y_NO, counts_LE, memory, *tensors = run(
             x, query, weight, bias, down, up, keys, config, plan
         )
         routed = tensors[:4]
         counts_LE = _shared_counts(counts_LE, loss_weights)
         ctx.mark_non_differentiable(*routed, *([] if counts_LE is None else [counts_LE]))
-        ctx.save_for_backward(x, query, weight, down, up, keys, counts_LE, gram_MM, *tensors)
+        ctx.save_for_backward(x, query, weight, down, up, keys, counts_LE, memory, *tensors)
         ctx.config, ctx.plan, ctx.loss_weights = config, plan, loss_weights
         return y_NO, counts_LE, *routed
 
@@ -144,22 +146,26 @@ class _Route(torch.autograd.Function):
     """See `route_samples`."""
 
     @staticmethod
-    def forward(ctx, query, keys, config, loss_weights):
-        scored = score(query, keys, config)
+    def forward(ctx, query, keys, config, plan, loss_weights):
+        scored = score_by(plan.space, query, keys, config)
+        assert scored.counts_LE is not None
         routed = tuple(vars(scored.routing).values())
         counts_LE = _shared_counts(scored.counts_LE, loss_weights)
         ctx.mark_non_differentiable(*routed[1:], *([] if counts_LE is None else [counts_LE]))
-        ctx.save_for_backward(query, keys, counts_LE, scored.gram_MM, *routed)
-        ctx.config, ctx.loss_weights = config, loss_weights
+        ctx.save_for_backward(query, keys, counts_LE, scored.memory, *routed)
+        ctx.config, ctx.plan, ctx.loss_weights = config, plan, loss_weights
         return counts_LE, *routed
 
     @staticmethod
     @once_differentiable
     def backward(ctx, _, grad_gates, *__):
-        query, keys, counts_LE, gram_MM, *routed = ctx.saved_tensors
-        scored = Scored(routing=_routing(routed), gram_MM=gram_MM, counts_LE=counts_LE)
-        grads = score_backward(grad_gates, query, keys, scored, ctx.config, ctx.loss_weights)
-        return grads.direct_MN.t() @ grads.scaled_MQ, grads.keys_MQ, None, None
+        query, keys, counts_LE, memory, *routed = ctx.saved_tensors
+        scored = Scored(routing=_routing(routed), memory=memory, counts_LE=counts_LE)
+        grads = score_by_backward(
+            ctx.plan.space, grad_gates, query, keys, scored, ctx.config, ctx.loss_weights
+        )
+        grad_query = grads.add_query_to(torch.zeros_like(query))
+        return grad_query, grads.keys_MQ, None, None, None
 
 
 class _Mix(torch.autograd.Function):
@@ -201,13 +207,15 @@ def _forward(
     plan: Plan,
 ) -> tuple[Tensor, ...]:
     """The output, this rank's counts, and what `_backward` needs."""
-    scored = score(x if query is None else query, down if keys is None else keys, config)
+    q_NQ, keys_MQ = x if query is None else query, down if keys is None else keys
+    scored = score_by(plan.space, q_NQ, keys_MQ, config)
     gates_LkN, chosen_LkN = scored.routing.gates_LkN, scored.routing.chosen_LkN
     mixed = mix(x, weight, bias, down, up, gates_LkN, chosen_LkN, config, plan)
     routed = vars(scored.routing).values()
     found = (mixed.chosen, mixed.gates, mixed.hidden)
     assert mixed.y_NO is not None
-    return mixed.y_NO, scored.counts_LE, scored.gram_MM, *routed, *found
+    assert scored.counts_LE is not None
+    return mixed.y_NO, scored.counts_LE, scored.memory, *routed, *found
 
 
 def _backward(
@@ -228,20 +236,22 @@ def _backward(
         loss_weights: As for `hilomoe`.
         needs: Whether input, query, weight and bias need a gradient.
     """
-    x, query, weight, down, up, keys, counts_LE, gram_MM, *routed, chosen, gates, hidden = saved
+    x, query, weight, down, up, keys, counts_LE, memory, *routed, chosen, gates, hidden = saved
     need_x, need_query, need_weight, need_bias = needs
     mixed = Mixed(y_NO=None, chosen=chosen, gates=gates, hidden=hidden)
     by_mixing = mix_backward(
         grad_NO, x, weight, down, up, mixed, config, plan, (need_x, need_weight, need_bias)
     )
-    scored = Scored(routing=_routing(routed), gram_MM=gram_MM, counts_LE=counts_LE)
+    scored = Scored(routing=_routing(routed), memory=memory, counts_LE=counts_LE)
     q_NQ, keys_MQ = x if query is None else query, down if keys is None else keys
-    by_scoring = score_backward(by_mixing.gates_LkN, q_NQ, keys_MQ, scored, config, loss_weights)
+    by_scoring = score_by_backward(
+        plan.space, by_mixing.gates_LkN, q_NQ, keys_MQ, scored, config, loss_weights
+    )
     if by_mixing.x is not None and query is None and config.stop_gradient != "query":
-        by_mixing.x.addmm_(by_scoring.direct_MN.t(), by_scoring.scaled_MQ)
+        by_scoring.add_query_to(by_mixing.x)
     return (
         by_mixing.x,
-        by_scoring.direct_MN.t() @ by_scoring.scaled_MQ if need_query else None,
+        by_scoring.add_query_to(torch.zeros_like(q_NQ)) if need_query else None,
         by_mixing.weight,
         by_mixing.bias,
         by_mixing.down + by_scoring.keys_MQ if keys is None else by_mixing.down,

@@ -83,6 +83,7 @@ def mix_backward(
     ``needs`` says whether input, weight and bias need a gradient.
     """
     need_x, need_weight, need_bias = needs
+    grad_NO = grad_NO.contiguous()  # a host's sum() hands out one number, expanded
     experts = WAYS[plan.experts](mixed.chosen)
     grad_w = experts.dot(grad_NO, _scaled(up, config.alpha))
     grad_hidden = grad_w * mixed.gates

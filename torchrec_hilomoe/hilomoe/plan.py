@@ -30,9 +30,11 @@ class Plan:
     Attributes:
         compiled: Whether its function goes through ``torch.compile``.
         experts: How rows meet the vectors that they chose; see `experts`.
+        space: Where the layers' recursion runs; see `routing` and `query_space`.
     """
 
     compiled: bool
+    space: Literal["scores", "queries"]
     experts: Literal["dense", "gathered", "indexed"]
 
 
@@ -49,20 +51,28 @@ def plan_for(config: HiLoMoEConfig, width: int) -> Plan:
             f"HiLoMoEConfig.backend = {config.backend!r} cannot be used here: "
             f"{'; '.join(against)}. Use backend='auto' or 'eager'."
         )
-    if config.backend == "compiled":
-        plan = Plan(compiled=True, experts="indexed")
-    elif gathering_pays(config.num_experts, config.top_k, width):
-        plan = Plan(compiled=False, experts="gathered")
-    else:
-        plan = Plan(compiled=False, experts="dense")
-    _say(config.backend, "compiled" if plan.compiled else "eager", plan.experts)
+    compiled = config.backend == "compiled"
+    gathered = gathering_pays(config.num_experts, config.top_k, width)
+    plan = Plan(
+        compiled=compiled,
+        experts="indexed" if compiled else "gathered" if gathered else "dense",
+        space="queries" if not compiled and _moving_queries_pays(config, width) else "scores",
+    )
+    _say(config.backend, plan)
     return plan
 
 
+def _moving_queries_pays(config: HiLoMoEConfig, width: int) -> bool:
+    """Whether there are so many experts that their Gram matrix costs more than a wider query."""
+    query_dim = config.query_dim or width
+    return config.num_experts >= 32 and config.num_layers * config.num_experts >= 2 * query_dim
+
+
 @cache
-def _say(asked: str, backend: str, experts: str) -> None:
+def _say(asked: str, plan: Plan) -> None:
     """Once per decision, not once per site."""
-    _log.info("HiLoMoE backend %r: %s, experts %s", asked, backend, experts)
+    backend = "compiled" if plan.compiled else "eager"
+    _log.info("HiLoMoE backend %r: %s, experts %s, %s", asked, backend, plan.experts, plan.space)
 
 
 def _against_compiling() -> tuple[str, ...]:

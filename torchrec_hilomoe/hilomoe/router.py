@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.function import route_samples
 from torchrec_hilomoe.hilomoe.losses import RoutingRecord
+from torchrec_hilomoe.hilomoe.plan import plan_for
 from torchrec_hilomoe.hilomoe.routing import Routing
 
 __all__ = ["SampleRouter", "TokenGates", "for_tokens"]
@@ -55,7 +56,7 @@ class SampleRouter(nn.Module):
                 "HiLoMoEConfig.tie_keys = True needs a router for each site, because its keys are "
                 "the site's own down-vectors. Use tie_keys=False to share a router."
             )
-        self.width, self.config = width, config
+        self.width, self.config, self.plan = width, config, plan_for(config, width)
         L, E, Q = config.num_layers, config.num_experts, config.query_dim or width
         self.expert_keys = nn.Parameter(torch.empty(L, E, Q, device=device, dtype=dtype))
         if config.query_dim is not None:
@@ -131,7 +132,9 @@ class SampleRouter(nn.Module):
         weights = (config.balance_weight * scale, config.z_weight * scale)
         losing = self.training and torch.is_grad_enabled() and weights != (0.0, 0.0)
         keys_MQ = self.expert_keys[: self.active_layers].flatten(0, 1)
-        routing, counts_LE = route_samples(q_BQ, keys_MQ, config, weights if losing else None)
+        routing, counts_LE = route_samples(
+            q_BQ, keys_MQ, config, self.plan, weights if losing else None
+        )
         if counts_LE is not None:
             self._record = RoutingRecord(
                 counts_LE=counts_LE,

@@ -7,7 +7,8 @@ gates. Nothing wider than ``E`` needs to be moved, because the comparison is lin
 .. math:: q_l K_l^T = q_1 K_l^T + \sum_{j<l} p_j (K_j K_l^T)
 
 The first terms of all layers are rows of one product over the input, the *direct* logits; the
-second are products of ``E``-vectors with blocks of the keys' Gram matrix.
+second are products of ``E``-vectors with blocks of the keys' Gram matrix. (Where ``L E`` is larger
+than ``2 Q``, moving the query is cheaper after all: `query_space`.)
 
 Everything is stored with the input's rows last. A step over the experts, such as the largest or
 the sum of the scores, is then a step over whole contiguous lines, which a CPU computes up to twenty
@@ -28,7 +29,22 @@ from torch import Tensor
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.losses import choice_counts, loss_gradients, LossGradients
 
-__all__ = ["Routing", "largest", "route", "route_backward", "wide"]
+__all__ = [
+    "RouteGradients",
+    "Routing",
+    "ScoreGradients",
+    "Scored",
+    "add_direct",
+    "decided",
+    "largest",
+    "losses_of",
+    "route",
+    "route_backward",
+    "score",
+    "score_backward",
+    "to_logits",
+    "wide",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,29 +66,55 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What `score` found; ``counts_LE`` may be None where no losses are computed."""
+    """What scoring found.
+
+    Attributes:
+        routing: The decisions.
+        memory: What the backward needs besides: the keys' scaled Gram matrix, or the queries of the
+            layers but the first.
+        counts_LE: Choices of each expert; None in a backward that computes no losses.
+    """
 
     routing: Routing
-    gram_MM: Tensor
-    counts_LE: Tensor
+    memory: Tensor
+    counts_LE: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreGradients:
-    """By the direct logits and by the keys; and the scaled keys, which lead on to the query."""
+    """By the keys and by the first query, which is the sum of those of its parts that are there.
 
-    direct_MN: Tensor
+    Attributes:
+        keys_MQ: By the keys.
+        direct_MN: By the direct logits; the query's part is its product with the scaled keys.
+        scaled_MQ: Those keys.
+        query_QN: By the query, where it was moved.
+    """
+
     keys_MQ: Tensor
-    scaled_MQ: Tensor
+    direct_MN: Tensor | None = None
+    scaled_MQ: Tensor | None = None
+    query_QN: Tensor | None = None
+
+    def add_query_to(self, grad_NQ: Tensor) -> Tensor:
+        """Add the gradient by the query, in place."""
+        if self.query_QN is not None:
+            return grad_NQ.add_(self.query_QN.t())
+        assert self.direct_MN is not None
+        assert self.scaled_MQ is not None
+        return grad_NQ.addmm_(self.direct_MN.t(), self.scaled_MQ)
 
 
 def score(q_NQ: Tensor, keys_MQ: Tensor, config: HiLoMoEConfig) -> Scored:
-    """Keys are scaled before they meet a query, so that logits come scaled out of the product."""
+    """Route rows by their query.
+
+    Keys are scaled before they meet a query, so that logits come scaled out of the product.
+    """
     scaled_MQ = keys_MQ * q_NQ.shape[1] ** -0.5
     gram_MM = wide(scaled_MQ) @ wide(keys_MQ).t()
     routing = route(wide(scaled_MQ @ q_NQ.t()), gram_MM, config)
     counts_LE = choice_counts(routing.chosen_LkN, config.num_experts).to(gram_MM.dtype)
-    return Scored(routing=routing, gram_MM=gram_MM, counts_LE=counts_LE)
+    return Scored(routing=routing, memory=gram_MM, counts_LE=counts_LE)
 
 
 def score_backward(
@@ -85,17 +127,26 @@ def score_backward(
 ) -> ScoreGradients:
     """From the gates to the direct logits, and through the keys' Gram matrix to the keys."""
     scale = q_NQ.shape[1] ** -0.5
-    loss = None
-    if loss_weights is not None:
-        loss = loss_gradients(scored.counts_LE, len(q_NQ), config.top_k, loss_weights)
-    grads = route_backward(grad_gates_LkN, scored.routing, scored.gram_MM, config, loss)
+    loss = losses_of(scored, config, loss_weights)
+    grads = route_backward(grad_gates_LkN, scored.routing, scored.memory, config, loss)
     direct_MN = grads.direct_MN.to(q_NQ.dtype)
     by_scaled_MQ = ((grads.gram_MM + grads.gram_MM.t()) @ wide(keys_MQ)).to(q_NQ.dtype)
     return ScoreGradients(
-        direct_MN=direct_MN,
         keys_MQ=by_scaled_MQ.addmm_(direct_MN, q_NQ) * scale,
+        direct_MN=direct_MN,
         scaled_MQ=keys_MQ * scale,
     )
+
+
+def losses_of(
+    scored: Scored, config: HiLoMoEConfig, loss_weights: tuple[float, float] | None
+) -> LossGradients | None:
+    """The gradient of the auxiliary losses, if there are any."""
+    if loss_weights is None:
+        return None
+    assert scored.counts_LE is not None
+    rows = scored.routing.gates_LkN.shape[2]
+    return loss_gradients(scored.counts_LE, rows, config.top_k, loss_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +177,14 @@ def route(direct_MN: Tensor, gram_MM: Tensor, config: HiLoMoEConfig) -> Routing:
         if selected:
             chosen_kN = largest(logits_EN.unsqueeze(0), config.top_k).squeeze(0)
             passed_MN[here].scatter_(0, chosen_kN, scores_MN[here].gather(0, chosen_kN))
-    logits_LEN, scores_LEN = (t.unflatten(0, (-1, E)) for t in (logits_MN, scores_MN))
+    return decided(logits_MN, scores_MN, config)
+
+
+def decided(logits_MN: Tensor, scores_MN: Tensor, config: HiLoMoEConfig) -> Routing:
+    """The choice of all layers, from their logits and scores."""
+    logits_LEN, scores_LEN = (
+        t.unflatten(0, (-1, config.num_experts)) for t in (logits_MN, scores_MN)
+    )
     chosen_LkN = largest(logits_LEN, config.top_k)
     gates_LkN, best_L1N = scores_LEN.gather(1, chosen_LkN), chosen_LkN[:, :1]
     return Routing(
@@ -159,13 +217,12 @@ def route_backward(
     passed_LEN = scores_LEN
     if selected:
         passed_LEN = torch.zeros_like(scores_LEN).scatter_(1, chosen_LkN, routing.gates_LkN)
-    passed_MN = passed_LEN.flatten(0, 1)
     # By the time a layer's turn comes, its lines hold what the output, the losses and later layers
     # want of its scores; in the same place, that becomes the gradient of its logits.
     grad_LEN, grad_gram_MM = torch.zeros_like(scores_LEN), torch.zeros_like(gram_MM)
     grad_MN, passed_MN = grad_LEN.flatten(0, 1), passed_LEN.flatten(0, 1)
     if not selected:
-        _add_direct(grad_LEN, chosen_LkN, grad_gates_LkN, loss)
+        add_direct(grad_LEN, chosen_LkN, grad_gates_LkN, loss)
     pull_LN = None if loss is None else routing.logsumexp_LN * (2 * loss.z)
     for layer in reversed(range(len(scores_LEN))):
         at, here, only = layer * E, slice(layer * E, (layer + 1) * E), slice(layer, layer + 1)
@@ -174,11 +231,8 @@ def route_backward(
             passed_on_1kN = grad_LEN[only].gather(1, chosen_LkN[only])
             grad_EN.zero_()
             grad_gates_1kN = grad_gates_LkN[only] + passed_on_1kN
-            _add_direct(grad_LEN[only], chosen_LkN[only], grad_gates_1kN, loss, layer)
-        shift_N = (scores_EN * grad_EN).sum(dim=0)
-        if pull_LN is not None:
-            shift_N -= pull_LN[layer]
-        grad_EN.sub_(shift_N).mul_(scores_EN)
+            add_direct(grad_LEN[only], chosen_LkN[only], grad_gates_1kN, loss, layer)
+        to_logits(grad_EN, scores_EN, None if pull_LN is None else pull_LN[layer])
         if at:
             grad_gram_MM[here, :at] = grad_EN @ passed_MN[:at].t()
             if config.stop_gradient != "scores":
@@ -186,7 +240,18 @@ def route_backward(
     return RouteGradients(direct_MN=grad_MN, gram_MM=grad_gram_MM)
 
 
-def _add_direct(
+def to_logits(grad_EN: Tensor, scores_EN: Tensor, pull_N: Tensor | None) -> None:
+    """Turn the gradient by a layer's scores into that by its logits, in place.
+
+    ``pull_N`` is the gradient by the logsumexp, if there is one.
+    """
+    shift_N = (scores_EN * grad_EN).sum(dim=0)
+    if pull_N is not None:
+        shift_N -= pull_N
+    grad_EN.sub_(shift_N).mul_(scores_EN)
+
+
+def add_direct(
     grad_LEN: Tensor,
     chosen_LkN: Tensor,
     grad_gates_LkN: Tensor,

@@ -48,6 +48,14 @@ def test_any_leading_dimensions(options, lead):
     torch.testing.assert_close(y.detach().reshape(-1, 5), rows)
 
 
+def test_takes_a_gradient_of_one_expanded_number():
+    """As ``sum()`` gives it, where experts are gathered."""
+    site = HiLoMoELinear(256, 5, HiLoMoEConfig())
+    site(torch.randn(7, 256)).sum().backward()
+    assert site.bias is not None
+    torch.testing.assert_close(site.bias.grad, torch.full((5,), 7.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @every_option
 def test_fresh_site_is_its_base_map_to_the_bit(options, dtype):

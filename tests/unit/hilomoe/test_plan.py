@@ -17,13 +17,20 @@ def test_size_decides_how_experts_are_met():
     assert plan_for(HiLoMoEConfig(num_experts=8, top_k=8), width=256).experts == "dense"
 
 
+def test_size_decides_where_the_recursion_runs():
+    assert plan_for(HiLoMoEConfig(num_experts=64), width=256).space == "scores"
+    assert plan_for(HiLoMoEConfig(num_experts=256), width=256).space == "queries"
+    assert plan_for(HiLoMoEConfig(num_experts=64, query_dim=32), width=256).space == "queries"
+    assert plan_for(HiLoMoEConfig(num_experts=8), width=4).space == "scores"
+
+
 def test_the_decision_is_logged_once(caplog):
     _say.cache_clear()
     with caplog.at_level(logging.INFO, logger="torchrec_hilomoe"):
         for _ in range(3):
             HiLoMoELinear(256, 4, HiLoMoEConfig())
     assert [r.getMessage() for r in caplog.records] == [
-        "HiLoMoE backend 'auto': eager, experts gathered"
+        "HiLoMoE backend 'auto': eager, experts gathered, scores"
     ]
 
 
