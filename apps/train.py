@@ -36,7 +36,8 @@ def main() -> int:
         with join(parsed.config.train.device) as job:
             run_training(parsed, job)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        which = f"[rank {rank}] " if rank else ""  # most mistakes are found by every rank
+        print(f"{which}error: {error}", file=sys.stderr)
         return 2
     return 0
 

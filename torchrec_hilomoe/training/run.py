@@ -106,7 +106,7 @@ def _make_folder(parsed: ParsedRun, job: Job) -> Path:
     """Make the run's folder and return its path on every rank.
 
     Raises:
-        ValueError: If it holds a run that would be overwritten.
+        ValueError: If it cannot be made, or holds a run that would be overwritten.
     """
     config = parsed.config
     folder = Path(
@@ -121,7 +121,12 @@ def _make_folder(parsed: ParsedRun, job: Job) -> Path:
             "--resume auto to go on with that run."
         )
     if job.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"out_dir {folder} cannot be made: {error}. Give another --out_dir."
+            ) from error
     dist.barrier()
     return folder
 
