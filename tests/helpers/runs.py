@@ -1,10 +1,15 @@
 """Small whole runs for tests, and what their checkpoints hold."""
 
+import contextlib
+import io
 import os
+import runpy
 import signal
+import sys
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +17,7 @@ from torch import distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import ROOT, run_ranks
 from tests.helpers.sharded import joined, Part, parts
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.data.loader import World
@@ -24,7 +29,7 @@ from torchrec_hilomoe.training.inputs import schema_of
 from torchrec_hilomoe.training.run import run_training
 from torchrec_hilomoe.training.trainer import training_state
 
-__all__ = ["SMALL", "load", "read_tensors", "train", "train_and_signal"]
+__all__ = ["SMALL", "Ended", "load", "read_tensors", "run_app", "train", "train_and_signal"]
 
 # Stages end after steps 5, 7, 9, 12 and 18: the backbone's, one of each expert layer, the rest.
 SMALL = (
@@ -40,6 +45,19 @@ SMALL = (
     "--model.batch_norm=true",
     "--checkpoint.keep=20",
 )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank of ``apps/train.py`` ended, and what it had shown."""
+
+    code: int
+    shown: str
+
+
+def run_app(*argv: str, ranks: int = 1) -> list[Ended]:
+    """Run ``apps/train.py`` itself, on so many ranks."""
+    return run_ranks(_run_app, ranks, [*SMALL, *argv], joined=False)
 
 
 def train(out: Path, *overrides: str, ranks: int = 1) -> None:
@@ -72,6 +90,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # says it is one process
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+def _run_app(argv: list[str]) -> Ended:
+    sys.argv = ["apps/train.py", *argv]
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        try:
+            runpy.run_path(str(ROOT / "apps" / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            return Ended(int(end.code or 0), shown.getvalue())
+    raise AssertionError("the app did not end with an exit code")
 
 
 def _train(argv: list[str]) -> None:
