@@ -135,3 +135,22 @@ def test_report_covers_all_ranks(shares):
             assert layer.dead_experts == wanted.dead_experts
             assert layer.balance_loss == pytest.approx(wanted.balance_loss)
             assert layer.z_loss == pytest.approx(wanted.z_loss)
+
+
+def train_compiled(shares: tuple[int, ...]) -> dict:
+    rank = dist.get_rank()
+    plain = build_model(1)
+    model = DistributedDataParallel(plain)
+    compiled = torch.compile(model, backend="aot_eager")
+    start, total = sum(shares[:rank]), sum(shares)
+    local = batches(total)[-1][start : start + shares[rank]]
+    (compiled(local).sin().sum() * len(shares) / total).backward()
+    return {name: p.grad for name, p in plain.named_parameters()}
+
+
+@pytest.mark.slow
+def test_compiled_models_compute_the_same_losses():
+    ranks = run_ranks(train_compiled, 2, (3, 10))
+    alone = train_alone(13, 1, [list(range(13))])
+    for grads in ranks:
+        torch.testing.assert_close(grads, alone["grads"], rtol=1e-10, atol=1e-13)
