@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from tests.helpers.runs import train
+from tests.helpers.datasets import toy_table, write_folder
+from tests.helpers.runs import run_app, train
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.training import checkpoint
 
@@ -76,3 +77,37 @@ def test_checkpoints_and_curves_are_there(out):
     ]
     assert checkpoint.read_progress(out / "checkpoints" / "step_12").position.lane_rows == 96
     assert list((out / "tensorboard").iterdir())
+
+
+def test_a_dry_run_counts_and_reads_no_data(tmp_path):
+    (ended,) = run_app(f"--out_dir={tmp_path}", "--dry_run")
+    assert ended.code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "summary.json"}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert f"{summary['parameters']['total']:,}" in ended.shown
+    assert "test" not in summary
+
+
+def test_a_plain_model_has_one_stage_and_no_experts(tmp_path):
+    (ended,) = run_app(f"--out_dir={tmp_path}", "--model.hilomoe", "null")
+    assert ended.code == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["stages"] == [{"name": "train", "start": 0, "stop": 18}]
+    assert summary["parameters"]["experts"] == summary["flops"]["experts"] == 0
+
+
+def test_a_prepared_folder_is_trained_on_for_its_epochs(tmp_path):
+    """Every kind of column, two histories, files of uneven length, and a last batch cut short."""
+    sizes = {"train": [70, 31], "valid": [20], "test": [33]}
+    data = write_folder(
+        tmp_path / "data",
+        {split: [toy_table(rows) for rows in counts] for split, counts in sizes.items()},
+    )
+    flags = ["--train.max_steps=null", "--train.epochs=2", "--train.batch_size=16"]
+    model = ["--model.embedding_dim=4", "--model.batch_norm=false"]
+    for ended in run_app(f"--out_dir={tmp_path}", f"--data.path={data}", *flags, *model, ranks=2):
+        assert ended.code == 0, ended.shown
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["test"]["rows"] == 33
+    assert summary["steps"] == 2 * 7
+    assert summary["best_auc"] is None  # of real clicks nobody knows it
