@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.data.batch import CTRBatch, Position
@@ -217,7 +218,7 @@ class Trainer:
             split="train",
             metrics=self._window.metrics(),
             samples_per_second=speed,
-            auxiliary_loss=float(auxiliary_loss(self.model)),
+            auxiliary_loss=_mean_over_ranks(auxiliary_loss(self.model)),
             learning_rate=self._learners.rate,
         )
 
@@ -236,6 +237,12 @@ def evaluate(model: DistributedModelParallel, learners: Learners, loader: Loader
 def training_state(model: DistributedModelParallel, learners: Learners) -> Mapping[str, Any]:
     """Return every tensor that training changes, by name: views, not copies."""
     return {"model": model.state_dict(), "optimizer": learners.combined.state_dict()}
+
+
+def _mean_over_ranks(part: Tensor) -> float:
+    mean = part.detach().double().cpu().reshape(1) / torch.distributed.get_world_size()
+    torch.distributed.all_reduce(mean)
+    return mean.item()
 
 
 class _Window:
