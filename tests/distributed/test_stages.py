@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,11 +89,17 @@ class WatchingLog(RunLog):
     def watch(self, trainer: Trainer, learners: Learners) -> None:
         self.looks: list[Look] = []
         self.auxiliary: dict[str, float] = {}
+        self.logged: list[tuple[float, float]] = []
         self.trainer, self.learners = trainer, learners
 
     def step(self, stage: str) -> None:
         super().step(stage)
-        self.auxiliary[stage] = float(auxiliary_loss(self.trainer.model))
+        self.auxiliary[stage] = float(auxiliary_loss(self.trainer.model).detach())
+
+    def record(self, *, stage: str, split: str, **more: Any) -> None:
+        super().record(stage=stage, split=split, **more)
+        if split == "train":
+            self.logged.append((self.auxiliary[stage], more["auxiliary_loss"]))
 
     def say(self, text: str) -> None:
         super().say(text)
@@ -115,10 +122,17 @@ class WatchingLog(RunLog):
 
 @dataclass(frozen=True)
 class Run:
-    """What a rank saw of a whole run."""
+    """What a rank saw of a whole run.
+
+    Attributes:
+        looks: At every boundary and at the end.
+        auxiliary: This rank's part of the auxiliary loss in the last step of each stage.
+        logged: Its part in each step that was logged, and what was logged.
+    """
 
     looks: list[Look]
     auxiliary: dict[str, float]
+    logged: list[tuple[float, float]]
 
 
 def digest(tensor: Tensor) -> str:
@@ -154,7 +168,7 @@ def train(folder: Path, schedule: StageSchedule, evaluate_every: int | None) -> 
     validation = Loader(toy_source(33), batch_size=BATCH, world=world, epochs=1, prefetch=0)
     assert trainer.fit(training, validation)
     log.look("")
-    return Run(log.looks, log.auxiliary)
+    return Run(log.looks, log.auxiliary, log.logged)
 
 
 @pytest.fixture(scope="module", params=[THREE_STAGES, EACH_ALONE], ids=["three stages", "own"])
@@ -204,3 +218,5 @@ def test_an_expert_layer_starts_from_zero_at_its_stage(runs):
 def test_the_auxiliary_loss_is_there_where_experts_compute(runs):
     for stage, loss in runs[0].auxiliary.items():
         assert (loss > 0) == (stage not in ("backbone_warmup", "tables alone")), stage
+    for (mine, logged), (other, same) in zip(*(run.logged for run in runs), strict=True):
+        assert logged == same == pytest.approx((mine + other) / 2)
