@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchrec.fx import Tracer
 
 from tests.helpers.models import batches, in_memory, MODEL
 from torchrec_hilomoe.data.loader import World
@@ -56,3 +57,15 @@ def test_a_row_without_weight_has_no_gradient():
     loss.backward()
     assert loss.item() == 0
     assert not any(p.grad.any() for p in task.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_is_fx_traceable_around_its_lookups(training):
+    """What TorchRec's pipelines trace; a branch on a tensor would break them."""
+    task, batch = in_memory().train(training), next(batches(ROWS, ROWS))
+    leaves = ["EmbeddingCollection", "EmbeddingBagCollection"]
+    traced = torch.fx.GraphModule(task, Tracer(leaf_modules=leaves).trace(task))
+    (loss, output), (want_loss, want) = traced(batch), task(batch)
+    assert torch.equal(loss, want_loss)
+    assert torch.equal(output.logits, want.logits)
+    assert output.position == want.position
