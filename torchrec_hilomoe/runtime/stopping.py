@@ -30,7 +30,7 @@ class StopSignal:
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)  # type: ignore[assignment]
+            self._before[number] = signal.signal(number, self._note)  # type: ignore[assignment]  # stub allows None
         return self
 
     def __exit__(
