@@ -24,11 +24,13 @@ class History:
         lengths: ``(B,)`` int64, events of each row.
         target: ``(B, W)``, the candidate in the layout of an event: the fields that share a
             table stand in the same place, and a field that only events have is zero.
+        times: ``(T,)`` int64, when each event happened, in seconds; None where the data do not say.
     """
 
     events: Tensor
     lengths: Tensor
     target: Tensor
+    times: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,26 +42,46 @@ class SequenceFeatures:
         context: ``(B, P)``.
         histories: One for each sequence group of the schema.
         longest: Length of the longest history in the batch, at least 1.
+        time: ``(B,)`` int64, when the candidate was shown, in seconds; None where the data do not
+            say.
     """
 
     candidate: Tensor
     context: Tensor
     histories: tuple[History, ...]
     longest: int
+    time: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryWidths:
-    """Sizes of one sequence group: width of an event, and the most events a row can have."""
+    """Sizes of one sequence group.
+
+    Attributes:
+        event: Width of an event: its fields, one embedding wide each.
+        max_length: The most events a row can have.
+        timed: Whether :attr:`History.times` are there.
+    """
 
     event: int
     max_length: int
+    timed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureWidths:
-    """Sizes of :class:`SequenceFeatures`, from which backbones are built."""
+    """Sizes of :class:`SequenceFeatures`, from which backbones are built.
+
+    Attributes:
+        candidate: The candidate's fields, one embedding wide each.
+        context: The pooled features, one embedding wide each, then ``dense`` numbers.
+        histories: One for each sequence group.
+        embedding: Width of one embedding.
+        dense: Dense features at the end of the context.
+    """
 
     candidate: int
     context: int
     histories: tuple[HistoryWidths, ...]
+    embedding: int
+    dense: int = 0

@@ -56,6 +56,8 @@ class SparseArch(nn.Module):
                 HistoryWidths(event=len(group.fields) * dim, max_length=group.max_length)
                 for group in schema.sequences
             ),
+            embedding=dim,
+            dense=len(schema.dense),
         )
 
     def forward(

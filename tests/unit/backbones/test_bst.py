@@ -26,6 +26,7 @@ WIDTHS = FeatureWidths(
     candidate=4,
     context=3,
     histories=(HistoryWidths(event=5, max_length=4), HistoryWidths(event=3, max_length=2)),
+    embedding=1,
 )
 # Of each history: an empty row, full ones, and rows shorter than the longest.
 LENGTHS = ((0, 4, 1, 2, 3), (2, 0, 0, 1, 2))

@@ -1,0 +1,20 @@
+"""A whole run as frozen dataclasses: what recipes fill and the command line overrides.
+
+Modules take plain arguments; only ``models/build.py``, ``training/`` and the apps know this tree.
+"""
+
+from torchrec_hilomoe.config.backbones import BSTConfig
+from torchrec_hilomoe.config.data import DataConfig
+from torchrec_hilomoe.config.model import InjectionConfig, ModelConfig
+from torchrec_hilomoe.config.run import CheckpointConfig, RunConfig
+from torchrec_hilomoe.config.train import TrainConfig
+
+__all__ = [
+    "BSTConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "InjectionConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,43 @@
+"""The ranker: embeddings, one of the backbones, and where its experts go."""
+
+from dataclasses import dataclass, field
+
+from torchrec_hilomoe.config.backbones import BSTConfig
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+
+__all__ = ["InjectionConfig", "ModelConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectionConfig(HiLoMoEConfig):
+    """HiLoMoE's options and where its experts go.
+
+    Attributes:
+        sites: Groups that the backbone declares (``head``, ``ffn``, ``attention``), ``all`` of
+            them, or name patterns of linear maps.
+    """
+
+    sites: tuple[str, ...] = ("head",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The ranker.
+
+    Attributes:
+        backbone: A name in :data:`torchrec_hilomoe.models.build.BUILDERS`.
+        embedding_dim: Width of every embedding; a multiple of 4.
+        head: Hidden widths of the MLP head.
+        dropout: In the backbone and the head.
+        batch_norm: Whether the head is normalised.
+        bst: Options of BST.
+        hilomoe: Experts; null is the plain backbone.
+    """
+
+    backbone: str = "bst"
+    embedding_dim: int = 16
+    head: tuple[int, ...] = (128, 64)
+    dropout: float = 0.0
+    batch_norm: bool = False
+    bst: BSTConfig = field(default_factory=BSTConfig)
+    hilomoe: InjectionConfig | None = field(default_factory=InjectionConfig)

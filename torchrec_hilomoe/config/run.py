@@ -1,0 +1,56 @@
+"""A whole run."""
+
+from dataclasses import dataclass, field
+
+from torchrec_hilomoe.config.data import DataConfig
+from torchrec_hilomoe.config.model import ModelConfig
+from torchrec_hilomoe.config.train import TrainConfig
+
+__all__ = ["CheckpointConfig", "RunConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept of a run.
+
+    Attributes:
+        every_steps: Steps between two checkpoints; null saves at the end only.
+        keep: Checkpoints that stay; older ones are removed.
+    """
+
+    every_steps: int | None = None
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(
+                f"checkpoint.every_steps must be at least 1 or null, got {self.every_steps}."
+            )
+        if self.keep < 1:
+            raise ValueError(f"checkpoint.keep must be at least 1, got {self.keep}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run.
+
+    Attributes:
+        data: Where rows come from.
+        model: The ranker.
+        train: How it learns.
+        checkpoint: What is kept.
+        out_dir: Folder of the run; null makes ``runs/RECIPE-TIME``.
+        seed: Of everything random.
+        resume: ``auto`` goes on from the newest checkpoint in ``out_dir`` if there is one,
+            ``never`` starts afresh in an empty folder, a path goes on from that checkpoint.
+        dry_run: Build, count and report; read no data.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    out_dir: str | None = None
+    seed: int = 0
+    resume: str = "auto"
+    dry_run: bool = False
