@@ -1,4 +1,4 @@
-"""The public FuxiCTR package, the oracle for parity; tests that ask for it skip where it is absent."""
+"""The public FuxiCTR package, the oracle for parity; where it is absent, tests that ask it skip."""
 
 import sys
 import warnings
