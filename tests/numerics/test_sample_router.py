@@ -8,6 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from tests.helpers.rounding import assert_as_exact_as, value_and_grads
+from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.hilomoe import (
     auxiliary_loss,
     expert_parameters,
@@ -143,6 +144,73 @@ def test_compiles_without_graph_breaks(training):
     torch.testing.assert_close(compiled(*inputs()), model(*inputs()))
 
 
+class Jagged(nn.Module):
+    """The same over the tokens of all samples in one list; a third map sees a row a sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.user, self.rows = nn.Linear(USER, USER), Tap(), Tap()
+        self.up, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(USER, WIDTH)
+
+    def forward(
+        self, user_BU: torch.Tensor, tokens_NW: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        user_BU, offsets = self.user(self.linear(user_BU)), self.rows(offsets)
+        return torch.cat([self.up(tokens_NW), self.last(user_BU)])
+
+
+def build_jagged(**options) -> Jagged:
+    torch.manual_seed(0)
+    model = Jagged().double()
+    config = HiLoMoEConfig(num_layers=3, num_experts=4, **options)
+    share_routing(model, config, ["up", "last"], "user", USER, tokens={"u*": "rows"})
+    for site in sites_of(model).values():
+        nn.init.normal_(site.expert_out)
+    return model
+
+
+def jagged_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    offsets = torch.tensor([0, 3, 3, 4, 9])  # one sample has no token
+    return inputs()[0], torch.randn(9, WIDTH, dtype=torch.float64), offsets
+
+
+def test_jagged_tokens_are_routed_as_each_sample_alone():
+    model, (user, tokens, offsets) = build_jagged(), jagged_inputs()
+    together = model(user, tokens, offsets)
+    for b in range(SAMPLES):
+        own = tokens[offsets[b] : offsets[b + 1]]
+        alone = model(user[b : b + 1], own, torch.tensor([0, len(own)]))
+        torch.testing.assert_close(alone[: len(own)], together[offsets[b] : offsets[b + 1]])
+        torch.testing.assert_close(alone[-1], together[len(tokens) + b])
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_jagged_tokens_have_the_gradients_of_gates_repeated(options):
+    """Against as many tokens for every sample, where the gates are repeated by shape alone."""
+    model, twin = build_jagged(**options), build_jagged(**options)
+    user, tokens = inputs()
+    flat = tokens.flatten(0, 1)
+    offsets = torch.arange(SAMPLES + 1) * TOKENS
+    cotangent = torch.randn(len(flat) + SAMPLES, WIDTH, dtype=torch.float64)
+    model(user, flat, offsets).backward(cotangent)
+    user_BU = twin.user(twin.linear(user))
+    together = torch.cat([twin.up(tokens).flatten(0, 1), twin.last(user_BU)])
+    together.backward(cotangent)
+    for (name, got), want in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert got.grad is not None, name
+        torch.testing.assert_close(got.grad, want.grad, msg=name)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_is_fx_traceable(options, training):
+    """TorchRec's pipelines trace models, hooks and all."""
+    model = build_jagged(**options).train(training)
+    traced = torch.fx.symbolic_trace(model)
+    given = jagged_inputs()
+    assert torch.equal(traced(*given), model(*given))
+
+
 def test_refuses_what_it_cannot_route():
     model = build()
     user, tokens = inputs()
@@ -152,6 +220,10 @@ def test_refuses_what_it_cannot_route():
         sites_of(build())["up"](tokens)
     with pytest.raises(ValueError, match=r"query 'usr' is no module.*user, up, down"):
         share_routing(TwoTowers(), HiLoMoEConfig(), sites=["up"], query="usr", width=USER)
+    with pytest.raises(
+        ValueError, match=r"tokens 'row' is no module.*linear, user, rows, up"
+    ):
+        share_routing(Jagged(), HiLoMoEConfig(), ["up"], "user", USER, tokens={"up": "row"})
     config = HiLoMoEConfig(tie_keys=True)
     with pytest.raises(ValueError, match=r"tie_keys = True needs a router for each site"):
         share_routing(TwoTowers(), config, sites=["up"], query="user", width=USER)

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
 
+import torch
 from torch import nn, Tensor
 
+from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.embeddings.features import SequenceFeatures
 
 __all__ = ["Backbone"]
@@ -18,9 +20,28 @@ class Backbone(nn.Module, ABC):
     Attributes:
         SITES: Groups of linear maps that are sensible places for experts: group name to name
             patterns inside the backbone, in the order of :func:`fnmatch.fnmatch`.
+        sample: Passes on what is known of each row before its histories are read, so that a
+            router that decides once per row can hear it.
     """
 
     SITES: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sample = Tap()
+
+    @property
+    def tokens(self) -> Mapping[str, str]:
+        """Modules that say whose the events are that a map sees in one jagged list.
+
+        Name pattern of such maps to the module inside the backbone whose output, ``(B + 1,)``, is
+        where each row's events begin.
+        """
+        return MappingProxyType({})
+
+    def sample_of(self, features: SequenceFeatures) -> Tensor:
+        """Join candidate and context, ``(B, C + P)``; a backbone calls it before its sites run."""
+        return self.sample(torch.cat([features.candidate, features.context], dim=1))
 
     @abstractmethod
     def forward(self, features: SequenceFeatures) -> Tensor:

@@ -22,6 +22,7 @@ from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.backbones.layers.attention import SelfAttention
 from torchrec_hilomoe.backbones.layers.jagged import Tokens, tokens_of
 from torchrec_hilomoe.backbones.layers.mlp import MLP
+from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
 
 __all__ = ["BST", "Transformer", "TransformerLayer"]
@@ -156,6 +157,8 @@ class BST(Backbone):
             )
             for width in token_widths
         )
+        # They say whose the tokens are that a transformer sees.
+        self.rows = nn.ModuleList(Tap() for _ in token_widths)
         self.head = MLP(
             widths.candidate + widths.context + sum(token_widths),
             head,
@@ -163,6 +166,11 @@ class BST(Backbone):
             batch_norm=batch_norm,
         )
         self.reset_positions()
+
+    @property
+    def tokens(self) -> Mapping[str, str]:
+        """See :class:`Backbone`."""
+        return {f"transformers.{i}.*": f"rows.{i}" for i in range(len(self.rows))}
 
     def reset_positions(self) -> None:
         """Start the learnable positions as sines and cosines of the distance to the target."""
@@ -172,19 +180,21 @@ class BST(Backbone):
 
     def forward(self, features: SequenceFeatures) -> Tensor:
         """Return logits ``(B,)``."""
+        sample_BS = self.sample_of(features)
         summaries = [
             self._summary(index, tokens_of(features.histories[index], features.longest))
             for index in range(len(self.transformers))
         ]
-        return self.head(torch.cat([features.candidate, features.context, *summaries], dim=1))
+        return self.head(torch.cat([sample_BS, *summaries], dim=1))
 
     def _summary(self, index: int, tokens: Tokens) -> Tensor:
         position_NP = self.positions[index][tokens.recency]
         x_NW = torch.cat([tokens.values, position_NP], dim=1)
-        x_NW = self.transformers[index](x_NW, tokens.offsets, tokens.longest)
+        offsets = self.rows[index](tokens.offsets)
+        x_NW = self.transformers[index](x_NW, offsets, tokens.longest)
         if self.pooling == "target":
             return x_NW
-        return torch.segment_reduce(x_NW, "mean", offsets=tokens.offsets, axis=0)
+        return torch.segment_reduce(x_NW, "mean", offsets=offsets, axis=0)
 
 
 def _sinusoids(count: int, width: int) -> Tensor:

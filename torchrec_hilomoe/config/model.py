@@ -1,6 +1,7 @@
 """The ranker: embeddings, one of the backbones, and where its experts go."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torchrec_hilomoe.config.backbones import BSTConfig
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
@@ -15,9 +16,13 @@ class InjectionConfig(HiLoMoEConfig):
     Attributes:
         sites: Groups that the backbone declares (``head``, ``ffn``, ``attention``), ``all`` of
             them, or name patterns of linear maps.
+        routing: ``row`` routes every row of a site's input by itself, an event at a time where
+            the site sees events; ``sample`` decides once for each sample, by its candidate and
+            context, for all sites together.
     """
 
     sites: tuple[str, ...] = ("head",)
+    routing: Literal["row", "sample"] = "row"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,13 +61,20 @@ def inject_hilomoe(
 
 
 def share_routing(
-    model: nn.Module, config: HiLoMoEConfig, sites: Sequence[str], query: str, width: int
+    model: nn.Module,
+    config: HiLoMoEConfig,
+    sites: Sequence[str],
+    query: str,
+    width: int,
+    tokens: Mapping[str, str] = MappingProxyType({}),
 ) -> list[str]:
     """Inject sites that share one router, which decides once per sample.
 
     As `inject_hilomoe`, but every token of every one of these sites uses the gates that the router
-    finds for its sample, so the sites' inputs must be ``(samples, ..., D)``. The router's
-    parameters live in the first site, as ``router``.
+    finds for its sample, so the sites' inputs must be ``(samples, ..., D)``, or the tokens of all
+    samples in one list, ``(N, D)``, of which ``tokens`` says whose they are. The router's
+    parameters live in the first site, as ``router``. It hears other modules through hooks; FX,
+    with which TorchRec traces models, runs none on the modules of ``torch.nn`` itself.
 
     Args:
         model: As for `inject_hilomoe`.
@@ -75,6 +83,8 @@ def share_routing(
         query: Qualified name of the module whose output, ``(samples, width)``, routes the samples;
             it must run before the sites.
         width: Of that output.
+        tokens: For sites that see jagged tokens: name pattern to the module whose output,
+            ``(samples + 1,)``, says where each sample's tokens begin.
 
     Returns:
         The names of the replaced maps.
@@ -88,20 +98,22 @@ def share_routing(
         ['1', '2']
     """
     modules = dict(model.named_modules())
-    if query not in modules or not query:
-        raise ValueError(
-            f"share_routing: query {query!r} is no module of the model. It has: "
-            f"{', '.join(name for name in modules if name)}."
-        )
+    for option, name in [("query", query), *(("tokens", name) for name in tokens.values())]:
+        if name not in modules or not name:
+            raise ValueError(
+                f"share_routing: {option} {name!r} is no module of the model. It has: "
+                f"{', '.join(name for name in modules if name)}."
+            )
     SampleRouter(width, config, device="meta")  # refuses before anything is changed
     names = inject_hilomoe(model, config, sites)
     chosen = [sites_of(model)[name] for name in names]
     weight = chosen[0].weight
     router = SampleRouter(width, config, device=weight.device, dtype=weight.dtype)
-    for index, site in enumerate(chosen):
-        site.share(router, owner=index == 0)
-    # Looked up again: the query may itself have been replaced by a site.
-    router.attach(model, model.get_submodule(query))
+    for index, name in enumerate(names):
+        found = (source for pattern, source in tokens.items() if fnmatchcase(name, pattern))
+        chosen[index].share(router, owner=index == 0, tokens=next(found, None))
+    # By name: the query may itself have been replaced by a site.
+    router.attach(model, query, tokens.values())
     set_auxiliary_loss_scale(model, 1.0)
     return names
 

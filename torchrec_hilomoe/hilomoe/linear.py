@@ -17,7 +17,7 @@ from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.function import hilomoe, mix_rows, SiteOutput
 from torchrec_hilomoe.hilomoe.losses import RoutingRecord
 from torchrec_hilomoe.hilomoe.plan import plan_for
-from torchrec_hilomoe.hilomoe.router import for_tokens, SampleRouter
+from torchrec_hilomoe.hilomoe.router import for_tokens, rms_norm, SampleRouter
 
 __all__ = ["HiLoMoELinear"]
 
@@ -99,6 +99,7 @@ class HiLoMoELinear(nn.Module):
         self.auxiliary_scale = 1.0
         self._record: RoutingRecord | None = None
         self._shared: tuple[SampleRouter] | None = None  # not registered: its owner has it
+        self._tokens: str | None = None
         self._active_layers = L
         self.reset_parameters()
 
@@ -143,13 +144,17 @@ class HiLoMoELinear(nn.Module):
         """What routes this site by sample; None if it routes its own rows."""
         return None if self._shared is None else self._shared[0]
 
-    def share(self, router: SampleRouter, owner: bool) -> None:
-        """Leave the routing to a router that several sites share; one of them owns it."""
+    def share(self, router: SampleRouter, owner: bool, tokens: str | None = None) -> None:
+        """Leave the routing to a router that several sites share; one of them owns it.
+
+        ``tokens`` names the module that the router hears of whose the site's tokens are, where
+        its inputs are the tokens of all samples in one list.
+        """
         for name in self.routing_parameters():
             delattr(self, name)
         if owner:
             self.router = router
-        self._shared = (router,)
+        self._shared, self._tokens = (router,), tokens
 
     @property
     def routing_record(self) -> RoutingRecord | None:
@@ -209,7 +214,8 @@ class HiLoMoELinear(nn.Module):
         x_ND = x.reshape(-1, self.in_features)
         if self._shared is None:
             return unflattened(self.compute(x_ND).y_NO, x)
-        chosen = for_tokens(self._shared[0].routing, x, self._active_layers)
+        router = self._shared[0]
+        chosen = for_tokens(router.routing, x, self._active_layers, router.offsets(self._tokens))
         y_NO = mix_rows(
             x_ND,
             self.weight,
@@ -289,11 +295,6 @@ def checked(x: Tensor, in_features: int) -> Tensor:
             "Embed or convert it first, for example with x.float()."
         )
     return x
-
-
-def rms_norm(query_NQ: Tensor) -> Tensor:
-    """Divide each query by its root mean square."""
-    return F.rms_norm(query_NQ, query_NQ.shape[1:])
 
 
 def unflattened(y_NO: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ Shape legend:
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn, Tensor
@@ -23,7 +25,11 @@ from torchrec_hilomoe.hilomoe.losses import RoutingRecord
 from torchrec_hilomoe.hilomoe.plan import plan_for
 from torchrec_hilomoe.hilomoe.routing import Routing
 
-__all__ = ["SampleRouter", "TokenGates", "for_tokens"]
+__all__ = ["SampleRouter", "TokenGates", "for_tokens", "rms_norm"]
+
+# Opaque to FX, as in `linear`.
+for _name in ("checked", "rms_norm", "route_samples"):
+    torch.fx.wrap(_name)
 
 
 class SampleRouter(nn.Module):
@@ -65,6 +71,7 @@ class SampleRouter(nn.Module):
         self.auxiliary_scale = 1.0
         self._hooks: list[RemovableHandle] = []
         self._routing: Routing | None = None
+        self._offsets: dict[str, Tensor] = {}
         self._record: RoutingRecord | None = None
         self.reset_parameters()
 
@@ -83,7 +90,8 @@ class SampleRouter(nn.Module):
         if self._routing is None:
             raise ValueError(
                 "SampleRouter: a site ran before the module whose output routes it, or outside of "
-                "its model. Name a module that runs earlier as the query."
+                "its model, or FX traced past it. Name a module that runs earlier, and is not one "
+                "of torch.nn's own, as the query."
             )
         return self._routing
 
@@ -92,12 +100,22 @@ class SampleRouter(nn.Module):
         """As ``HiLoMoELinear.routing_record``."""
         return self._record
 
-    def attach(self, model: nn.Module, source: nn.Module) -> None:
-        """Hear what ``source``, a module of ``model``, says in each forward of ``model``."""
+    def attach(self, model: nn.Module, query: str, tokens: Iterable[str]) -> None:
+        """Hear what modules of ``model`` say in each of its forwards.
+
+        Args:
+            model: Has the sites.
+            query: The module whose output, ``(samples, D)``, is the query.
+            tokens: Modules whose outputs are offsets, ``(samples + 1,)``: where in a list of
+                tokens each sample's begin.
+        """
         self._hooks += [
             model.register_forward_pre_hook(self.forget),
-            source.register_forward_hook(self.hear),
+            model.get_submodule(query).register_forward_hook(self.hear),
         ]
+        for name in tokens:
+            hook = partial(self.hear_offsets, name)
+            self._hooks.append(model.get_submodule(name).register_forward_hook(hook))
 
     def detach(self) -> None:
         """Hear no more."""
@@ -110,24 +128,28 @@ class SampleRouter(nn.Module):
         if self.active_layers > 0:
             self._routing = self(output)
 
+    def hear_offsets(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of a module that says whose the tokens of a list are."""
+        self._offsets[name] = output
+
+    def offsets(self, name: str | None) -> Tensor | None:
+        """What the module ``name`` said in the pass under way; None if it has not run."""
+        return None if name is None else self._offsets.get(name)
+
     def forget(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the model: a pass must not use the routing of the one before."""
         self._routing = None
+        self._offsets.clear()
 
     def forward(self, query_BD: Tensor) -> Routing:
         """Route samples."""
         config = self.config
-        if query_BD.dim() != 2 or query_BD.shape[1] != self.width:
-            raise ValueError(
-                f"SampleRouter.width is {self.width}, but the query's shape is "
-                f"{tuple(query_BD.shape)}; it must be (samples, {self.width}). Name another module "
-                "as the query, or build the router with its width."
-            )
+        query_BD = checked(query_BD, self.width)
         q_BQ = query_BD.detach() if config.stop_gradient == "query" else query_BD
         if config.query_dim is not None:
             q_BQ = F.linear(q_BQ, self.query_proj)
         if config.query_norm:
-            q_BQ = F.rms_norm(q_BQ, q_BQ.shape[1:])
+            q_BQ = rms_norm(q_BQ)
         scale = self.auxiliary_scale
         weights = (config.balance_weight * scale, config.z_weight * scale)
         losing = self.training and torch.is_grad_enabled() and weights != (0.0, 0.0)
@@ -135,7 +157,7 @@ class SampleRouter(nn.Module):
         routing, counts_LE = route_samples(
             q_BQ, keys_MQ, config, self.plan, weights if losing else None
         )
-        if counts_LE is not None:
+        if losing and isinstance(counts_LE, Tensor):  # an FX proxy is no value to keep
             self._record = RoutingRecord(
                 counts_LE=counts_LE,
                 scores_LEN=routing.scores_LEN,
@@ -150,7 +172,7 @@ class SampleRouter(nn.Module):
 
     def __getstate__(self) -> dict:
         """Copies and pickles start without what the last pass left."""
-        return {**super().__getstate__(), "_routing": None, "_record": None}
+        return {**super().__getstate__(), "_routing": None, "_record": None, "_offsets": {}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,19 +183,37 @@ class TokenGates:
     chosen_LkN: Tensor
 
 
-def for_tokens(routing: Routing, x: Tensor, num_layers: int) -> TokenGates:
-    """Give every token of ``x``, ``(B, ..., D)``, the routing of its sample.
+def for_tokens(
+    routing: Routing, x: Tensor, num_layers: int, offsets: Tensor | None = None
+) -> TokenGates:
+    """Give every token of ``x`` the routing of its sample.
+
+    Args:
+        routing: Of the samples.
+        x: ``(B, ..., D)``; or ``(N, D)``, the tokens of all samples in one list.
+        num_layers: Expert layers that compute.
+        offsets: ``(B + 1,)``, where in that list each sample's tokens begin.
 
     Raises:
-        ValueError: If ``x`` does not have the router's number of samples.
+        ValueError: If ``x`` has neither the router's number of samples nor, as far as is known,
+            their tokens.
     """
     gates_LkB, chosen_LkB = routing.gates_LkN[:num_layers], routing.chosen_LkN[:num_layers]
     samples = gates_LkB.shape[2]
+    if x.dim() == 2 and x.shape[0] != samples and offsets is not None:
+        lengths_B = offsets[1:] - offsets[:-1]
+        sample_B = torch.arange(samples, device=x.device)
+        sample_N = torch.repeat_interleave(sample_B, lengths_B, output_size=x.shape[0])
+        return TokenGates(
+            gates_LkN=gates_LkB.index_select(2, sample_N),
+            chosen_LkN=chosen_LkB.index_select(2, sample_N),
+        )
     if x.dim() < 2 or x.shape[0] != samples:
         raise ValueError(
             f"SampleRouter: {samples} samples were routed, but a site's input has shape "
             f"{tuple(x.shape)}; its first dimension must be the samples. Give the site rows per "
-            "sample, or let it route its own rows."
+            "sample, say whose its tokens are (share_routing's tokens), or let it route its own "
+            "rows."
         )
     tokens = x.shape[1:-1].numel()
     if tokens == 1:
@@ -182,3 +222,19 @@ def for_tokens(routing: Routing, x: Tensor, num_layers: int) -> TokenGates:
         gates_LkN=gates_LkB.repeat_interleave(tokens, dim=2),
         chosen_LkN=chosen_LkB.repeat_interleave(tokens, dim=2),
     )
+
+
+def checked(query_BD: Tensor, width: int) -> Tensor:
+    """Return the query if a router of this width can take it."""
+    if query_BD.dim() != 2 or query_BD.shape[1] != width:
+        raise ValueError(
+            f"SampleRouter.width is {width}, but the query's shape is {tuple(query_BD.shape)}; it "
+            f"must be (samples, {width}). Name another module as the query, or build the router "
+            "with its width."
+        )
+    return query_BD
+
+
+def rms_norm(query_BQ: Tensor) -> Tensor:
+    """Divide each query by its root mean square."""
+    return F.rms_norm(query_BQ, query_BQ.shape[1:])

@@ -12,7 +12,7 @@ from torchrec_hilomoe.config import InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
-from torchrec_hilomoe.hilomoe.inject import inject_hilomoe
+from torchrec_hilomoe.hilomoe.inject import inject_hilomoe, share_routing
 from torchrec_hilomoe.models.ctr_model import CTRModel
 from torchrec_hilomoe.models.train_task import TrainTask
 
@@ -33,8 +33,17 @@ def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
     sparse = SparseArch(schema, config.embedding_dim, torch.device("meta"))
     backbone = _builder(config.backbone)(config, sparse.widths)
     if config.hilomoe is not None:
-        inject_hilomoe(backbone, config.hilomoe, sites=site_patterns(backbone, config.hilomoe))
+        _inject(backbone, config.hilomoe, sparse.widths)
     return TrainTask(CTRModel(sparse, backbone))
+
+
+def _inject(backbone: Backbone, config: InjectionConfig, widths: FeatureWidths) -> None:
+    patterns = site_patterns(backbone, config)
+    if config.routing == "row":
+        inject_hilomoe(backbone, config, sites=patterns)
+        return
+    width = widths.candidate + widths.context
+    share_routing(backbone, config, patterns, "sample", width, tokens=backbone.tokens)
 
 
 def site_patterns(backbone: Backbone, config: InjectionConfig) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
 from torchrec_hilomoe.hilomoe.experts import gathering_pays
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
-from torchrec_hilomoe.hilomoe.sites import sites_of
+from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
 from torchrec_hilomoe.models.train_task import TrainTask
 
 __all__ = ["Cost", "cost_table", "count_cost"]
@@ -76,15 +76,12 @@ def _with_total(parts: dict[str, int]) -> dict[str, int]:
 
 def _parameters(task: TrainTask) -> dict[str, int]:
     parts: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
-    sites = sites_of(task)
+    experts = expert_parameters(task)
     for name, parameter in task.named_parameters():
-        owner, _, leaf = name.rpartition(".")
         if name.startswith("model.sparse."):
             component = "tables"
-        elif owner in sites and leaf in ROUTING:
-            component = "routing"
-        elif owner in sites and leaf in sites[owner].expert_parameters():
-            component = "experts"
+        elif name in experts:
+            component = "routing" if name.endswith(ROUTING) else "experts"
         else:
             component = "head" if name.startswith("model.backbone.head.") else "backbone"
         parts[component] += parameter.numel()
@@ -133,12 +130,16 @@ def _routing_flops(site: HiLoMoELinear, rows: int) -> int:
     """FLOPs of the logits.
 
     They are the query, its products with all keys, and what each layer passes on to those below
-    it through the keys' Gram matrix.
+    it through the keys' Gram matrix. A router that sites share works once for each sample.
     """
-    config = site.config
+    config, source = site.config, site.in_features
+    if site.shared_router is not None:
+        if site.shared_router not in site.children():  # its owner has counted it
+            return 0
+        rows, source = SAMPLES, site.shared_router.width
     layers, experts = config.num_layers, config.num_experts
-    keys, width = layers * experts, config.query_dim or site.in_features
-    query = 2 * site.in_features * config.query_dim if config.query_dim else 0
+    keys, width = layers * experts, config.query_dim or source
+    query = 2 * source * config.query_dim if config.query_dim else 0
     moves = layers * (layers - 1) * experts**2
     return 2 * keys * keys * width + rows * (query + 2 * keys * width + moves)
 

@@ -37,6 +37,14 @@ def test_sites_are_groups_of_the_backbone_or_patterns(sites, want):
     assert set(sites_of(build_task(config, SCHEMA).model.backbone)) == want
 
 
+def test_sample_routing_shares_one_router_among_all_sites():
+    experts = InjectionConfig(num_experts=2, sites=("all",), routing="sample")
+    task = build_task(replace(MODEL, hilomoe=experts), SCHEMA)
+    sites = sites_of(task.model.backbone)
+    assert set(sites) == HEAD | FFN | ATTENTION
+    assert len({id(site.shared_router) for site in sites.values()}) == 1
+
+
 def test_without_hilomoe_the_model_is_plain():
     assert not sites_of(build_task(replace(MODEL, hilomoe=None), SCHEMA))
 
