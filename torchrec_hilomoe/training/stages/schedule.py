@@ -1,81 +1,13 @@
-"""Stages: who computes, who learns, for how long, as data.
-
-A schedule is a list of stages. The trainer reads it; nothing else in the package knows a stage's
-name, so that users can write their own.
-"""
+"""A list of stages, and where each lies in a run."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-__all__ = ["Stage", "StageSchedule", "StageSpan"]
+from torchrec_hilomoe.training.stages.stage import Stage
 
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stretch of training.
-
-    Attributes:
-        name: Shown while it runs and written with every metric.
-        steps: Its length in optimizer steps; excludes ``share``.
-        share: Its length as a share of the run's steps; with neither, it takes what is left.
-        active_layers: Expert layers that compute; None is all of them.
-        learning_layers: Expert layers that learn, counted from 1; None is every active one.
-        train_backbone: Whether everything learns that is neither table nor expert.
-        train_tables: Whether embedding tables learn.
-        rate: Factor on the learning rates of tables and backbone.
-        expert_rate: Factor on the backbone's learning rate for experts.
-        warmup_steps: Steps over which the rates rise linearly from zero.
-
-    Raises:
-        ValueError: If a length, a layer or a rate is out of range, or nothing learns.
-    """
-
-    name: str
-    steps: int | None = None
-    share: float | None = None
-    active_layers: int | None = None
-    learning_layers: tuple[int, ...] | None = None
-    train_backbone: bool = True
-    train_tables: bool = True
-    rate: float = 1.0
-    expert_rate: float = 5.0
-    warmup_steps: int = 0
-
-    def __post_init__(self) -> None:
-        where = f"Stage {self.name!r}"
-        if self.steps is not None and self.share is not None:
-            raise ValueError(
-                f"{where}: steps = {self.steps} and share = {self.share} are both given; keep one."
-            )
-        if self.steps is not None and self.steps < 0:
-            raise ValueError(f"{where}: steps must be at least 0, got {self.steps}.")
-        if self.share is not None and not 0 <= self.share <= 1:
-            raise ValueError(f"{where}: share must be between 0 and 1, got {self.share}.")
-        if self.active_layers is not None and self.active_layers < 0:
-            raise ValueError(
-                f"{where}: active_layers must be at least 0, got {self.active_layers}."
-            )
-        for layer in self.learning_layers or ():
-            if layer < 1 or (self.active_layers is not None and layer > self.active_layers):
-                raise ValueError(
-                    f"{where}: learning_layers = {self.learning_layers} names layer {layer}, but "
-                    f"layers 1 to {self.active_layers} compute. Raise active_layers or drop it."
-                )
-        if min(self.rate, self.expert_rate, self.warmup_steps) < 0:
-            raise ValueError(
-                f"{where}: rate = {self.rate}, expert_rate = {self.expert_rate} and "
-                f"warmup_steps = {self.warmup_steps} must not be negative."
-            )
-        if not (self.train_backbone or self.train_tables or self.experts_learn):
-            raise ValueError(
-                f"{where} trains nothing: train_backbone and train_tables are false and no expert "
-                "layer learns. Switch one of them on or drop the stage."
-            )
-
-    @property
-    def experts_learn(self) -> bool:
-        """Whether an expert layer may learn in this stage."""
-        return self.active_layers != 0 and self.learning_layers != ()
+__all__ = ["StageSchedule", "StageSpan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +47,10 @@ class StageSchedule:
         if len(set(names)) < len(names):
             raise ValueError(f"StageSchedule.stages: names must differ, got {names}.")
         for stage in self.stages[:-1]:
-            if stage.steps is None and stage.share is None:
+            if stage.is_open:
                 raise ValueError(
-                    f"StageSchedule: stage {stage.name!r} has neither steps nor share; only the "
-                    f"last one, {names[-1]!r}, may take what is left."
+                    f"StageSchedule: stage {stage.name!r} has none of steps, epochs and share; "
+                    f"only the last one, {names[-1]!r}, may take what is left."
                 )
 
     @classmethod
@@ -177,11 +109,38 @@ class StageSchedule:
         )
         return cls(stages=(*stages, finetune))
 
-    def place(self, total_steps: int) -> tuple[StageSpan, ...]:
-        """Lay the stages over a run; stages without a step are left out.
+    def named(self, name: str) -> Stage:
+        """The stage of that name.
 
         Raises:
-            ValueError: If the stages need more steps than the run has, or leave some over.
+            ValueError: If there is none, listing those that there are.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = ", ".join(repr(stage.name) for stage in self.stages)
+        raise ValueError(
+            f"StageSchedule has no stage {name!r}, only {names}. Use the configuration that the "
+            "checkpoint was saved with."
+        )
+
+    def place(
+        self,
+        total_steps: int,
+        *,
+        steps_per_epoch: int | None = None,
+        ended: Mapping[str, int] = MappingProxyType({}),
+    ) -> tuple[StageSpan, ...]:
+        """Lay the stages over a run; stages without a step are left out.
+
+        Args:
+            total_steps: Length of the run, of which shares are taken.
+            steps_per_epoch: Optimizer steps of one pass over the training split.
+            ended: Stages that a plateau has ended, and at which step.
+
+        Raises:
+            ValueError: If the stages need more steps than the run has, or leave some over
+                though none has ended early.
         """
         # Borders are rounded, not lengths: many small shares then add up to their sum.
         border, exact = 0, 0.0
@@ -189,16 +148,30 @@ class StageSchedule:
         for stage in self.stages:
             if stage.steps is not None:
                 exact += stage.steps
+            elif stage.epochs is not None:
+                exact += stage.epochs * _needed(steps_per_epoch, stage)
             elif stage.share is not None:
                 exact += stage.share * total_steps
             else:
                 exact = max(exact, total_steps)
-            start, border = border, math.floor(exact + 0.5)
+            start = border
+            if stage.name in ended:
+                exact = float(ended[stage.name])
+            border = math.floor(exact + 0.5)
             if border > start:
                 spans.append(StageSpan(stage=stage, start=start, stop=border))
-        if border != total_steps:
+        if border > total_steps or (border < total_steps and not ended):
             raise ValueError(
                 f"StageSchedule: the stages cover {border} steps, but the run has {total_steps}. "
                 "Let the last stage be open, or change train.max_steps."
             )
         return tuple(spans)
+
+
+def _needed(steps_per_epoch: int | None, stage: Stage) -> int:
+    if steps_per_epoch is None:
+        raise ValueError(
+            f"Stage {stage.name!r}: epochs = {stage.epochs}, but how many steps an epoch has is "
+            "not known here. Give steps_per_epoch, or the length in steps."
+        )
+    return steps_per_epoch
