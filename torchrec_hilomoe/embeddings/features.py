@@ -61,11 +61,14 @@ class HistoryWidths:
         event: Width of an event: its fields, one embedding wide each.
         max_length: The most events a row can have.
         timed: Whether :attr:`History.times` are there.
+        event_only: Places of the fields that only events have; they are zero in
+            :attr:`History.target`.
     """
 
     event: int
     max_length: int
     timed: bool = False
+    event_only: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

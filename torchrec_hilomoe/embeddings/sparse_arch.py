@@ -49,11 +49,20 @@ class SparseArch(nn.Module):
     def widths(self) -> FeatureWidths:
         """Sizes of what :meth:`forward` returns."""
         schema, dim = self._schema, self._embedding_dim
+        shared = {field.table for field in schema.candidate}
         return FeatureWidths(
             candidate=len(schema.candidate) * dim,
             context=len(schema.pooled) * dim + len(schema.dense),
             histories=tuple(
-                HistoryWidths(event=len(group.fields) * dim, max_length=group.max_length)
+                HistoryWidths(
+                    event=len(group.fields) * dim,
+                    max_length=group.max_length,
+                    event_only=tuple(
+                        place
+                        for place, field in enumerate(group.fields)
+                        if field.table not in shared
+                    ),
+                )
                 for group in schema.sequences
             ),
             embedding=dim,

@@ -75,6 +75,7 @@ def test_the_target_is_laid_out_like_an_event_with_zeros_for_what_only_events_ha
     assert torch.equal(history.events, torch.cat([kind[[3]], place[[3]], item[[9]]], dim=1))
     want = torch.cat([kind[[1, 2]], torch.zeros(2, DIM), item[[7, 8]]], dim=1)
     assert torch.equal(history.target, want)
+    assert sparse.widths.histories[0].event_only == (1,)
 
 
 def test_the_context_is_pooled_features_in_order_then_dense_ones():

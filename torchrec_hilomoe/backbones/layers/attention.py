@@ -53,14 +53,19 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, x_NW: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def forward(
+        self, x_NW: Tensor, offsets: Tensor, longest: int, visible_BL: Tensor | None = None
+    ) -> Tensor:
         """Return ``(N, W)``, or ``(B, W)`` if ``targets_only``.
 
         Args:
             x_NW: Tokens, row after row.
             offsets: ``(B + 1,)``, where each row begins.
             longest: ``L``.
+            visible_BL: Booleans: which tokens are attended to, at least one a row; all by default.
         """
+        if visible_BL is None:
+            visible_BL = valid(offsets, longest)
         if self.targets_only:
             query_BLW = self.query(x_NW[offsets[:-1]]).unsqueeze(1)
         else:
@@ -69,7 +74,7 @@ class SelfAttention(nn.Module):
             self._heads(query_BLW),
             self._heads(pad(self.key(x_NW), offsets, longest)),
             self._heads(pad(self.value(x_NW), offsets, longest)),
-            attn_mask=valid(offsets, longest)[:, None, None, :],
+            attn_mask=visible_BL[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0,
         )
         attended_BLW = attended_BHLD.transpose(1, 2).flatten(2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torchrec_hilomoe.backbones.layers.attention import SelfAttention
+from torchrec_hilomoe.backbones.layers.jagged import valid
 
 OFFSETS = torch.tensor([0, 1, 4, 6])
 WIDTH = 8
@@ -36,6 +37,20 @@ def test_a_token_sees_its_own_row_only():
     after = full(x, OFFSETS, 3)
     assert torch.equal(before[:4], after[:4])
     assert not torch.isclose(before[4:], after[4:]).any(dim=1).all()
+
+
+def test_a_hidden_token_is_not_attended_to():
+    full, _ = pair(2)
+    x = torch.randn(6, WIDTH)
+    visible = valid(OFFSETS, 3)
+    assert torch.equal(full(x, OFFSETS, 3, visible), full(x, OFFSETS, 3))
+    visible[1, 1] = False  # token 2
+    before = full(x, OFFSETS, 3, visible)
+    x[2] += 1.0
+    after = full(x, OFFSETS, 3, visible)
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(before[others], after[others])
+    assert not torch.isclose(before[2], after[2]).all()
 
 
 def test_dropout_is_of_weights_and_only_in_training():
