@@ -16,7 +16,54 @@ from torch import Tensor
 
 from torchrec_hilomoe.embeddings.features import History
 
-__all__ = ["Tokens", "pad", "tokens_of", "unpad", "valid"]
+__all__ = [
+    "Layout",
+    "Tokens",
+    "layout_of",
+    "pad",
+    "softmax_rows",
+    "sum_rows",
+    "tokens_of",
+    "unpad",
+    "valid",
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Whose each event of a jagged list is.
+
+    Attributes:
+        offsets: ``(B + 1,)`` int64, where each row's events begin.
+        row: ``(T,)`` int64, the row of each event.
+    """
+
+    offsets: Tensor
+    row: Tensor
+
+
+def layout_of(history: History) -> Layout:
+    """Lay out the events of ``history``, or anything else that is one for each of them."""
+    lengths_B = history.lengths
+    ends_B = torch.cumsum(lengths_B, dim=0)
+    rows_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
+    total = history.events.shape[0]
+    return Layout(
+        offsets=torch.cat([torch.zeros_like(ends_B[:1]), ends_B]),
+        row=torch.repeat_interleave(rows_B, lengths_B, output_size=total),
+    )
+
+
+def sum_rows(values_TW: Tensor, offsets: Tensor) -> Tensor:
+    """Return ``(B, W)``, the sum over each row's events; zero for a row without any."""
+    return torch.segment_reduce(values_TW, "sum", offsets=offsets, axis=0)
+
+
+def softmax_rows(scores_T: Tensor, layout: Layout) -> Tensor:
+    """Return ``(T,)``, each event's share among those of its row."""
+    largest_B = torch.segment_reduce(scores_T.detach(), "max", offsets=layout.offsets)
+    exp_T = torch.exp(scores_T - largest_B[layout.row])
+    return exp_T / sum_rows(exp_T, layout.offsets)[layout.row]
 
 
 @dataclass(frozen=True)

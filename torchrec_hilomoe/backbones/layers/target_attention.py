@@ -1,0 +1,94 @@
+"""DIN's attention: how much each event matters to the target, learnt by an MLP.
+
+It works on the events there are. Padding is never made, so it costs nothing and is in no
+activation's statistics.
+
+Shape legend:
+    B  rows
+    T  events of all rows together
+    W  width of an event, and of the target
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn, Tensor
+
+from torchrec_hilomoe.backbones.layers.jagged import Layout, softmax_rows, sum_rows
+from torchrec_hilomoe.backbones.layers.mlp import Activation, MLP
+
+__all__ = ["TargetAttention", "compare"]
+
+# Opaque to FX: it asks for shapes.
+torch.fx.wrap("compare")
+
+
+class TargetAttention(nn.Module):
+    """Events weighted by an MLP over ``[t, h, t - h, t * h]``, with target ``t`` and event ``h``.
+
+    Args:
+        width: ``W``.
+        units: Hidden widths of the MLP.
+        activation: Of its hidden layers.
+        dropout: Share of its hidden units dropped in training.
+        softmax: Whether the weights of a row's events sum to one. Without, they are what the MLP
+            says, and may be negative.
+
+    Raises:
+        ValueError: If a layer would have no unit, or the activation is not known.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        units: Sequence[int],
+        *,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        softmax: bool = True,
+    ) -> None:
+        super().__init__()
+        self.softmax = softmax
+        self.mlp = MLP(4 * width, units, activation=activation, dropout=dropout)
+
+    def weights(self, target_BW: Tensor, events_TW: Tensor, layout: Layout) -> Tensor:
+        """Return ``(T,)``, the weight of each event."""
+        scores_T = self.mlp(compare(target_BW, events_TW, layout.row, layout.offsets))
+        return softmax_rows(scores_T, layout) if self.softmax else scores_T
+
+    def forward(self, target_BW: Tensor, events_TW: Tensor, layout: Layout) -> Tensor:
+        """Return ``(B, W)``, the weighted sum of each row's events; zero where there is none."""
+        weights_T = self.weights(target_BW, events_TW, layout)
+        return sum_rows(weights_T.unsqueeze(1) * events_TW, layout.offsets)
+
+
+def compare(target_BW: Tensor, events_TW: Tensor, row_T: Tensor, offsets: Tensor) -> Tensor:
+    """Return ``(T, 4 W)``: each event beside its row's target, less it, and times it.
+
+    Args:
+        target_BW: One target a row.
+        events_TW: Row after row.
+        row_T: The row of each event.
+        offsets: ``(B + 1,)``, where each row's events begin.
+    """
+    return _Compare.apply(target_BW, events_TW, row_T, offsets)
+
+
+class _Compare(torch.autograd.Function):
+    """One pass each way, where autograd would make and keep every part, and sum row by row."""
+
+    @staticmethod
+    def forward(ctx, target_BW, events_TW, row_T, offsets):
+        ctx.save_for_backward(target_BW, events_TW, row_T, offsets)
+        target_TW = target_BW.index_select(0, row_T)
+        difference_TW, product_TW = target_TW - events_TW, target_TW * events_TW
+        return torch.cat([target_TW, events_TW, difference_TW, product_TW], dim=1)
+
+    @staticmethod
+    def backward(ctx, grad_T4W):
+        target_BW, events_TW, row_T, offsets = ctx.saved_tensors
+        target_grad_TW, event_grad_TW, difference_TW, product_TW = grad_T4W.chunk(4, dim=1)
+        to_target_TW = (target_grad_TW + difference_TW).addcmul_(events_TW, product_TW)
+        to_event_TW = event_grad_TW - difference_TW
+        to_event_TW.addcmul_(target_BW.index_select(0, row_T), product_TW)
+        return sum_rows(to_target_TW, offsets), to_event_TW, None, None
