@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchrec_hilomoe.config.backbones import BSTConfig
+from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 
 __all__ = ["InjectionConfig", "ModelConfig"]
@@ -18,11 +18,12 @@ class InjectionConfig(HiLoMoEConfig):
             them, or name patterns of linear maps.
         routing: ``row`` routes every row of a site's input by itself, an event at a time where
             the site sees events; ``sample`` decides once for each sample, by its candidate and
-            context, for all sites together.
+            context, for all sites together; ``random`` is the control for experiments: each row
+            has a path that nothing learned.
     """
 
     sites: tuple[str, ...] = ("head",)
-    routing: Literal["row", "sample"] = "row"
+    routing: Literal["row", "sample", "random"] = "row"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class ModelConfig:
         dropout: In the backbone and the head.
         batch_norm: Whether the head is normalised.
         bst: Options of BST.
+        din: Options of DIN.
         hilomoe: Experts; null is the plain backbone.
     """
 
@@ -45,4 +47,5 @@ class ModelConfig:
     dropout: float = 0.0
     batch_norm: bool = False
     bst: BSTConfig = field(default_factory=BSTConfig)
+    din: DINConfig = field(default_factory=DINConfig)
     hilomoe: InjectionConfig | None = field(default_factory=InjectionConfig)

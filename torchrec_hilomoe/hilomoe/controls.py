@@ -1,5 +1,7 @@
 """Controls for experiments: what a claim about learned routing must be compared with."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -12,8 +14,9 @@ def fix_random_routing(model: nn.Module, seed: int) -> None:
     """Draw all routers at random, the same for the same seed, and never train them.
 
     A row's path is then a fixed random function of its input: as many paths, as balanced as fresh
-    routers are, but nothing learned. Call it before the model is wrapped for distributed training
-    and before its optimizer is built.
+    routers are, but nothing learned. Keys and query projections become buffers, so no schedule can
+    let them learn. Call it before the model is wrapped for distributed training and before its
+    optimizer is built.
 
     Raises:
         ValueError: If a site's keys are tied to its down-vectors: those must train.
@@ -27,8 +30,16 @@ def fix_random_routing(model: nn.Module, seed: int) -> None:
                 "without its experts. Compare with tie_keys=False."
             )
     for site in sites.values():
-        if site.shared_router is not None:
-            site.shared_router.reset_parameters(generator)
-        site.reset_routing(generator)
-        for parameter in site.routing_parameters().values():
-            parameter.requires_grad_(False)
+        router = site.shared_router
+        if router is None:
+            site.reset_routing(generator)
+            _fix(site, site.routing_parameters())
+        elif router in site.children():  # once, by its owner
+            router.reset_parameters(generator)
+            _fix(router, dict(router.named_parameters()))
+
+
+def _fix(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        delattr(module, name)
+        module.register_buffer(name, parameter.detach())

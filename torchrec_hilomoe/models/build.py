@@ -8,10 +8,12 @@ import torch
 
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.backbones.bst import BST
+from torchrec_hilomoe.backbones.din import DIN
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
+from torchrec_hilomoe.hilomoe.controls import fix_random_routing
 from torchrec_hilomoe.hilomoe.inject import inject_hilomoe, share_routing
 from torchrec_hilomoe.models.ctr_model import CTRModel
 from torchrec_hilomoe.models.train_task import TrainTask
@@ -39,11 +41,13 @@ def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
 
 def _inject(backbone: Backbone, config: InjectionConfig, widths: FeatureWidths) -> None:
     patterns = site_patterns(backbone, config)
-    if config.routing == "row":
-        inject_hilomoe(backbone, config, sites=patterns)
+    if config.routing == "sample":
+        width = widths.candidate + widths.context
+        share_routing(backbone, config, patterns, "sample", width, tokens=backbone.tokens)
         return
-    width = widths.candidate + widths.context
-    share_routing(backbone, config, patterns, "sample", width, tokens=backbone.tokens)
+    inject_hilomoe(backbone, config, sites=patterns)
+    if config.routing == "random":
+        fix_random_routing(backbone, seed=int(torch.randint(2**31, ())))
 
 
 def site_patterns(backbone: Backbone, config: InjectionConfig) -> tuple[str, ...]:
@@ -68,8 +72,22 @@ def _bst(config: ModelConfig, widths: FeatureWidths) -> BST:
     )
 
 
+def _din(config: ModelConfig, widths: FeatureWidths) -> DIN:
+    return DIN(
+        widths,
+        attention_units=config.din.attention_units,
+        attention_activation=config.din.attention_activation,
+        attention_dropout=config.din.attention_dropout,
+        softmax=config.din.softmax,
+        head=config.head,
+        head_activation=config.din.head_activation,
+        dropout=config.dropout,
+        batch_norm=config.batch_norm,
+    )
+
+
 BUILDERS: Mapping[str, Callable[[ModelConfig, FeatureWidths], Backbone]] = MappingProxyType(
-    {"bst": _bst}
+    {"bst": _bst, "din": _din}
 )
 
 

@@ -4,34 +4,52 @@ import pytest
 import torch
 from torch import nn
 
-from torchrec_hilomoe.hilomoe import fix_random_routing, HiLoMoEConfig, inject_hilomoe, sites_of
+from torchrec_hilomoe.backbones.layers.tap import Tap
+from torchrec_hilomoe.hilomoe import (
+    expert_parameters,
+    fix_random_routing,
+    HiLoMoEConfig,
+    inject_hilomoe,
+    share_routing,
+    sites_of,
+)
 
 
-def model(**options) -> nn.Sequential:
-    tower = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 1))
-    inject_hilomoe(tower, HiLoMoEConfig(num_experts=4, **options), sites=["*"])
+def model(shared: bool = False, **options) -> nn.Sequential:
+    tower = nn.Sequential(Tap(), nn.Linear(6, 4), nn.Linear(4, 1))
+    config = HiLoMoEConfig(num_experts=4, **options)
+    if shared:
+        share_routing(tower, config, ["[12]"], query="0", width=6)
+    else:
+        inject_hilomoe(tower, config, sites=["[12]"])
     return tower
 
 
-def test_is_fixed_by_the_seed_and_does_not_train():
-    one, other = model(query_dim=3), model(query_dim=3)
-    fix_random_routing(one, seed=7)
-    fix_random_routing(other, seed=7)
-    before = [p.clone() for s in sites_of(one).values() for p in s.routing_parameters().values()]
-    optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1)
+def routers(tower: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: b for name, b in tower.named_buffers() if name.endswith(("keys", "query_proj"))}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_is_fixed_by_the_seed_and_cannot_be_made_to_train(shared):
+    towers = [model(shared, query_dim=3) for _ in range(2)]
+    for tower in towers:
+        fix_random_routing(tower, seed=7)
+    one, other = towers
+    before = {name: keys.clone() for name, keys in routers(one).items()}
+    assert len(before) == (2 if shared else 4)
+    one.requires_grad_(True)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
         one(torch.randn(9, 6)).sum().backward()
         optimizer.step()
-    after = [p for s in sites_of(one).values() for p in s.routing_parameters().values()]
-    same = [p for s in sites_of(other).values() for p in s.routing_parameters().values()]
-    assert len(before) == 4
-    for old, new, twin in zip(before, after, same, strict=True):
-        assert torch.equal(old, new)
-        assert torch.equal(old, twin)
-    assert sites_of(one)["0"].expert_in.grad is not None
+    for name, keys in routers(one).items():
+        assert torch.equal(keys, before[name])
+        assert torch.equal(keys, routers(other)[name])
+    assert not [name for name in expert_parameters(one) if name.endswith(("keys", "query_proj"))]
+    assert sites_of(one)["1"].expert_in.grad is not None
 
 
 def test_refuses_tied_keys():
-    with pytest.raises(ValueError, match=r"'0' has tie_keys = True.*tie_keys=False"):
+    with pytest.raises(ValueError, match=r"'1' has tie_keys = True.*tie_keys=False"):
         fix_random_routing(model(tie_keys=True), seed=0)

@@ -45,6 +45,13 @@ def test_sample_routing_shares_one_router_among_all_sites():
     assert len({id(site.shared_router) for site in sites.values()}) == 1
 
 
+def test_random_routing_has_no_router_to_train():
+    experts = InjectionConfig(num_experts=2, sites=("all",), routing="random")
+    backbone = build_task(replace(MODEL, hilomoe=experts), SCHEMA).model.backbone
+    assert set(sites_of(backbone)) == HEAD | FFN | ATTENTION
+    assert not [name for name, _ in backbone.named_parameters() if name.endswith("expert_keys")]
+
+
 def test_without_hilomoe_the_model_is_plain():
     assert not sites_of(build_task(replace(MODEL, hilomoe=None), SCHEMA))
 
