@@ -1,0 +1,313 @@
+"""Do experts pay? A grid of data, backbones, model variants and seeds, trained alike and compared.
+
+    python -m benchmarks.evidence tune --data composed --backbones din bst
+    python -m benchmarks.evidence run --data composed --backbones din bst --seeds 0 1 2
+    python -m benchmarks.evidence report --plot evidence.png
+
+A run is ``apps/train.py`` in a process of its own, and one line in the results file. What is there
+already is not run again, so a grid can be stopped and gone on with. Seeds are paired: the variants
+of a seed share data, order and passes, and are compared after the last step, never in between.
+
+Rates are chosen by ``tune``: by validation AUC, on a seed that no comparison uses, the plain
+model's first and then, for all expert variants together, the experts'. ``run`` looks the choice up
+in the results file. The test split is read once, by the runs that are reported.
+
+Real data are prepared by ``apps/prepare.py`` and named: ``--prepared ml-1m=data/ml-1m``.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from benchmarks.evidence_report import Line, report
+from benchmarks.harness import append, environment
+
+ROOT = Path(__file__).parent.parent
+TUNING_SEED = 1000
+BACKBONES = ("din", "dien", "bst", "transact", "interformer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is trained on.
+
+    Attributes:
+        recipe: Whose settings hold where the grid says nothing.
+        options: Beside them.
+        head: Hidden widths of the plain model; wider and narrower ones are derived from it.
+        prepared: Whether the rows come from a folder.
+    """
+
+    recipe: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    head: tuple[int, ...]
+    prepared: bool = False
+
+
+DATA = {
+    "composed": Data(recipe="bst-synthetic", head=(64, 32)),
+    "tree": Data(recipe="bst-synthetic", options={"data.world": "tree"}, head=(64, 32)),
+    "smooth": Data(recipe="bst-synthetic", options={"data.world": "smooth"}, head=(64, 32)),
+    "ml-1m": Data(recipe="bst-movielens", head=(256, 128), prepared=True),
+    "toys": Data(recipe="din-amazon-toys", head=(256, 128), prepared=True),
+    "trivago": Data(recipe="bst-trivago", head=(256, 128), prepared=True),
+}
+
+LEARNING_RATES = ("0.001", "0.002", "0.004")
+TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
+EXPERT_RATES = ("1.0", "5.0")
+FROZEN_SHARES = ("0.0", "0.03")
+TUNED_VARIANT = "head rank 4"
+
+
+def experts(sites: str, rank: int, routing: str = "row") -> dict[str, str]:
+    """Options of HiLoMoE with 3 layers of 8 experts."""
+    return {
+        "model.hilomoe.sites": f"[{sites}]",
+        "model.hilomoe.rank": str(rank),
+        "model.hilomoe.routing": routing,
+    }
+
+
+def variants(head: tuple[int, ...]) -> dict[str, dict[str, str]]:
+    """The models that are compared, by name."""
+
+    def dense(widths: Iterable[int]) -> dict[str, str]:
+        return {"model.hilomoe": "null", "model.head": f"[{', '.join(map(str, widths))}]"}
+
+    own = {"model.head": f"[{', '.join(map(str, head))}]"}
+    return {
+        "plain": dense(head),
+        "narrower": dense(width // 2 for width in head),
+        "wider": dense(width * 2 for width in head),
+        "widest": dense(width * 4 for width in head),
+        "deeper": dense((*head, head[-1])),
+        "head rank 1": own | experts("head", 1),
+        "head rank 4": own | experts("head", 4),
+        "all rank 1": own | experts("all", 1),
+        "all rank 4": own | experts("all", 4),
+        "head rank 4, random": own | experts("head", 4, "random"),
+        "head rank 4, by sample": own | experts("head", 4, "sample"),
+        "all rank 4, by sample": own | experts("all", 4, "sample"),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run."""
+
+    data: str
+    backbone: str
+    variant: str
+    seed: int
+    options: Mapping[str, str]
+
+    @property
+    def tuning(self) -> bool:
+        """Whether it serves to choose rates, and not to compare."""
+        return self.seed == TUNING_SEED
+
+    def same_as(self, line: Line) -> bool:
+        """Whether a line of the results file is this run."""
+        return (line["data"], line["backbone"], line["variant"], line["seed"]) == (
+            self.data,
+            self.backbone,
+            self.variant,
+            self.seed,
+        ) and line["options"] == dict(self.options)
+
+
+def tuning_cases(lines: list[Line], data: str, backbone: str, given: Mapping) -> Iterator[Case]:
+    """The plain model at every rate; then, its rate being known, experts at theirs."""
+    models = variants(DATA[data].head)
+    for rate in LEARNING_RATES:
+        options = {**given, **models["plain"], **rates(rate)}
+        yield Case(data=data, backbone=backbone, variant="plain", seed=TUNING_SEED, options=options)
+    best = chosen(lines, data, backbone, "plain")
+    if best is None:
+        return
+    for expert_rate, frozen in product(EXPERT_RATES, FROZEN_SHARES):
+        options = {
+            **given,
+            **models[TUNED_VARIANT],
+            **rates(best["train.learning_rate"]),
+            "train.expert_rate": expert_rate,
+            "train.frozen_share": frozen,
+        }
+        yield Case(
+            data=data, backbone=backbone, variant=TUNED_VARIANT, seed=TUNING_SEED, options=options
+        )
+
+
+def rates(learning_rate: str) -> dict[str, str]:
+    """A learning rate, and the tables' that goes with it."""
+    table_rate = round(TABLE_RATE * float(learning_rate), 6)
+    return {"train.learning_rate": learning_rate, "train.table_learning_rate": str(table_rate)}
+
+
+def chosen(lines: list[Line], data: str, backbone: str, variant: str) -> dict[str, str] | None:
+    """The options under ``train`` of the tuning run with the best validation AUC, if there is."""
+    runs = [
+        line
+        for line in lines
+        if (line["data"], line["backbone"], line["variant"], line["seed"])
+        == (data, backbone, variant, TUNING_SEED)
+    ]
+    if not runs:
+        return None
+    best = max(runs, key=lambda line: line["valid"]["auc"])
+    return {
+        name: value
+        for name, value in best["options"].items()
+        if name.startswith("train.") and name.endswith(("rate", "frozen_share"))
+    }
+
+
+def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
+    """The runs to compare, seed by seed, so that a stopped grid has whole pairs."""
+    given = dict(option.split("=", 1) for option in args.options)
+    for seed, data, backbone in product(args.seeds, args.data, args.backbones):
+        plain = chosen(lines, data, backbone, "plain")
+        tuned = chosen(lines, data, backbone, TUNED_VARIANT)
+        if plain is None or tuned is None:
+            raise SystemExit(
+                f"error: no rates have been chosen for {backbone} on {data}. First: "
+                f"python -m benchmarks.evidence tune --data {data} --backbones {backbone}"
+            )
+        for variant, model in variants(DATA[data].head).items():
+            if args.variants and variant not in args.variants:
+                continue
+            dense = "model.hilomoe" in model
+            options = {**given, **model, **(plain if dense else tuned)}
+            yield Case(data=data, backbone=backbone, variant=variant, seed=seed, options=options)
+
+
+def train(case: Case, args: argparse.Namespace) -> Line:
+    """Run a case and read what it wrote.
+
+    Raises:
+        RuntimeError: If it failed; its last words are in the message.
+    """
+    data, folder = DATA[case.data], Path(args.work) / str(abs(hash(str(case))))
+    options = {
+        "model.backbone": case.backbone,
+        **data.options,
+        **case.options,
+        "seed": str(case.seed),
+        "out_dir": str(folder),
+    }
+    if data.prepared:
+        options["data.path"] = args.prepared[case.data]
+    start = time.perf_counter()
+    _command("apps/train.py", "--config", data.recipe, *_flags(options))
+    summary = json.loads((folder / "summary.json").read_text())
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    line = {
+        "data": case.data,
+        "backbone": case.backbone,
+        "variant": case.variant,
+        "seed": case.seed,
+        "options": dict(case.options),
+        "steps": summary["steps"],
+        "valid": next(row for row in reversed(logged) if row["split"] == "valid"),
+        "test": None if case.tuning else summary["test"],
+        "best_auc": summary["best_auc"],
+        "flops": summary["flops"]["total"],
+        "parameters": summary["parameters"]["total"] - summary["parameters"]["tables"],
+        "output_ratio": _output_ratio(folder, summary["steps"], case),
+        "samples_per_second": summary["samples_per_second"],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    shutil.rmtree(folder)
+    return line
+
+
+def _output_ratio(folder: Path, step: int, case: Case) -> float | None:
+    """The mean over sites of what experts add, over what the base map puts out."""
+    if "model.hilomoe" in case.options or case.tuning:
+        return None
+    found = folder / "routing.json"
+    checkpoint = str(folder / "checkpoints" / f"step_{step}")
+    _command("apps/evaluate.py", checkpoint, "--split", "valid", "--out", str(found))
+    sites = json.loads(found.read_text())["routing"]["sites"]
+    return sum(site["output_ratio"] for site in sites) / len(sites)
+
+
+def _flags(options: Mapping[str, str]) -> list[str]:
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def _command(*arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} exited {done.returncode}: {done.stderr[-2000:]}")
+
+
+def read(path: Path) -> list[Line]:
+    """The lines that are there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run_missing(cases: Iterable[Case], args: argparse.Namespace) -> int:
+    """Run what the results file lacks, and return how many runs that were."""
+    lines, stamp = read(args.out), environment("cpu")
+    missing = [case for case in cases if not any(case.same_as(line) for line in lines)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for line in pool.map(lambda case: train(case, args), missing):
+            append(args.out, [{**line, **stamp}])
+            score = line["valid" if line["test"] is None else "test"]["auc"]
+            print(
+                f"{line['data']:9s} {line['backbone']:12s} {line['variant']:24s} "
+                f"seed {line['seed']:<5d} AUC {score:.5f}  {line['seconds']:.0f} s",
+                flush=True,
+            )
+    return len(missing)
+
+
+def main() -> None:
+    """Tune, run or report."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["tune", "run", "report"])
+    parser.add_argument("--data", nargs="+", choices=DATA, default=["composed"])
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["din", "bst"])
+    parser.add_argument("--variants", nargs="+", help="by default all of them")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--prepared", nargs="*", default=[], metavar="DATA=FOLDER")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evidence.jsonl")
+    parser.add_argument("--plot", type=Path, help="draw AUC over FLOPs to this file")
+    args = parser.parse_args()
+    args.prepared = dict(pair.split("=", 1) for pair in args.prepared)
+    unknown = set(args.variants or ()) - set(variants((2, 2)))
+    if unknown:
+        parser.error(f"no variant {unknown}; there are {', '.join(variants((2, 2)))}")
+    absent = [name for name in args.data if DATA[name].prepared and name not in args.prepared]
+    if absent and args.action != "report":
+        parser.error(f"say where {absent[0]} is prepared: --prepared {absent[0]}=FOLDER")
+    if args.action == "report":
+        report(read(args.out), args.plot)
+    elif args.action == "run":
+        run_missing(grid(read(args.out), args), args)
+    else:
+        given = dict(option.split("=", 1) for option in args.options)
+        for data, backbone in product(args.data, args.backbones):
+            # Twice: the rate that the first round finds is what the second starts from.
+            while run_missing(tuning_cases(read(args.out), data, backbone, given), args):
+                pass
+
+
+if __name__ == "__main__":
+    main()
