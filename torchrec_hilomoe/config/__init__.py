@@ -3,7 +3,7 @@
 Modules take plain arguments; only ``models/build.py``, ``training/`` and the apps know this tree.
 """
 
-from torchrec_hilomoe.config.backbones import BSTConfig
+from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig
 from torchrec_hilomoe.config.data import DataConfig
 from torchrec_hilomoe.config.model import InjectionConfig, ModelConfig
 from torchrec_hilomoe.config.run import CheckpointConfig, RunConfig
@@ -12,6 +12,7 @@ from torchrec_hilomoe.config.train import TrainConfig
 __all__ = [
     "BSTConfig",
     "CheckpointConfig",
+    "DINConfig",
     "DataConfig",
     "InjectionConfig",
     "ModelConfig",

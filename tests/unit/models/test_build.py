@@ -66,7 +66,7 @@ def test_tables_wait_on_meta_and_the_rest_is_real():
     ("options", "message"),
     [
         ({"backbone": "bts"}, "model.backbone is 'bts', which is not known. Did you mean 'bst'?"),
-        ({"backbone": "xyz"}, "model.backbone is 'xyz', which is not known. Use one of bst."),
+        ({"backbone": "xyz"}, "model.backbone is 'xyz', which is not known. Use one of bst, "),
         ({"embedding_dim": 6}, "model.embedding_dim must be a multiple of 4, got 6"),
         ({"embedding_dim": 0}, "model.embedding_dim must be a multiple of 4, got 0"),
         ({"embedding_dim": -4}, "model.embedding_dim must be a multiple of 4, got -4"),
