@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint. Other flags override the run's configuration."
     )
-    parser.add_argument("checkpoint", type=Path, help="a folder step_N of a run")
+    parser.add_argument("checkpoint", help="a folder step_N of a run")
     parser.add_argument("--split", choices=["valid", "test"], default="test")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--out", type=Path, help="also write the result, as JSON, to this file")
@@ -51,7 +51,7 @@ def main() -> int:
     try:
         with join(arguments.device) as job:
             found = evaluate_checkpoint(
-                arguments.checkpoint, arguments.split, tuple(overrides), job
+                arguments.checkpoint.rstrip("/"), arguments.split, tuple(overrides), job
             )
         if job.is_main:
             show(found, arguments)

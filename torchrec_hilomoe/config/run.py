@@ -1,6 +1,7 @@
 """A whole run."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torchrec_hilomoe.config.data import DataConfig
 from torchrec_hilomoe.config.model import ModelConfig
@@ -16,10 +17,18 @@ class CheckpointConfig:
     Attributes:
         every_steps: Steps between two checkpoints; null saves at the end only.
         keep: Checkpoints that stay; older ones are removed.
+        best: Validation metric (``auc``, ``gauc``, ``logloss`` or ``ne``) whose best step is saved
+            and kept as well, and is the one that is tested at the end; null tests the last.
+        asynchronous: Whether training goes on while a checkpoint is written; this takes memory
+            for a copy.
+        folder: Where they go, local or remote; null is ``checkpoints`` in ``out_dir``.
     """
 
     every_steps: int | None = None
     keep: int = 3
+    best: Literal["auc", "gauc", "logloss", "ne"] | None = None
+    asynchronous: bool = True
+    folder: str | None = None
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
@@ -43,6 +52,8 @@ class RunConfig:
         seed: Of everything random.
         resume: ``auto`` goes on from the newest checkpoint in ``out_dir`` if there is one,
             ``never`` starts afresh in an empty folder, a path goes on from that checkpoint.
+        allow_missing: Patterns of tensors' names, such as ``optimizer.*``, that a checkpoint may
+            lack, or have besides, or in another size; they keep their fresh values.
         dry_run: Build, count and report; read no data.
     """
 
@@ -53,4 +64,5 @@ class RunConfig:
     out_dir: str | None = None
     seed: int = 0
     resume: str = "auto"
+    allow_missing: tuple[str, ...] = ()
     dry_run: bool = False

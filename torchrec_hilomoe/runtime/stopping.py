@@ -41,13 +41,19 @@ class StopSignal:
     ) -> None:
         self._restore()
 
-    def requested(self, step: int) -> bool:
-        """Return whether to stop after ``step``, the same on every rank; a collective call."""
+    def requested(self, step: int, *, urgent: bool = False) -> bool:
+        """Return whether to stop after ``step``, the same on every rank; a collective call.
+
+        Args:
+            step: Steps done.
+            urgent: Whether this rank has a reason of its own.
+        """
+        wanted = urgent or self._asked_at is not None
         if dist.get_world_size() == 1:
-            return self._asked_at is not None
+            return wanted
         if step % ASK_EVERY:
             return False
-        asked = torch.tensor([int(self._asked_at is not None)])
+        asked = torch.tensor([int(wanted)])
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return bool(asked.item())
 

@@ -1,9 +1,9 @@
 """A checkpoint, evaluated: its metrics, and what its routers do."""
 
 import logging
+import tempfile
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def evaluate_checkpoint(
-    path: Path, split: Split, overrides: tuple[str, ...], job: Job
+    path: str, split: Split, overrides: tuple[str, ...], job: Job
 ) -> Evaluation:
     """Load a checkpoint and evaluate it; a collective call.
 
@@ -54,16 +54,14 @@ def evaluate_checkpoint(
         ValueError: If the checkpoint, its configuration or the data does not fit.
     """
     progress = checkpoint.read_progress(path)
-    recipe = path.parent.parent / "config.yaml"
-    if not recipe.is_file():
-        raise checkpoint.CheckpointError(
-            f"checkpoint {path} has no configuration: {recipe} is missing. Copy the run's "
-            "config.yaml there."
-        )
-    config = parse_run(["--config", str(recipe), *overrides]).config
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as recipe:
+        recipe.write(checkpoint.read_document(path, "config.yaml"))
+        recipe.flush()
+        config = parse_run(["--config", recipe.name, *overrides]).config
     torch.manual_seed(config.seed)
     assembly = assemble(config, build_task(config.model, schema_of(config)), job)
-    checkpoint.load(path, training_state(assembly.model, assembly.learners))
+    state = training_state(assembly.model, assembly.learners)
+    checkpoint.load(path, state, allow_missing=config.allow_missing)
     spans = schedule_of(config).place(progress.total_steps)
     stage = next(span.stage for span in spans if progress.step <= span.stop)
     task = assembly.model.module

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from torchrec_hilomoe.training.checkpoint import Saved
 from torchrec_hilomoe.training.metrics import Metrics
 
 __all__ = ["RunLog"]
@@ -81,6 +82,13 @@ class RunLog:
         speed = values.get("samples_per_second")
         speed_shown = f" {speed:,.0f} samples/s" if speed else ""
         self.say(f"step {step}/{self._total} {stage} {split}: {shown}{speed_shown}")
+
+    def saved(self, found: Saved) -> None:
+        """Tell of a checkpoint."""
+        self.say(
+            f"saved {found.path}: {found.bytes / 1e6:,.1f} MB in {found.write_seconds:.2f} s; "
+            f"training waited for {found.stall_seconds:.2f} s"
+        )
 
     def say(self, text: str) -> None:
         """Show one line, above the bar if there is one."""

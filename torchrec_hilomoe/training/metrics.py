@@ -107,9 +107,17 @@ class Predictions:
         """Forget everything."""
         self._parts.clear()
 
+    def rows(self) -> Tensor:
+        """Return this rank's rows, as :meth:`restore` takes them."""
+        return torch.cat(self._parts) if self._parts else torch.empty(0, 3, dtype=torch.int64)
+
+    def restore(self, rows: Tensor) -> None:
+        """Take rows that were collected before, on this rank or another."""
+        self._parts.append(rows)
+
     def metrics(self) -> Metrics:
         """Return the metrics over all ranks, the same on each; a collective call."""
-        mine = torch.cat(self._parts) if self._parts else torch.empty(0, 3, dtype=torch.int64)
+        mine = self.rows()
         rows = _gather(mine)
         values = torch.zeros(5, dtype=torch.float64)
         if rows is not None:

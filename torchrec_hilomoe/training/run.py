@@ -3,7 +3,7 @@
 import json
 import logging
 import platform
-from contextlib import closing
+from contextlib import closing, ExitStack
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -21,6 +21,7 @@ from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.inputs import best_auc_of, loader_of, schedule_of, schema_of
 from torchrec_hilomoe.training.logging import RunLog
+from torchrec_hilomoe.training.sharding import describe_plan
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer
 
 __all__ = ["run_training"]
@@ -48,26 +49,42 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
         _write_config(folder, parsed, job)
         _write_summary(folder, job, _costs(cost))
         return
-    resumed = _resumed_checkpoint(config.resume, folder)
+    checkpoints = config.checkpoint.folder or str(folder / "checkpoints")
+    resumed = _resumed_checkpoint(config.resume, checkpoints)
     progress = checkpoint.read_progress(resumed) if resumed else None
     if progress:
-        _refuse_to_go_back(progress.step, folder)
+        _refuse_to_go_back(progress.step, checkpoints)
     loader = loader_of(config, "train", job.world, start=progress.position if progress else None)
     total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
     spans = schedule_of(config).place(total)
     assembly = assemble(config, task, job)
     start = progress.step if progress else 0
-    with closing(RunLog(folder, total, start, enabled=job.is_main)) as log:
+    with ExitStack() as open_until_the_end:
+        log = open_until_the_end.enter_context(
+            closing(RunLog(folder, total, start, enabled=job.is_main))
+        )
+        saver = checkpoint.Saver(
+            checkpoints,
+            keep=config.checkpoint.keep,
+            asynchronous=config.checkpoint.asynchronous,
+            documents={
+                "config.yaml": parsed.resolved,
+                "schema.json": schema.to_json() + "\n",
+                "plan.txt": "\n".join(describe_plan(assembly.model.plan)) + "\n",
+            },
+            on_saved=log.saved,
+        )
+        open_until_the_end.enter_context(closing(saver))
         trainer = Trainer(
             assembly.model,
             assembly.learners,
             spans,
             rhythm=_rhythm(config),
             log=log,
-            folder=folder / "checkpoints",
+            saver=saver,
         )
         if resumed:
-            trainer.restore(resumed)
+            trainer.restore(resumed, config.allow_missing)
             log.say(f"resumed {resumed} at step {start} of {total}")
         if start >= total and (folder / SUMMARY).exists():
             log.say(f"{folder} is complete; raise train.max_steps, or give another --out_dir")
@@ -97,7 +114,6 @@ def _rhythm(config: RunConfig) -> Rhythm:
         log_every=config.train.log_every,
         evaluate_every=config.train.evaluate_every,
         save_every=config.checkpoint.every_steps,
-        keep=config.checkpoint.keep,
         decay=config.train.decay,
     )
 
@@ -112,7 +128,8 @@ def _make_folder(parsed: ParsedRun, job: Job) -> Path:
     folder = Path(
         config.out_dir or broadcast_text(f"runs/{parsed.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
     )
-    used = (folder / "metrics.jsonl").exists() or checkpoint.latest(folder / "checkpoints")
+    checkpoints = config.checkpoint.folder or folder / "checkpoints"
+    used = (folder / "metrics.jsonl").exists() or checkpoint.latest(checkpoints)
     dist.barrier()  # every rank has looked before the first one writes
     if used and (config.dry_run or config.resume == "never"):
         option = "dry_run is true" if config.dry_run else "resume is 'never'"
@@ -137,18 +154,18 @@ def _write_config(folder: Path, parsed: ParsedRun, job: Job) -> None:
         (folder / "config.yaml").write_text(parsed.resolved)
 
 
-def _resumed_checkpoint(resume: str, folder: Path) -> Path | None:
+def _resumed_checkpoint(resume: str, folder: str) -> str | None:
     if resume == "never":
         return None
-    return checkpoint.latest(folder / "checkpoints") if resume == "auto" else Path(resume)
+    return checkpoint.latest(folder) if resume == "auto" else resume.rstrip("/")
 
 
-def _refuse_to_go_back(step: int, folder: Path) -> None:
+def _refuse_to_go_back(step: int, folder: str) -> None:
     """Refuse to overwrite later checkpoints of the run that is gone on with."""
-    newest = checkpoint.latest(folder / "checkpoints")
+    newest = checkpoint.latest(folder)
     if newest is not None and (newest_step := checkpoint.read_progress(newest).step) > step:
         raise ValueError(
-            f"resume is a checkpoint of step {step}, but out_dir {folder} already holds step "
+            f"resume is a checkpoint of step {step}, but {folder} already holds step "
             f"{newest_step}, which would be overwritten. Give another --out_dir, or --resume auto."
         )
 

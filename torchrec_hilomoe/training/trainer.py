@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,10 +14,10 @@ from torchrec_hilomoe.data.batch import CTRBatch, Position
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.hilomoe.collapse import CollapseWatch
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
-from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
+from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.stopping import StopSignal
 from torchrec_hilomoe.training import checkpoint
-from torchrec_hilomoe.training.checkpoint import Progress
+from torchrec_hilomoe.training.checkpoint import Progress, Saver
 from torchrec_hilomoe.training.logging import RunLog
 from torchrec_hilomoe.training.metrics import Metrics, Predictions
 from torchrec_hilomoe.training.optimizers import decay_factor, Learners
@@ -30,12 +29,9 @@ from torchrec_hilomoe.training.staging import (
     set_training_mode,
     share_statistics,
 )
+from torchrec_hilomoe.training.window import Window
 
-__all__ = ["NonFiniteLossError", "Rhythm", "Trainer", "evaluate", "training_state"]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; nothing was saved since."""
+__all__ = ["Rhythm", "Trainer", "evaluate", "training_state"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +42,12 @@ class Rhythm:
         log_every: Steps between two lines of training metrics.
         evaluate_every: Steps between two validations; None validates at the end only.
         save_every: Steps between two checkpoints; None saves at the end only.
-        keep: Checkpoints that stay.
         decay: How the learning rates fall over the run.
     """
 
     log_every: int
     evaluate_every: int | None
     save_every: int | None
-    keep: int
     decay: Literal["constant", "linear", "cosine"]
 
 
@@ -66,7 +60,7 @@ class Trainer:
         spans: The stages, placed.
         rhythm: When to log, evaluate and save.
         log: What a person sees.
-        folder: Holds the checkpoints.
+        saver: Writes the checkpoints.
 
     Raises:
         ValueError: If the model cannot follow a stage.
@@ -86,7 +80,7 @@ class Trainer:
         *,
         rhythm: Rhythm,
         log: RunLog,
-        folder: Path,
+        saver: Saver,
     ) -> None:
         task = model.module
         assert isinstance(task, TrainTask)
@@ -98,9 +92,9 @@ class Trainer:
         self._spans = spans
         self._rhythm = rhythm
         self._log = log
-        self._folder = folder
+        self._saver = saver
         self._total = spans[-1].stop
-        self._window = _Window()
+        self._window = Window()
         # Counts are of all ranks, so one of them is enough to warn.
         self._watch = CollapseWatch(task) if torch.distributed.get_rank() == 0 else None
         self._span = spans[0]
@@ -112,10 +106,13 @@ class Trainer:
         """Rows of all ranks over the seconds spent in training steps."""
         return self._window.speed(since_start=True)
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint; a collective call."""
+    def restore(self, path: str, allow_missing: Sequence[str] = ()) -> None:
+        """Go on from a checkpoint, but for tensors whose names may differ; a collective call."""
         progress = checkpoint.read_progress(path)
-        checkpoint.load(path, training_state(self.model, self._learners))
+        state = training_state(self.model, self._learners)
+        window = checkpoint.load(path, state, allow_missing=allow_missing)
+        if window is not None:
+            self._window.restore(window)
         self.step, self.position = progress.step, progress.position
         # The stage that is next, or the last one of a run that is complete.
         ahead = [span for span in self._spans if self.step < span.stop]
@@ -145,16 +142,18 @@ class Trainer:
                     decay = decay_factor(self._rhythm.decay, self.step / self._total)
                     self._learners.set_rates(span, self.step, decay)
                     self._count(pipeline, stage_batches)
-                    if self._due(self._rhythm.log_every):
+                    if self._due(self._rhythm.log_every) or self.step == span.stop:
                         self._log_window()
                     if self._due(self._rhythm.evaluate_every) or self.step == self._total:
                         self.validate("valid", validation)
                     if self._due(self._rhythm.save_every) or self.step == self._total:
                         self.save()
-                    if stop.requested(self.step):
+                    if stop.requested(self.step, urgent=self._saver.failed):
                         self.save()
+                        self._saver.wait()
                         return False
                 pipeline.detach()
+        self._saver.wait()
         return True
 
     def validate(self, split: str, loader: Loader) -> Metrics:
@@ -174,8 +173,7 @@ class Trainer:
         assert self.position is not None
         self._window.check_finite()
         share_statistics(self.model.module)
-        path = checkpoint.save(
-            self._folder,
+        self._saver.save(
             training_state(self.model, self._learners),
             Progress(
                 step=self.step,
@@ -183,10 +181,9 @@ class Trainer:
                 position=self.position,
                 total_steps=self._total,
             ),
-            keep=self._rhythm.keep,
+            window=self._window.rows(),
         )
         self._saved_step = self.step
-        self._log.say(f"saved {path}")
 
     def _enter(self, span: StageSpan) -> Pipeline:
         self._span = span
@@ -243,55 +240,3 @@ def _mean_over_ranks(part: Tensor) -> float:
     mean = part.detach().double().cpu().reshape(1) / torch.distributed.get_world_size()
     torch.distributed.all_reduce(mean)
     return mean.item()
-
-
-class _Window:
-    """What was trained since the last log line, and how fast."""
-
-    def __init__(self) -> None:
-        self._predictions = Predictions()
-        self._losses: list[tuple[int, TaskOutput]] = []
-        self._rows = self._all_rows = 0.0
-        self._seconds = self._all_seconds = 0.0
-
-    def add(self, step: int, output: TaskOutput, seconds: float) -> None:
-        self._losses.append((step, output))
-        self._predictions.add(output.logits, output.labels, output.groups, output.weights)
-        self._rows += output.mean_rows * torch.distributed.get_world_size()
-        self._seconds += seconds
-
-    def speed(self, *, since_start: bool) -> float:
-        rows, seconds = self._rows, self._seconds
-        if since_start:
-            rows, seconds = rows + self._all_rows, seconds + self._all_seconds
-        return rows / seconds if seconds else 0.0
-
-    def check_finite(self) -> None:
-        """Stop at the first loss of this rank that is not a number.
-
-        Losses are looked at together, so that a GPU is not waited for at every step.
-        """
-        if not self._losses:
-            return
-        finite = torch.stack([output.loss for _, output in self._losses]).isfinite().tolist()
-        if all(finite):
-            return
-        step, output = self._losses[finite.index(False)]
-        rank = torch.distributed.get_rank()
-        raise NonFiniteLossError(
-            f"the loss is {float(output.loss)} at step {step} on rank {rank}, in the batch that "
-            f"ends at {output.position}. Lower train.learning_rate or train.table_learning_rate, "
-            "or look at the rows there; the last checkpoint is from before."
-        )
-
-    def metrics(self) -> Metrics:
-        """Return the window's metrics over all ranks, and start a new one."""
-        metrics = self._predictions.metrics()
-        self._predictions.clear()
-        self._losses.clear()
-        self._all_rows, self._all_seconds = (
-            self._all_rows + self._rows,
-            self._all_seconds + self._seconds,
-        )
-        self._rows, self._seconds = 0.0, 0.0
-        return metrics

@@ -1,0 +1,31 @@
+"""Checkpoints: whole or absent, summed, audited when loaded, never executed.
+
+A checkpoint is a folder ``step_N`` with TorchRec's sharded state in DCP's format, the texts that
+say what it is of, and ``progress.json``, which is written last and makes it whole.
+
+    marker.py   where a run stood, and the sums of the files      storage.py  folders and files
+    saver.py    writing, in the background                        state.py    the tensors, copied
+    loading.py  reading    audit.py  does it fit?                 index.py    DCP's index, safely
+"""
+
+from torchrec_hilomoe.training.checkpoint.audit import audit
+from torchrec_hilomoe.training.checkpoint.errors import CheckpointError
+from torchrec_hilomoe.training.checkpoint.index import Reader
+from torchrec_hilomoe.training.checkpoint.loading import load, read_document
+from torchrec_hilomoe.training.checkpoint.marker import Best, Progress, read_progress
+from torchrec_hilomoe.training.checkpoint.saver import Saved, Saver
+from torchrec_hilomoe.training.checkpoint.storage import latest
+
+__all__ = [
+    "Best",
+    "CheckpointError",
+    "Progress",
+    "Reader",
+    "Saved",
+    "Saver",
+    "audit",
+    "latest",
+    "load",
+    "read_document",
+    "read_progress",
+]

@@ -1,0 +1,106 @@
+"""A checkpoint, read into a model and its optimizers."""
+
+import logging
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from torchrec_hilomoe.runtime.paths import open_text
+from torchrec_hilomoe.training.checkpoint.audit import audit
+from torchrec_hilomoe.training.checkpoint.errors import cause_of, CheckpointError
+from torchrec_hilomoe.training.checkpoint.index import Reader
+from torchrec_hilomoe.training.checkpoint.marker import read_marker
+from torchrec_hilomoe.training.checkpoint.saver import device_rng
+from torchrec_hilomoe.training.checkpoint.state import flatten, sizes_over_ranks
+from torchrec_hilomoe.training.checkpoint.storage import find_damage
+
+__all__ = ["load", "read_document"]
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    path: str | Path,
+    state: Mapping[str, Any],
+    *,
+    allow_missing: Sequence[str] = (),
+    restore_random: bool = True,
+) -> Tensor | None:
+    """Fill ``state``'s tensors from a checkpoint, in place; a collective call.
+
+    Args:
+        path: The checkpoint, saved on any number of ranks.
+        state: Tensors, replicated or sharded, in nested mappings.
+        allow_missing: Patterns of names that may be missing on either side, or have another
+            size; they keep their values.
+        restore_random: Whether this rank's random state is restored, if the checkpoint has one
+            for it.
+
+    Returns:
+        Rows of the window of metrics that was open, this rank's share of them, if there were.
+
+    Raises:
+        CheckpointError: If it is damaged, or a tensor is missing on either side or has another
+            size.
+    """
+    find_damage(str(path), read_marker(path).files)
+    reader = Reader(str(path))
+    flat = flatten(state)
+    try:
+        metadata = reader.read_metadata()
+        checked = audit(str(path), metadata, sizes_over_ranks(flat), allow_missing)
+        whole = {name: value for name, value in flat.items() if name not in checked.fresh}
+        own = _of_this_rank(metadata)
+        dcp.load({**whole, **own}, storage_reader=reader)
+    except (OSError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is incomplete or damaged: {cause_of(error)}. Give an older one "
+            "with --resume PATH."
+        ) from error
+    if checked.fresh or checked.ignored:
+        names = ", ".join(sorted(checked.fresh | checked.ignored))
+        logger.info("allowed to differ from %s, and left as they are: %s", path, names)
+    rank = dist.get_rank()
+    if restore_random and f"rng.rank{rank}" in own:
+        torch.set_rng_state(own[f"rng.rank{rank}"])
+        if f"rng_device.rank{rank}" in own and device_rng() is not None:
+            torch.cuda.set_rng_state(own[f"rng_device.rank{rank}"])
+    windows = [tensor for name, tensor in own.items() if name.startswith("window.")]
+    return torch.cat(windows) if windows else None
+
+
+def read_document(path: str | Path, name: str) -> str:
+    """Return a text that lies beside a checkpoint's tensors.
+
+    Raises:
+        CheckpointError: If it is missing.
+    """
+    try:
+        with open_text(f"{path}/{name}") as source:
+            return source.read()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path} is incomplete: {name} cannot be read ({error.strerror or error})."
+        ) from error
+
+
+def _of_this_rank(metadata: Metadata) -> dict[str, Tensor]:
+    """Room for what belongs to a rank: its own random state, and its share of all windows."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    room = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        kind, _, saved_by = name.rpartition(".rank")
+        if not isinstance(entry, TensorStorageMetadata) or not saved_by.isdecimal():
+            continue
+        if (kind in ("rng", "rng_device") and int(saved_by) == rank) or (
+            kind == "window" and int(saved_by) % size == rank
+        ):
+            room[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+    return room
