@@ -3,6 +3,7 @@
 Shape legend:
     B  rows of this rank's batch
     F  dense features
+    T  events of one sequence group, all rows together
 """
 
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class CTRBatch(Pipelineable):
         mean_rows: Rows of the global batch divided by the world size: the loss's denominator,
             which makes the average over ranks the mean over the global batch.
         position: Where training resumes once this batch has been trained on.
+        time: ``(B,)`` int64, when the candidate was shown, in seconds; None where the schema
+            names no such column.
+        times: ``(T,)`` int64 of each sequence group that has times, in the schema's order: when
+            each event happened, parallel to the group's ids in ``unpooled``.
     """
 
     pooled: KeyedJaggedTensor
@@ -65,6 +70,8 @@ class CTRBatch(Pipelineable):
     longest: int
     mean_rows: float
     position: Position
+    time: Tensor | None = None
+    times: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CTRBatch":
         """Copy every tensor to ``device``."""
@@ -78,6 +85,8 @@ class CTRBatch(Pipelineable):
             longest=self.longest,
             mean_rows=self.mean_rows,
             position=self.position,
+            time=None if self.time is None else self.time.to(device, non_blocking=non_blocking),
+            times=tuple(times.to(device, non_blocking=non_blocking) for times in self.times),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -85,7 +94,8 @@ class CTRBatch(Pipelineable):
         for jagged in (self.pooled, self.unpooled):
             # torchrec's own override names the CUDA class where its base class names any.
             jagged.record_stream(stream)  # type: ignore[arg-type]
-        for tensor in (self.dense, self.labels, self.weights, self.groups):
+        plain = (self.dense, self.labels, self.weights, self.groups, *self.times)
+        for tensor in plain if self.time is None else (*plain, self.time):
             tensor.record_stream(stream)
 
     def pin_memory(self) -> "CTRBatch":
@@ -100,4 +110,6 @@ class CTRBatch(Pipelineable):
             longest=self.longest,
             mean_rows=self.mean_rows,
             position=self.position,
+            time=None if self.time is None else self.time.pin_memory(),
+            times=tuple(times.pin_memory() for times in self.times),
         )

@@ -59,6 +59,12 @@ def collate(
         longest=int(history_lengths.max(initial=1)),
         mean_rows=mean_rows,
         position=position,
+        time=(
+            _joined([part.block.time[part.start : part.stop] for part in parts])
+            if schema.time is not None
+            else None
+        ),
+        times=tuple(_event_times(parts, group) for group in range(len(schema.event_times))),
     )
 
 
@@ -89,6 +95,15 @@ def _jagged(
         # Known here for nothing; asking the tensor later would wait for the device.
         length_per_key=lengths_KB.sum(axis=1).tolist(),
     )
+
+
+def _event_times(parts: Sequence[Rows], group: int) -> torch.Tensor:
+    columns = [part.block.times[group] for part in parts]
+    pieces = [
+        column.values[column.offsets[part.start] : column.offsets[part.stop]]
+        for part, column in zip(parts, columns, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(pieces, dtype=np.int64))
 
 
 def _joined(pieces: list[np.ndarray]) -> torch.Tensor:

@@ -19,7 +19,7 @@ def check_columns(columns: pa.Schema, schema: Schema, where: str) -> None:
     Raises:
         DataError: Naming every fault.
     """
-    lists = {field.name for field in schema.sequence_fields}
+    lists = {field.name for field in schema.sequence_fields} | set(schema.event_times)
     lists |= {feature.name for feature in schema.pooled if feature.max_length > 1}
     ids = {feature.name for feature in schema.id_features}
     faults = []
@@ -31,7 +31,7 @@ def check_columns(columns: pa.Schema, schema: Schema, where: str) -> None:
         stored = columns.field(name).type
         if name in lists:
             fits, wanted = is_list(stored) and _is_id(stored.value_type), "a list of integers"
-        elif name in ids or name == schema.group:
+        elif name in ids or name in (schema.group, schema.time):
             fits, wanted = _is_id(stored), "an integer"
         else:
             fits, wanted = _is_number(stored), "a number"

@@ -26,6 +26,8 @@ __all__ = [
     "flat_column",
     "id_column",
     "label_column",
+    "times_column",
+    "weight_column",
 ]
 
 
@@ -68,6 +70,28 @@ class Faults:
 
 def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ragged:
     """Return a column of ids, one or many a row; nulls and ids outside the table are bad."""
+    column = _stored(table, name, faults)
+    values, offsets = column.values, column.offsets
+    # Seen as unsigned, a negative id is a huge one: one pass finds both.
+    if len(values) and values.view(f"u{values.itemsize}").max() >= table_rows:
+        wrong_V = (values < 0) | (values >= table_rows)
+
+        def describe(row: int) -> str:
+            mine = slice(offsets[row], offsets[row + 1])
+            first = values[mine][wrong_V[mine]][0]
+            return f"{name} has id {first}, outside its table's 0 to {table_rows - 1}"
+
+        faults.add(_rows_with(wrong_V, offsets), describe)
+    return column
+
+
+def times_column(table: pa.Table, name: str, faults: Faults) -> Ragged:
+    """Return a column of whole seconds, many a row; nulls are bad."""
+    return _stored(table, name, faults)
+
+
+def _stored(table: pa.Table, name: str, faults: Faults) -> Ragged:
+    """Return a column of integers, one or many a row; nulls are bad."""
     array = table.column(name).combine_chunks()
     many = is_list(array.type)
     if many:
@@ -83,18 +107,7 @@ def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ra
         faults.add(null_N, lambda row: f"{name} {'has a null id' if many else 'is null'}")
         flat = pc.fill_null(flat, 0)
     # Arrow's own numpy view is read-only, which PyTorch warns of; nothing here writes to it.
-    values = torch.from_dlpack(flat).numpy()
-    # Seen as unsigned, a negative id is a huge one: one pass finds both.
-    if len(values) and values.view(f"u{values.itemsize}").max() >= table_rows:
-        wrong_V = (values < 0) | (values >= table_rows)
-
-        def describe(row: int) -> str:
-            mine = slice(offsets[row], offsets[row + 1])
-            first = values[mine][wrong_V[mine]][0]
-            return f"{name} has id {first}, outside its table's 0 to {table_rows - 1}"
-
-        faults.add(_rows_with(wrong_V, offsets), describe)
-    return Ragged(values=values, offsets=offsets)
+    return Ragged(values=torch.from_dlpack(flat).numpy(), offsets=offsets)
 
 
 def flat_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
@@ -122,9 +135,17 @@ def label_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
     return (stored_N == 1).astype(np.float32)
 
 
+def weight_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
+    """Return the rows' weights as float32; what is negative or not finite is bad."""
+    weights_N = dense_column(table, name, faults)
+    faults.add(weights_N < 0, lambda row: f"{name} is {weights_N[row]}, which is below 0")
+    return weights_N
+
+
 def check_parallel(group: SequenceGroup, columns: Mapping[str, Ragged], faults: Faults) -> None:
     """Mark rows whose fields of one sequence group have different numbers of events."""
-    counts = {field.name: np.diff(columns[field.name].offsets) for field in group.fields}
+    names = [field.name for field in group.fields] + ([group.time] if group.time else [])
+    counts = {name: np.diff(columns[name].offsets) for name in names}
     first_N, *others = counts.values()
     unequal_N = np.zeros(len(first_N), dtype=bool)
     for count_N in others:

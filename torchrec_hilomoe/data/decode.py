@@ -27,6 +27,8 @@ from torchrec_hilomoe.data.columns import (
     id_column,
     label_column,
     Ragged,
+    times_column,
+    weight_column,
 )
 from torchrec_hilomoe.data.schema import Schema
 
@@ -57,8 +59,10 @@ class DecodedBlock:
         unpooled: The columns of ``Schema.unpooled_keys``.
         dense: ``(N, F)`` float32.
         labels: ``(N,)`` float32.
-        weights: ``(N,)`` float32: 0 for a bad row, else 1.
+        weights: ``(N,)`` float32: 0 for a bad row, else what the schema's weight says, or 1.
         groups: ``(N,)`` int64.
+        time: ``(N,)`` int64, of zeros if the schema names no time.
+        times: The events' times of each group that has them, cut like its ids.
         bad: Place in this order to a description: the stored row's number and its faults.
     """
 
@@ -68,6 +72,8 @@ class DecodedBlock:
     labels: np.ndarray
     weights: np.ndarray
     groups: np.ndarray
+    time: np.ndarray
+    times: tuple[Ragged, ...]
     bad: Mapping[int, str]
 
 
@@ -88,6 +94,8 @@ def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray) -> Decode
         feature.name: id_column(table, feature.name, schema.tables[feature.table], faults)
         for feature in schema.id_features
     }
+    for name in schema.event_times:
+        columns[name] = times_column(table, name, faults)
     for group in schema.sequences:
         check_parallel(group, columns, faults)
     dense_NF = np.empty((rows, len(schema.dense)), dtype=np.float32)
@@ -95,19 +103,28 @@ def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray) -> Decode
         dense_NF[:, index] = dense_column(table, name, faults)
     labels_N = label_column(table, schema.label, faults)
     groups_N = flat_column(table, schema.group, faults).astype(np.int64)
+    weights_N = np.ones(rows, dtype=np.float32)
+    if schema.weight is not None:
+        weights_N = weight_column(table, schema.weight, faults)
+    time_N = np.zeros(rows, dtype=np.int64)
+    if schema.time is not None:
+        time_N = flat_column(table, schema.time, faults).astype(np.int64)
 
     cutter = _Cutter(columns, faults.bad_N, order_N)
     ordered_bad_N = faults.bad_N[order_N]
     dense_NF, labels_N, groups_N = dense_NF[order_N], labels_N[order_N], groups_N[order_N]
-    for array in (dense_NF, labels_N, groups_N):
+    weights_N, time_N = weights_N[order_N], time_N[order_N]
+    for array in (dense_NF, labels_N, groups_N, weights_N, time_N):
         array[ordered_bad_N] = 0
     return DecodedBlock(
         pooled=_pooled(schema, cutter),
         unpooled=_unpooled(schema, cutter),
         dense=dense_NF,
         labels=labels_N,
-        weights=(~ordered_bad_N).astype(np.float32),
+        weights=weights_N,
         groups=groups_N,
+        time=time_N,
+        times=_times(schema, cutter),
         bad={int(at): faults.of(int(order_N[at])) for at in np.flatnonzero(ordered_bad_N)},
     )
 
@@ -120,6 +137,7 @@ def padding_block(schema: Schema) -> DecodedBlock:
 
     columns = {field.name: column(True) for field in schema.candidate}
     columns |= {field.name: column(False) for field in schema.sequence_fields}
+    columns |= {name: column(False) for name in schema.event_times}
     columns |= {feature.name: column(feature.max_length == 1) for feature in schema.pooled}
     cutter = _Cutter(columns, np.zeros(1, dtype=bool), np.zeros(1, dtype=np.int64))
     return DecodedBlock(
@@ -129,6 +147,8 @@ def padding_block(schema: Schema) -> DecodedBlock:
         labels=np.zeros(1, dtype=np.float32),
         weights=np.zeros(1, dtype=np.float32),
         groups=np.zeros(1, dtype=np.int64),
+        time=np.zeros(1, dtype=np.int64),
+        times=_times(schema, cutter),
         bad={},
     )
 
@@ -210,3 +230,11 @@ def _unpooled(schema: Schema, cutter: _Cutter) -> IdColumns:
     for group in schema.sequences:
         cuts += [cutter.many(field.name, group.max_length, group.keep) for field in group.fields]
     return _id_columns(cuts, cutter.rows)
+
+
+def _times(schema: Schema, cutter: _Cutter) -> tuple[Ragged, ...]:
+    return tuple(
+        cutter.many(group.time, group.max_length, group.keep)
+        for group in schema.sequences
+        if group.time is not None
+    )

@@ -6,63 +6,30 @@ their table's number of rows; 0 is padding and "unknown" in every table.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, MISSING
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
+from torchrec_hilomoe.data.schema_parts import (
+    FrozenTable,
+    IdFeature,
+    PooledFeature,
+    SequenceGroup,
+    VocabularyRule,
+)
 from torchrec_hilomoe.runtime.paths import open_text
 
-__all__ = ["IdFeature", "PooledFeature", "Schema", "SequenceGroup"]
+__all__ = [
+    "FrozenTable",
+    "IdFeature",
+    "PooledFeature",
+    "Schema",
+    "SequenceGroup",
+    "VocabularyRule",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no times, weights, frozen tables or vocabularies, and is read
 SCHEMA_FILE = "schema.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdFeature:
-    """A categorical column looked up one vector an id.
-
-    Attributes:
-        name: Column, and the key in the jagged tensor.
-        table: The embedding table that its ids index.
-    """
-
-    name: str
-    table: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class PooledFeature:
-    """A categorical column whose vectors are summed into one: context, or a bag of ids.
-
-    Attributes:
-        name: Column, and the key in the jagged tensor.
-        table: The embedding table that its ids index.
-        max_length: 1 for a plain integer column; more for a list column, which is cut to its
-            last ``max_length`` ids.
-    """
-
-    name: str
-    table: str
-    max_length: int = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequenceGroup:
-    """Parallel list columns of equal lengths: one entry an event.
-
-    Attributes:
-        name: What the events are, for messages.
-        fields: The columns; those that share a table with a candidate field describe the same
-            property of the event as that field does of the candidate.
-        max_length: Longer rows are cut to this many events.
-        keep: Which end survives the cut: ``"last"`` (the latest events) or ``"first"``.
-    """
-
-    name: str
-    fields: tuple[IdFeature, ...]
-    max_length: int
-    keep: Literal["last", "first"] = "last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +45,11 @@ class Schema:
         dense: Float columns.
         label: The column of 0/1 clicks.
         group: The integer column whose values GAUC averages over.
+        time: An integer column: when the candidate was shown, in seconds; null if unknown.
+        weight: A float column: how much a row counts, from 0; null if all count 1.
+        frozen: Those of the tables that come with the data and are never trained.
+        vocabularies: How the raw values of a table became ids; a table that is left out has ids
+            for raw values.
 
     Raises:
         ValueError: If a feature names an unknown table, a column occurs twice, a size is below
@@ -92,6 +64,10 @@ class Schema:
     dense: tuple[str, ...] = ()
     label: str = "label"
     group: str = "user"
+    time: str | None = None
+    weight: str | None = None
+    frozen: Mapping[str, FrozenTable] = field(default_factory=dict)
+    vocabularies: Mapping[str, VocabularyRule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.candidate:
@@ -102,43 +78,33 @@ class Schema:
                 raise ValueError(
                     f"Schema.tables[{table!r}] must be at least 1 (id 0 is padding), got {rows}."
                 )
-        for feature in self.pooled:
-            if feature.max_length < 1:
-                raise ValueError(
-                    f"Schema.pooled[{feature.name!r}].max_length must be at least 1 (1 is a plain "
-                    f"column), got {feature.max_length}."
-                )
-        for group in self.sequences:
-            if group.max_length < 1 or not group.fields:
-                raise ValueError(
-                    f"Schema.sequences[{group.name!r}] needs fields and max_length of at least 1, "
-                    f"got {len(group.fields)} fields and max_length {group.max_length}."
-                )
-            if group.keep not in ("last", "first"):
-                raise ValueError(
-                    f"Schema.sequences[{group.name!r}].keep must be 'last' or 'first', "
-                    f"got {group.keep!r}."
-                )
 
     def _check_names(self) -> None:
-        names = [*(feature.name for feature in self.id_features), *self.dense, self.label]
+        plain = [name for name in (self.time, self.weight) if name is not None]
+        names = [feature.name for feature in self.id_features]
+        names += [*self.event_times, *self.dense, self.label, *plain]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"Schema: column names {repeated} occur twice; rename one of each.")
         for feature in self.id_features:
-            if feature.table not in self.tables:
-                near = get_close_matches(feature.table, self.tables, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else "Add it or correct the name."
-                raise ValueError(
-                    f"Schema: feature {feature.name!r} wants table {feature.table!r}, but "
-                    f"Schema.tables has {sorted(self.tables)}. {hint}"
-                )
-        lists = {field.name for field in self.sequence_fields}
+            self._check_table(f"feature {feature.name!r} wants table", feature.table)
+        for part in ("frozen", "vocabularies"):
+            for table in getattr(self, part):
+                self._check_table(f"{part} names table", table)
+        lists = {field.name for field in self.sequence_fields} | set(self.event_times)
         lists |= {feature.name for feature in self.pooled if feature.max_length > 1}
-        if self.group in {*lists, *self.dense, self.label}:
+        if self.group in {*lists, *self.dense, self.label, self.weight}:
             raise ValueError(
-                f"Schema.group {self.group!r} is a list, a dense column or the label; name a "
-                "column of one integer a row."
+                f"Schema.group {self.group!r} is a list, a dense column, the weight or the label; "
+                "name a column of one integer a row."
+            )
+
+    def _check_table(self, who: str, table: str) -> None:
+        if table not in self.tables:
+            near = get_close_matches(table, self.tables, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Add it or correct the name."
+            raise ValueError(
+                f"Schema: {who} {table!r}, but Schema.tables has {sorted(self.tables)}. {hint}"
             )
 
     @property
@@ -165,7 +131,14 @@ class Schema:
     def columns(self) -> tuple[str, ...]:
         """Every column that a batch needs, each once."""
         ids = [feature.name for feature in self.id_features]
-        return tuple(dict.fromkeys([*ids, *self.dense, self.label, self.group]))
+        plain = [name for name in (self.time, self.weight) if name is not None]
+        rest = [*self.dense, self.label, self.group, *self.event_times, *plain]
+        return tuple(dict.fromkeys([*ids, *rest]))
+
+    @property
+    def event_times(self) -> tuple[str, ...]:
+        """Columns of the times of events, of those sequence groups that have one."""
+        return tuple(group.time for group in self.sequences if group.time is not None)
 
     def to_json(self) -> str:
         """Serialise, with the format's version."""
@@ -180,19 +153,34 @@ class Schema:
         """
         raw: dict[str, Any] = json.loads(text)
         version = raw.pop("version", None)
-        if version != SCHEMA_VERSION:
+        if version not in range(1, SCHEMA_VERSION + 1):
             raise ValueError(
-                f"schema version is {version}, this package reads {SCHEMA_VERSION}; "
+                f"schema version is {version}, this package reads 1 to {SCHEMA_VERSION}; "
                 "prepare the data again with apps/prepare.py."
             )
-        raw["candidate"] = tuple(IdFeature(**field) for field in raw["candidate"])
-        raw["pooled"] = tuple(PooledFeature(**field) for field in raw["pooled"])
-        raw["dense"] = tuple(raw["dense"])
-        raw["sequences"] = tuple(
-            SequenceGroup(**{**group, "fields": tuple(IdFeature(**f) for f in group["fields"])})
-            for group in raw["sequences"]
-        )
-        return cls(**raw)
+        return cls.from_dict(raw)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Schema":
+        """Make a schema of plain mappings and lists, as JSON or YAML give them.
+
+        Raises:
+            ValueError: If a key is unknown or missing, or a value impossible.
+        """
+        values = dict(raw)
+        _check_keys("Schema", cls, values)
+        for name, part in (("candidate", IdFeature), ("pooled", PooledFeature)):
+            values[name] = tuple(
+                _part(f"Schema.{name}", part, item) for item in values.get(name) or ()
+            )
+        values["sequences"] = tuple(_group(item) for item in values.get("sequences") or ())
+        values["dense"] = tuple(values.get("dense") or ())
+        for name, part in (("frozen", FrozenTable), ("vocabularies", VocabularyRule)):
+            values[name] = {
+                table: _part(f"Schema.{name}[{table!r}]", part, item)
+                for table, item in (values.get(name) or {}).items()
+            }
+        return cls(**values)
 
     def save(self, path: str) -> None:
         """Write the schema to ``path``."""
@@ -204,3 +192,32 @@ class Schema:
         """Read the schema at ``path``."""
         with open_text(path) as source:
             return cls.from_json(source.read())
+
+
+def _group(raw: Mapping[str, Any]) -> SequenceGroup:
+    fields = tuple(
+        _part("Schema.sequences.fields", IdFeature, item) for item in raw.get("fields", ())
+    )
+    return _part("Schema.sequences", SequenceGroup, {**raw, "fields": fields})
+
+
+def _part(where: str, kind: type, raw: Mapping[str, Any]) -> Any:
+    _check_keys(where, kind, raw)
+    return kind(**raw)
+
+
+def _check_keys(where: str, kind: Any, raw: Mapping[str, Any]) -> None:
+    """Refuse keys that are misspelt or missing, before a constructor complains in its own words."""
+    known = {item.name: item for item in fields(kind)}
+    for key in raw:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
+            raise ValueError(f"{where} has no {key!r}. {hint}")
+    missing = [
+        name
+        for name, item in known.items()
+        if item.default is MISSING and item.default_factory is MISSING and name not in raw
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}.")

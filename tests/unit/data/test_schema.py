@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.datasets import SCHEMA
-from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
+from torchrec_hilomoe.data.schema import (
+    FrozenTable,
+    IdFeature,
+    PooledFeature,
+    Schema,
+    SequenceGroup,
+    VocabularyRule,
+)
 
 
 def test_survives_json_and_files(tmp_path):
@@ -17,7 +24,7 @@ def test_survives_json_and_files(tmp_path):
 
 def test_another_version_is_refused():
     raw = {**json.loads(SCHEMA.to_json()), "version": 7}
-    with pytest.raises(ValueError, match=r"version is 7, this package reads 1; prepare"):
+    with pytest.raises(ValueError, match=r"version is 7, this package reads 1 to 2; prepare"):
         Schema.from_json(json.dumps(raw))
 
 
@@ -50,24 +57,107 @@ CLICKS = SCHEMA.sequences[0]
             r"feature 'item' wants table 'itm'.*Did you mean 'item'",
         ),
         ({"tables": {**SCHEMA.tables, "kind": 0}}, r"tables\['kind'\] must be at least 1.*got 0"),
-        (
-            {"sequences": (replace(CLICKS, max_length=0),)},
-            r"sequences\['clicks'\] needs fields and max_length of at least 1.*max_length 0",
-        ),
-        ({"sequences": (replace(CLICKS, fields=()),)}, r"got 0 fields"),
-        (
-            {"sequences": (replace(CLICKS, keep="middle"),)},
-            r"sequences\['clicks'\]\.keep must be 'last' or 'first', got 'middle'",
-        ),
-        (
-            {"pooled": (PooledFeature(name="tags", table="tag", max_length=0),)},
-            r"pooled\['tags'\]\.max_length must be at least 1 .*got 0",
-        ),
-        ({"group": "price"}, r"group 'price' is a list, a dense column or the label"),
+        ({"group": "price"}, r"group 'price' is a list, a dense column, the weight or the label"),
         ({"group": "label"}, r"group 'label' is a list"),
         ({"group": "tags"}, r"group 'tags' is a list"),
+        ({"group": "weight", "weight": "weight"}, r"group 'weight' is a list.* the weight"),
+        ({"time": "price"}, r"names \['price'\] occur twice"),
+        ({"sequences": (replace(CLICKS, time="item"),)}, r"names \['item'\] occur twice"),
+        (
+            {"frozen": {"itm": FrozenTable(width=8, file="itm.npy")}},
+            r"frozen names table 'itm'.*Did you mean 'item'",
+        ),
+        (
+            {"vocabularies": {"usr": VocabularyRule(kind="hashed")}},
+            r"vocabularies names table 'usr'.*Did you mean 'user'",
+        ),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SCHEMA, **change)
+
+
+def a_sequence(**change):
+    return SequenceGroup(**{"name": "clicks", "fields": CLICKS.fields, "max_length": 4, **change})
+
+
+def a_frozen_table(**change):
+    return FrozenTable(**{"width": 8, "file": "item.npy", **change})
+
+
+def a_rule(**change):
+    return VocabularyRule(**{"kind": "counted", **change})
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (
+            a_sequence,
+            {"max_length": 0},
+            r"sequences\['clicks'\] needs fields and max_length of at least 1.*max_length 0",
+        ),
+        (a_sequence, {"fields": ()}, r"got 0 fields"),
+        (
+            a_sequence,
+            {"keep": "middle"},
+            r"sequences\['clicks'\]\.keep must be 'last' or 'first', got 'middle'",
+        ),
+        (
+            lambda **change: PooledFeature(name="tags", table="tag", **change),
+            {"max_length": 0},
+            r"pooled\['tags'\]\.max_length must be at least 1 .*got 0",
+        ),
+        (a_frozen_table, {"width": 6}, r"width must be a multiple of 4, got 6; pad"),
+        (a_frozen_table, {"file": "/etc/item.npy"}, r"below the schema's folder, got '/etc"),
+        (a_frozen_table, {"file": "../item.npy"}, r"below the schema's folder, got '\.\./item"),
+        (a_rule, {"kind": "guessed"}, r"kind must be one of counted, given, hashed, got 'guessed'"),
+        (a_rule, {"unknown": "first"}, r"unknown must be one of zero, last, got 'first'"),
+        (a_rule, {"min_count": 0}, r"min_count is 0 for a counted vocabulary"),
+        (a_rule, {"kind": "hashed", "min_count": 2}, r"min_count is 2 for a hashed vocabulary"),
+    ],
+)
+def test_each_part_refuses_what_is_impossible(part, change, message):
+    with pytest.raises(ValueError, match=message):
+        part(**change)
+
+
+WHOLE = replace(
+    SCHEMA,
+    sequences=(replace(CLICKS, time="clicks_time"), SCHEMA.sequences[1]),
+    time="time",
+    weight="weight",
+    frozen={"kind": FrozenTable(width=8, file="kind.npy")},
+    vocabularies={"item": VocabularyRule(kind="counted", min_count=3, unknown="last", file="i")},
+)
+
+
+def test_what_version_2_added_survives_json_and_makes_columns():
+    assert Schema.from_json(WHOLE.to_json()) == WHOLE
+    assert WHOLE.event_times == ("clicks_time",)
+    assert WHOLE.columns[-3:] == ("clicks_time", "time", "weight")
+
+
+def test_a_file_of_version_1_is_read():
+    raw = json.loads(SCHEMA.to_json())
+    for key in ("time", "weight", "frozen", "vocabularies"):
+        del raw[key]
+    for group in raw["sequences"]:
+        del group["time"]
+    assert Schema.from_json(json.dumps({**raw, "version": 1})) == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": []}, r"^Schema has no 'candidates'\. Did you mean 'candidate'\?"),
+        ({"pooled": [{"nam": "user", "table": "user"}]}, r"Schema\.pooled has no 'nam'\. Did"),
+        ({"pooled": [{"name": "user"}]}, r"Schema\.pooled lacks table"),
+        ({"frozen": {"item": {"width": 8}}}, r"Schema\.frozen\['item'\] lacks file"),
+    ],
+)
+def test_misspelt_and_missing_keys_are_named(change, message):
+    raw = json.loads(SCHEMA.to_json())
+    with pytest.raises(ValueError, match=message):
+        Schema.from_json(json.dumps({**raw, **change}))
