@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from torchrec_hilomoe.data.column_types import check_columns
 from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.open_files import OpenFiles
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
@@ -27,7 +28,9 @@ REMEDY = "Make it with: python apps/prepare.py movielens --raw RAW --out DIR"
 
 
 class ParquetSource(BlockSource):
-    """Reads the needed columns of one row group at a time; keeps nothing but the footers.
+    """Reads the needed columns of one row group at a time, from any number of threads.
+
+    Keeps the footers and a few open files, no rows.
 
     Args:
         folder: A prepared folder, local or under a registered prefix.
@@ -45,6 +48,7 @@ class ParquetSource(BlockSource):
         self._schema = schema or load_schema(folder)
         paths = _split_files(f"{folder}/{split}")
         self._files = tuple(_File(path, self._schema) for path in paths)
+        self._open_files = OpenFiles()
         # The number of the first block of each file.
         self._firsts = (0, *accumulate(len(file.block_rows) for file in self._files))
         self._block_rows = tuple(rows for file in self._files for rows in file.block_rows)
@@ -70,7 +74,7 @@ class ParquetSource(BlockSource):
         """Return the needed columns of a row group; every epoch has the same."""
         index = self._file_of(block)
         try:
-            table = self._files[index].read(block - self._firsts[index])
+            table = self._files[index].read(block - self._firsts[index], self._open_files)
         except UNREADABLE as error:
             raise DataError(
                 f"{self.describe(block)} cannot be read ({_one_line(error)}). {AGAIN}"
@@ -123,11 +127,7 @@ def _split_files(folder: str) -> list[str]:
 
 
 class _File:
-    """One Parquet file: its footer, and reading by row group.
-
-    The file is opened for each read, so that any number of threads and any number of files work;
-    the footer is parsed once.
-    """
+    """One Parquet file: its footer, parsed once, and reading by row group."""
 
     def __init__(self, path: str, schema: Schema) -> None:
         self.path = path
@@ -148,12 +148,11 @@ class _File:
                 f"{sum(self.block_rows)} in its row groups. {AGAIN}"
             )
 
-    def read(self, group: int) -> pa.Table:
-        with (
-            open_binary(self.path) as source,
-            pq.ParquetFile(source, metadata=self._footer, page_checksum_verification=True) as file,
-        ):
-            return file.read_row_group(group, columns=self._columns)
+    def read(self, group: int, files: OpenFiles) -> pa.Table:
+        # On this thread alone: Arrow's own threads are as many as OMP_NUM_THREADS, which launchers
+        # set to 1, so workers that shared them would wait for each other.
+        with files.lend(self.path, self._footer) as file:
+            return file.read_row_group(group, columns=self._columns, use_threads=False)
 
 
 def _one_line(error: Exception) -> str:
