@@ -44,6 +44,8 @@ class SequenceFeatures:
         longest: Length of the longest history in the batch, at least 1.
         time: ``(B,)`` int64, when the candidate was shown, in seconds; None where the data do not
             say.
+        steps: Events of each row's longest history, summed over rows; None where the host does
+            not know.
     """
 
     candidate: Tensor
@@ -51,6 +53,7 @@ class SequenceFeatures:
     histories: tuple[History, ...]
     longest: int
     time: Tensor | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.backbones.layers.jagged import pad, unpad, valid
+from torchrec_hilomoe.backbones.layers.rotary import rotate, Rotation
 
 __all__ = ["SelfAttention"]
 
@@ -54,7 +55,12 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(
-        self, x_NW: Tensor, offsets: Tensor, longest: int, visible_BL: Tensor | None = None
+        self,
+        x_NW: Tensor,
+        offsets: Tensor,
+        longest: int,
+        visible_BL: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Return ``(N, W)``, or ``(B, W)`` if ``targets_only``.
 
@@ -63,16 +69,23 @@ class SelfAttention(nn.Module):
             offsets: ``(B + 1,)``, where each row begins.
             longest: ``L``.
             visible_BL: Booleans: which tokens are attended to, at least one a row; all by default.
+            rotation: Turns queries and keys by their tokens' positions.
         """
         if visible_BL is None:
             visible_BL = valid(offsets, longest)
+        key_NW = self.key(x_NW)
         if self.targets_only:
+            assert rotation is None
             query_BLW = self.query(x_NW[offsets[:-1]]).unsqueeze(1)
         else:
-            query_BLW = pad(self.query(x_NW), offsets, longest)
+            query_NW = self.query(x_NW)
+            if rotation is not None:
+                query_NW = rotate(query_NW, rotation, self.num_heads)
+                key_NW = rotate(key_NW, rotation, self.num_heads)
+            query_BLW = pad(query_NW, offsets, longest)
         attended_BHLD = F.scaled_dot_product_attention(
             self._heads(query_BLW),
-            self._heads(pad(self.key(x_NW), offsets, longest)),
+            self._heads(pad(key_NW, offsets, longest)),
             self._heads(pad(self.value(x_NW), offsets, longest)),
             attn_mask=visible_BL[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0,
