@@ -2,13 +2,14 @@
 
 import sys
 import warnings
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-__all__ = ["fuxictr_layers", "fuxictr_model"]
+__all__ = ["build_fuxictr", "fuxictr_layers", "fuxictr_model"]
 
 # What its preprocessing imports of ray, a cluster's worth of packages that no model needs.
 RAY = {
@@ -22,6 +23,41 @@ RAY = {
 def fuxictr_model(name: str) -> type[Any]:
     """One of the wheel's long-sequence models, such as ``DIN``."""
     return getattr(_imported(f"model_zoo.LongCTR.{name}"), name)
+
+
+def build_fuxictr(
+    name: str,
+    item: Mapping[str, int],
+    context: Mapping[str, int],
+    embedding_dim: int,
+    **options: Any,
+) -> Any:
+    """Build one of the wheel's long-sequence models, with Adam, and cross-entropy on its sigmoid.
+
+    Args:
+        name: Such as ``DIN``.
+        item: Vocabulary of each field that events and targets have.
+        context: Vocabulary of each field that a row has once.
+        embedding_dim: Of all of them.
+        **options: The model's own.
+    """
+    feature_map = _imported("fuxictr.features").FeatureMap("parity", "unused")
+    for source, fields in (("user", context), ("item", item)):
+        for field, vocabulary in fields.items():
+            kind = {"type": "categorical", "vocab_size": vocabulary, "padding_idx": 0}
+            feature_map.features[field] = {"source": source, **kind}
+    feature_map.labels = ["label"]
+    feature_map.default_emb_dim = embedding_dim
+    feature_map.num_fields = feature_map.get_num_fields()
+    common: dict[str, Any] = {"verbose": 0, "model_root": "unused", "metrics": ["AUC"]}
+    training = {"optimizer": "adam", "loss": "binary_crossentropy", "learning_rate": 1e-3}
+    return fuxictr_model(name)(
+        feature_map,
+        embedding_dim=embedding_dim,
+        **common,
+        **training,
+        **options,
+    )
 
 
 def fuxictr_layers() -> ModuleType:

@@ -100,6 +100,10 @@ def on_a_rank(
     return trained
 
 
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 def test_ranks_together_compute_what_one_process_does():
     batches = [torch.randn(9, WIDTH, dtype=torch.float64) * 3 + 20 for _ in range(2)]
     cotangents = [torch.randn(9, WIDTH, dtype=torch.float64) for _ in range(2)]
@@ -110,17 +114,14 @@ def test_ranks_together_compute_what_one_process_does():
         want = train_twice(
             modules()[name], [x[:rows] for x in batches], [c[:rows] for c in cotangents]
         )
-        close = {"rtol": 1e-9, "atol": 1e-9}
-        torch.testing.assert_close(
-            torch.cat([first.outputs, second.outputs]), want.outputs, **close
-        )
+        close(torch.cat([first.outputs, second.outputs]), want.outputs)
         grads = torch.cat([first.input_grads, second.input_grads])
-        torch.testing.assert_close(grads, want.input_grads, **close)
+        close(grads, want.input_grads)
         for key, grad in want.parameter_grads.items():
             total = first.parameter_grads[key] + second.parameter_grads[key]
-            torch.testing.assert_close(total, grad, **close)
+            close(total, grad)
         for key, value in want.buffers.items():
-            torch.testing.assert_close(first.buffers[key], value, **close)
+            close(first.buffers[key], value)
             assert torch.equal(first.buffers[key], second.buffers[key])
 
 

@@ -1,0 +1,252 @@
+"""DIN and its parts against FuxiCTR's: the same weights in, the same numbers and gradients out.
+
+Histories are of full length, because FuxiCTR lets padding into the statistics of Dice.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn, Tensor
+from torch.nn import functional as F
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from tests.helpers.fuxictr import build_fuxictr, fuxictr_layers
+from tests.helpers.models import in_memory
+from torchrec_hilomoe.backbones.layers.dice import Dice
+from torchrec_hilomoe.backbones.layers.jagged import layout_of
+from torchrec_hilomoe.backbones.layers.mlp import Activation, MLP
+from torchrec_hilomoe.backbones.layers.target_attention import TargetAttention
+from torchrec_hilomoe.config import DINConfig, ModelConfig
+from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
+from torchrec_hilomoe.embeddings.features import History
+from torchrec_hilomoe.models.ctr_model import CTRModel
+
+ROWS, LENGTH, DIM = 13, 7, 4
+ITEM, CONTEXT = {"item": 31, "category": 5}, {"user": 11}
+WIDTH = DIM * len(ITEM)
+SCHEMA = Schema(
+    dataset="parity",
+    tables={**ITEM, **CONTEXT},
+    candidate=tuple(IdFeature(name=name, table=name) for name in ITEM),
+    pooled=tuple(PooledFeature(name=name, table=name, max_length=1) for name in CONTEXT),
+    sequences=(
+        SequenceGroup(
+            name="history",
+            fields=tuple(IdFeature(name=f"{name}s", table=name) for name in ITEM),
+            max_length=LENGTH,
+        ),
+    ),
+)
+
+
+def close(got: Tensor | None, want: Tensor | None) -> None:
+    """Equal to float32's rounding: of the largest element, or of what cancels to nothing."""
+    assert got is not None
+    assert want is not None
+    atol = 2e-5 * want.abs().max().item() + 1e-6
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=atol)
+
+
+def randomise(module: nn.Module) -> None:
+    """Slopes and shifts that start at zero, and vectors near it, would hide errors."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+def layers_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if list(module.state_dict())]
+
+
+def mlp_pairs(ours: MLP, theirs: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """Layer by layer: both are linear, norm, activation, in this order."""
+    mine = layers_of([*ours.hidden, ours.output])
+    return list(zip(mine, layers_of(theirs.mlp), strict=True))
+
+
+def copy_weights(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    for ours, theirs in pairs:
+        ours.load_state_dict(theirs.state_dict())
+
+
+def compare(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    """Gradients and running statistics."""
+    for ours, theirs in pairs:
+        other = dict(theirs.named_parameters())
+        for name, parameter in ours.named_parameters():
+            close(parameter.grad, other[name].grad)
+        for name, value in ours.named_buffers():
+            close(value.float(), dict(theirs.named_buffers())[name].float())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dice(training):
+    theirs = fuxictr_layers().Dice(5)
+    randomise(theirs)
+    theirs(torch.randn(ROWS, 5) + 1)  # so that the running statistics are not those of the start
+    ours = Dice(5)
+    copy_weights([(ours, theirs)])
+    x = 2 * torch.randn(ROWS, 5)
+    mine, other = (x.clone().requires_grad_() for _ in range(2))
+    got, want = ours.train(training)(mine), theirs.train(training)(other)
+    cotangent = torch.randn(ROWS, 5)
+    got.backward(cotangent)
+    want.backward(cotangent)
+    close(got, want)
+    close(mine.grad, other.grad)
+    compare([(ours, theirs)])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "dice"])
+def test_mlp(activation: Activation, training: bool):
+    layers = fuxictr_layers()
+    names = {"relu": "ReLU", "dice": [layers.Dice(6), layers.Dice(3)]}
+    theirs = layers.MLP_Block(
+        5, [6, 3], names[activation], output_dim=1, batch_norm=True, output_activation=None
+    )
+    randomise(theirs)
+    ours = MLP(5, (6, 3), activation=activation, batch_norm=True)
+    copy_weights(mlp_pairs(ours, theirs))
+    x, cotangent = torch.randn(ROWS, 5), torch.randn(ROWS)
+    mine, other = (x.clone().requires_grad_() for _ in range(2))
+    got, want = ours.train(training)(mine), theirs.train(training)(other)[:, 0]
+    got.backward(cotangent)
+    want.backward(cotangent)
+    close(got, want)
+    close(mine.grad, other.grad)
+    compare(mlp_pairs(ours, theirs))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("softmax", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "dice"])
+def test_attention(activation: Activation, softmax: bool, training: bool):
+    name = {"relu": "ReLU", "dice": "Dice"}[activation]
+    theirs = fuxictr_layers().DIN_Attention(
+        WIDTH, attention_units=[6, 3], hidden_activations=name, use_softmax=softmax
+    )
+    randomise(theirs)
+    ours = TargetAttention(WIDTH, (6, 3), activation=activation, softmax=softmax)
+    pairs = mlp_pairs(ours.mlp, theirs.attention_layer)
+    copy_weights(pairs)
+    events, target = torch.randn(ROWS, LENGTH, WIDTH), torch.randn(ROWS, WIDTH)
+    leaves = [x.clone().requires_grad_() for x in (events, target, events, target)]
+    lengths = torch.full((ROWS,), LENGTH)
+    history = History(events=leaves[0].flatten(0, 1), lengths=lengths, target=leaves[1])
+    got = ours.train(training)(history.target, history.events, layout_of(history))
+    want = theirs.train(training)(leaves[3], leaves[2], torch.ones(ROWS, LENGTH))
+    cotangent = torch.randn(ROWS, WIDTH)
+    got.backward(cotangent)
+    want.backward(cotangent)
+    close(got, want)
+    close(leaves[0].grad, leaves[2].grad)
+    close(leaves[1].grad, leaves[3].grad)
+    compare(pairs)
+
+
+def model_pair(din: DINConfig, batch_norm: bool) -> tuple[CTRModel, Any]:
+    names = {"relu": "ReLU", "dice": "Dice"}
+    theirs = build_fuxictr(
+        "DIN",
+        ITEM,
+        CONTEXT,
+        DIM,
+        dnn_hidden_units=[9, 5],
+        dnn_activations=names[din.head_activation],
+        attention_hidden_units=list(din.attention_units),
+        attention_hidden_activations=names[din.attention_activation],
+        din_use_softmax=din.softmax,
+        batch_norm=batch_norm,
+    )
+    theirs.dnn.mlp[-1] = nn.Identity()  # in place of the sigmoid: logits out, as ours
+    randomise(theirs)
+    config = ModelConfig(
+        backbone="din",
+        embedding_dim=DIM,
+        head=(9, 5),
+        batch_norm=batch_norm,
+        din=din,
+        hilomoe=None,
+    )
+    return in_memory(config, SCHEMA).model, theirs
+
+
+def head_columns() -> Tensor:
+    """Theirs read the context first, ours the candidate."""
+    columns = torch.arange(DIM * (len(CONTEXT) + 2 * len(ITEM)))
+    context, candidate, pooled = columns.split([DIM * len(CONTEXT), WIDTH, WIDTH])
+    return torch.cat([candidate, context, pooled])
+
+
+def tables(ours: CTRModel, theirs: Any) -> list[tuple[Tensor, Tensor]]:
+    layers = theirs.embedding_layer.embedding_layer.embedding_layers
+    pooled = ours.sparse.pooled
+    assert pooled is not None
+    mine = {name: ours.sparse.unpooled.embeddings[name].get_parameter("weight") for name in ITEM}
+    mine |= {name: pooled.embedding_bags[name].get_parameter("weight") for name in CONTEXT}
+    return [(mine[name], layers[name].weight) for name in mine]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("din", "batch_norm"),
+    [
+        (DINConfig(attention_units=(6, 3), softmax=True, head_activation="dice"), True),
+        (DINConfig(attention_units=(6,), attention_activation="relu"), False),
+    ],
+    ids=["amazon", "taobao"],
+)
+def test_din(din: DINConfig, batch_norm: bool, training: bool):
+    ours, theirs = model_pair(din, batch_norm)
+    (attention,) = ours.backbone.get_submodule("attentions").children()
+    attention_mlp, head = attention.get_submodule("mlp"), ours.backbone.get_submodule("head")
+    assert isinstance(attention_mlp, MLP)
+    assert isinstance(head, MLP)
+    attention_pairs = mlp_pairs(attention_mlp, theirs.attention_layers.attention_layer)
+    (first, their_first), *head_pairs = mlp_pairs(head, theirs.dnn)
+    columns = head_columns()
+    copy_weights([*attention_pairs, *head_pairs])
+    with torch.no_grad():
+        first.get_parameter("weight").copy_(their_first.get_parameter("weight")[:, columns])
+        first.get_parameter("bias").copy_(their_first.get_parameter("bias"))
+        for mine, other in tables(ours, theirs):
+            mine.copy_(other)
+
+    # The last of each row's items is its target; id 0 is padding.
+    items = {name: torch.randint(1, size, (ROWS, LENGTH + 1)) for name, size in ITEM.items()}
+    users = {name: torch.randint(1, size, (ROWS,)) for name, size in CONTEXT.items()}
+    lengths = {SCHEMA.sequences[0].fields[i].name: LENGTH for i in range(len(ITEM))}
+    unpooled = {name: ids[:, -1] for name, ids in items.items()}
+    unpooled |= {f"{name}s": ids[:, :-1].flatten() for name, ids in items.items()}
+    keys = list(SCHEMA.unpooled_keys)
+    got = ours.train(training)(
+        KeyedJaggedTensor.from_lengths_sync(
+            list(SCHEMA.pooled_keys),
+            torch.cat(list(users.values())),
+            torch.ones(ROWS, dtype=torch.int64),
+        ),
+        KeyedJaggedTensor.from_lengths_sync(
+            keys,
+            torch.cat([unpooled[key] for key in keys]),
+            torch.cat([torch.full((ROWS,), lengths.get(key, 1)) for key in keys]),
+        ),
+        torch.zeros(ROWS, 0),
+        LENGTH,
+    )
+    flat_items = {name: ids.flatten() for name, ids in items.items()}
+    theirs.train(training)
+    want = theirs((users, flat_items, torch.ones(ROWS, LENGTH)))["y_pred"][:, 0]
+    close(got, want)
+
+    labels = torch.randint(2, (ROWS,)).float()
+    for logits in (got, want):
+        F.binary_cross_entropy_with_logits(logits, labels).backward()
+    compare([*attention_pairs, *head_pairs])
+    their_weight = their_first.get_parameter("weight")
+    assert their_weight.grad is not None
+    close(first.get_parameter("weight").grad, their_weight.grad[:, columns])
+    for mine, other in tables(ours, theirs):
+        close(mine.grad, other.grad)
