@@ -61,7 +61,7 @@ DATA = {
     "trivago": Data(recipe="bst-trivago", head=(256, 128), prepared=True),
 }
 
-LEARNING_RATES = ("0.001", "0.002", "0.004")
+LEARNING_RATES = ("0.002", "0.004", "0.008")
 TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
 EXPERT_RATES = ("1.0", "5.0")
 FROZEN_SHARES = ("0.0", "0.03")
