@@ -38,7 +38,8 @@ def test_metrics_are_written_a_line_at_a_time(out):
         assert METRICS | {"step", "stage", "split"} <= row.keys()
         assert row["logloss"] > 0
     training = [row for row in rows if row["split"] == "train"]
-    assert [row["step"] for row in training] == [4, 8, 12, 16]
+    # Every fourth step, and where a stage ends: a line belongs to one stage.
+    assert [row["step"] for row in training] == [4, 5, 7, 8, 9, 12, 16, 18]
     assert all(row["samples_per_second"] > 0 for row in training)
     assert [row["step"] for row in rows if row["split"] == "valid"] == [9, 18]
 
