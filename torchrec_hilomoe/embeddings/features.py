@@ -84,6 +84,7 @@ class FeatureWidths:
         histories: One for each sequence group.
         embedding: Width of one embedding.
         dense: Dense features at the end of the context.
+        timed: Whether :attr:`SequenceFeatures.time` is there.
     """
 
     candidate: int
@@ -91,3 +92,4 @@ class FeatureWidths:
     histories: tuple[HistoryWidths, ...]
     embedding: int
     dense: int = 0
+    timed: bool = False
