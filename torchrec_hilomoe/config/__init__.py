@@ -7,6 +7,7 @@ from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig
 from torchrec_hilomoe.config.data import DataConfig
 from torchrec_hilomoe.config.model import InjectionConfig, ModelConfig
 from torchrec_hilomoe.config.run import CheckpointConfig, RunConfig
+from torchrec_hilomoe.config.sharding import ShardingConfig, TableSharding
 from torchrec_hilomoe.config.train import TrainConfig
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "InjectionConfig",
     "ModelConfig",
     "RunConfig",
+    "ShardingConfig",
+    "TableSharding",
     "TrainConfig",
 ]

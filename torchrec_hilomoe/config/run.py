@@ -5,6 +5,7 @@ from typing import Literal
 
 from torchrec_hilomoe.config.data import DataConfig
 from torchrec_hilomoe.config.model import ModelConfig
+from torchrec_hilomoe.config.sharding import ShardingConfig
 from torchrec_hilomoe.config.train import TrainConfig
 
 __all__ = ["CheckpointConfig", "RunConfig"]
@@ -47,11 +48,14 @@ class RunConfig:
         data: Where rows come from.
         model: The ranker.
         train: How it learns.
+        sharding: Where tables may live.
         checkpoint: What is kept.
         out_dir: Folder of the run; null makes ``runs/RECIPE-TIME``.
         seed: Of everything random.
         resume: ``auto`` goes on from the newest checkpoint in ``out_dir`` if there is one,
             ``never`` starts afresh in an empty folder, a path goes on from that checkpoint.
+        init_from: A plain model's checkpoint to start from: without stage ``backbone_warmup``, and
+            with fresh experts. A run that is resumed has started already.
         allow_missing: Patterns of tensors' names, such as ``optimizer.*``, that a checkpoint may
             lack, or have besides, or in another size; they keep their fresh values.
         dry_run: Build, count and report; read no data.
@@ -60,9 +64,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     out_dir: str | None = None
     seed: int = 0
     resume: str = "auto"
+    init_from: str | None = None
     allow_missing: tuple[str, ...] = ()
     dry_run: bool = False

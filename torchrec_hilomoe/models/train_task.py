@@ -6,6 +6,7 @@ Shape legend:
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
@@ -47,18 +48,27 @@ class TrainTask(nn.Module):
 
     Args:
         model: The ranker.
+
+    Attributes:
+        device_type: Where autocast acts.
+        dtype: What the ranker computes in; None is that of its parameters.
+        loss_scale: What the loss is multiplied by for ``backward``; the output has it unscaled.
     """
 
     def __init__(self, model: CTRModel) -> None:
         super().__init__()
         self.model = model
+        self.device_type = "cpu"
+        self.dtype: torch.dtype | None = None
+        self.loss_scale = 1.0
 
     def forward(self, batch: CTRBatch) -> tuple[Tensor, TaskOutput]:
         """Return the loss ``()`` and the :class:`TaskOutput`."""
-        logits_B = self.model(batch.pooled, batch.unpooled, batch.dense, batch.longest).float()
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
+            logits_B = self.model(batch.pooled, batch.unpooled, batch.dense, batch.longest).float()
         losses_B = F.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="none")
         loss = (losses_B * batch.weights).sum() / batch.mean_rows
-        return loss, TaskOutput(
+        return loss * self.loss_scale, TaskOutput(
             loss=loss.detach(),
             logits=logits_B.detach(),
             labels=batch.labels,

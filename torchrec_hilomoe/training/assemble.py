@@ -7,9 +7,12 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.distributed import Job
-from torchrec_hilomoe.training.optimizers import Learners
+from torchrec_hilomoe.training.inputs import schedule_of
+from torchrec_hilomoe.training.optimizers import LearnerOptions, Learners
+from torchrec_hilomoe.training.precision import LossScale, use_precision
 from torchrec_hilomoe.training.sharding import (
     describe_plan,
     fuse_table_optimizer,
@@ -47,7 +50,26 @@ def assemble(config: RunConfig, task: TrainTask, job: Job) -> Assembly:
     # Tables are drawn on each rank for itself, so ranks must not draw the same numbers.
     torch.manual_seed(config.seed * 100_003 + job.world.rank + 1)
     model = shard(task, plan, job.device)
-    return Assembly(
-        model=model,
-        learners=Learners(model, train.learning_rate, train.table_learning_rate),
+    use_precision(task, train.precision, job.device)
+    set_auxiliary_loss_scale(task, 1.0 / train.accumulate)
+    loss_scale = None
+    if train.precision == "fp16":
+        loss_scale = LossScale(job.device, train.accumulate)
+        loss_scale.attach(task)
+    if train.compile:
+        task.model.backbone.compile(dynamic=True)
+    return Assembly(model=model, learners=Learners(model, _learner_options(config), loss_scale))
+
+
+def _learner_options(config: RunConfig) -> LearnerOptions:
+    train = config.train
+    stages = schedule_of(config).stages
+    return LearnerOptions(
+        learning_rate=train.learning_rate,
+        table_learning_rate=train.table_learning_rate,
+        optimizer=train.optimizer,
+        others=[stage.optimizer for stage in stages if stage.optimizer is not None],
+        weight_decay=train.weight_decay,
+        momentum=train.momentum,
+        clip_norm=train.clip_norm,
     )

@@ -62,8 +62,7 @@ def evaluate_checkpoint(
     assembly = assemble(config, build_task(config.model, schema_of(config)), job)
     state = training_state(assembly.model, assembly.learners)
     checkpoint.load(path, state, allow_missing=config.allow_missing)
-    spans = schedule_of(config).place(progress.total_steps)
-    stage = next(span.stage for span in spans if progress.step <= span.stop)
+    stage = schedule_of(config).named(progress.stage)
     task = assembly.model.module
     activate_layers(task, stage)
     routed = any(site.active_layers for site in sites_of(task).values())

@@ -10,9 +10,10 @@ from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSour
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.data.synthetic import best_auc, SyntheticSource
+from torchrec_hilomoe.training.pipeline import PipelineOptions
 from torchrec_hilomoe.training.stages import StageSchedule
 
-__all__ = ["Split", "best_auc_of", "loader_of", "schedule_of", "schema_of"]
+__all__ = ["Split", "best_auc_of", "loader_of", "pipelining_of", "schedule_of", "schema_of"]
 
 Split = Literal["train", "valid", "test"]
 
@@ -73,10 +74,21 @@ def schedule_of(config: RunConfig) -> StageSchedule:
         return StageSchedule.plain(warmup_steps=train.warmup_steps)
     return StageSchedule.three_stages(
         num_layers=config.model.hilomoe.num_layers,
-        backbone_share=train.backbone_share,
+        backbone_share=train.backbone_share if config.init_from is None else 0.0,
         frozen_share=train.frozen_share,
         expert_rate=train.expert_rate,
         warmup_steps=train.warmup_steps,
+    )
+
+
+def pipelining_of(config: RunConfig, schema: Schema) -> PipelineOptions:
+    """Return how steps are driven."""
+    train = config.train
+    return PipelineOptions(
+        kind=train.pipeline,
+        debug=train.debug,
+        accumulate=train.accumulate,
+        event_keys=tuple(g.fields[0].name for g in schema.sequences if g.time is not None),
     )
 
 

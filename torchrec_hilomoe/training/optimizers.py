@@ -1,116 +1,76 @@
-"""Adam for everything dense, one learner an expert layer, rates by stage and step.
+"""Who learns, and how fast: fused optimizers of the tables, one of the backbone, one of experts.
 
-Tables have their optimizer fused into the backward pass; here it only gets its rate.
+Tables have their optimizer fused into the backward pass; here it only gets its rate. The others
+step together, after their gradients were unscaled and clipped as one vector.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn, Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, OptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_hilomoe.hilomoe.sites import expert_parameters
-from torchrec_hilomoe.training.stages import Stage, StageSpan
+from torchrec_hilomoe.training.dense_optimizers import DenseOptimizer, family_of
+from torchrec_hilomoe.training.expert_layers import ExpertLayers
+from torchrec_hilomoe.training.precision import LossScale
+from torchrec_hilomoe.training.stages import OptimizerName, Stage, StageSpan
 
-__all__ = ["ExpertLayers", "Learners", "decay_factor"]
-
-# One slice a layer, as design names them; the query projection belongs to all layers.
-STACKED = ("expert_in", "expert_out", "expert_keys")
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """One learner's share of an expert parameter: a layer of it, or all of it."""
-
-    key: str
-    parameter: nn.Parameter
-    layer: int | None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        return tensor if self.layer is None else tensor[self.layer - 1]
+__all__ = ["LearnerOptions", "Learners", "StageOptimizer"]
 
 
-class ExpertLayers:
-    """Views of the experts' parameters, one a layer, so that each layer learns on its own.
-
-    A site stacks its layers in one parameter, which is fast. An optimizer, though, keeps one
-    state a parameter: a layer that joins late would inherit the step count of the first, and a
-    frozen one would drift on its momentum. Each view here is a parameter of its own to the
-    optimizer, shares its memory with the stack, and is given a gradient only while it learns.
-
-    Args:
-        parameters: The experts' parameters by name, as
-            :func:`torchrec_hilomoe.hilomoe.sites.expert_parameters` finds them.
+@dataclass(frozen=True, kw_only=True)
+class LearnerOptions:
+    """How everything learns.
 
     Attributes:
-        views: What the optimizer is built on: ``NAME.LAYER`` (from 1) to a view, and
-            parameters without layers under their own name.
-        learning: Layers that learn now, counted from 1.
+        learning_rate: Of backbone and, with a factor of their own, experts.
+        table_learning_rate: Of the optimizers that are fused into the tables.
+        optimizer: Of backbone and experts, where a stage does not name one.
+        others: Those that stages name: their state exists from the start.
+        weight_decay: Of dense matrices, where a stage does not say it.
+        momentum: Of SGD.
+        clip_norm: The longest that all dense gradients may be, as one vector; None is any length.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.learning: frozenset[int] = frozenset()
-        self._slices = [piece for item in parameters.items() for piece in _slices(*item)]
-        self.views: dict[str, Tensor] = {
-            piece.key: piece.of(piece.parameter.detach()).requires_grad_() for piece in self._slices
-        }
-
-    def learn(self, stage: Stage) -> None:
-        """Let the layers of a stage learn."""
-        layers = {piece.layer for piece in self._slices if piece.layer is not None}
-        active = len(layers) if stage.active_layers is None else stage.active_layers
-        chosen = range(1, active + 1) if stage.learning_layers is None else stage.learning_layers
-        self.learning = frozenset(chosen)
-
-    def give_gradients(self, *_: Any) -> None:
-        """Hand each learning layer its slice of the gradient; a hook before the step."""
-        for piece in self._slices:
-            learns = bool(self.learning) if piece.layer is None else piece.layer in self.learning
-            gradient = piece.parameter.grad
-            given = piece.of(gradient) if learns and gradient is not None else None
-            self.views[piece.key].grad = given
-
-    def drop_gradients(self, *_: Any) -> None:
-        """Forget the gradients; a hook after the step."""
-        for piece in self._slices:
-            piece.parameter.grad = None
-            self.views[piece.key].grad = None
-
-
-def _slices(name: str, parameter: nn.Parameter) -> list[_Slice]:
-    if name.rpartition(".")[2] not in STACKED:
-        return [_Slice(name, parameter, None)]
-    layers = range(1, parameter.shape[0] + 1)
-    return [_Slice(f"{name}.{layer}", parameter, layer) for layer in layers]
+    learning_rate: float = 1e-3
+    table_learning_rate: float = 0.05
+    optimizer: OptimizerName = "adam"
+    others: Sequence[OptimizerName] = ()
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    clip_norm: float | None = None
 
 
 class Learners:
-    """Every optimizer of a run: fused ones of the tables, Adam of the backbone and of the experts.
+    """Every optimizer of a run.
 
     The state of each parameter exists from the start, so that a checkpoint always has the same
     keys and none is dropped when it is loaded into a fresh process.
 
     Args:
         model: The sharded model; its fused optimizers are found in it.
-        learning_rate: Adam's rate.
-        table_learning_rate: The fused optimizers' rate.
+        options: How everything learns.
+        loss_scale: Of a run in float16.
 
     Attributes:
-        combined: All of them, as the pipeline wants it.
+        combined: All of them, for checkpoints.
+        stepping: Those of the stage that was entered last, as a pipeline wants them.
         rate: The backbone's rate now.
     """
 
     def __init__(
-        self, model: DistributedModelParallel, learning_rate: float, table_learning_rate: float
+        self,
+        model: DistributedModelParallel,
+        options: LearnerOptions,
+        loss_scale: LossScale | None = None,
     ) -> None:
-        self.rate = learning_rate
-        self._learning_rate = learning_rate
-        self._table_learning_rate = table_learning_rate
+        self.rate = options.learning_rate
+        self._options = options
+        self._loss_scale = loss_scale
         experts = expert_parameters(model.module)
         backbone = {
             name: parameter
@@ -118,24 +78,55 @@ class Learners:
             if name not in experts
         }
         self._tables: KeyedOptimizer = model.fused_optimizer
-        self._backbone = _keyed(backbone, _adam(backbone, learning_rate))
-        optimizers = [("tables", self._tables), ("backbone", self._backbone)]
         self._layers = ExpertLayers(experts)
-        self._experts: KeyedOptimizer | None = None
-        if experts:
-            adam = _adam(self._layers.views, learning_rate)
-            self._experts = _keyed(self._layers.views, adam)
-            # On Adam itself: TorchRec's wrapper accepts hooks and never calls them.
-            adam.register_step_pre_hook(self._layers.give_gradients)
-            adam.register_step_post_hook(self._layers.drop_gradients)
-            optimizers.append(("experts", self._experts))
+        self._backbones: dict[str, DenseOptimizer] = {}
+        self._experts: dict[str, DenseOptimizer] = {}
+        optimizers = [("tables", self._tables)]
+        own = family_of(options.optimizer)
+        for family in dict.fromkeys([own, *map(family_of, options.others)]):
+            suffix = "" if family == own else f"_{family}"
+            for kind, parameters, built in (
+                ("backbone", backbone, self._backbones),
+                ("experts", self._layers.views, self._experts),
+            ):
+                if parameters:
+                    built[family] = DenseOptimizer.build(
+                        parameters, family, momentum=options.momentum
+                    )
+                    optimizers.append((f"{kind}{suffix}", built[family].keyed))
         self.combined = CombinedOptimizer(optimizers)
+        self._family = own
+        self.stepping = StageOptimizer(self._tables, self._layers, self._dense())
 
     def enter(self, stage: Stage) -> None:
-        """Let the expert layers of a stage learn, and no other."""
+        """Let the tables, the backbone and the expert layers of a stage learn, and nothing else."""
         self._layers.learn(stage)
         self.combined.zero_grad()
         self._layers.drop_gradients()
+        name = stage.optimizer or self._options.optimizer
+        own_decay = stage.weight_decay
+        weight_decay = self._options.weight_decay if own_decay is None else own_decay
+        self._family = family_of(name)
+        for optimizer in self._dense():
+            optimizer.set_decay(name, weight_decay)
+        learning = [self._backbones] * stage.train_backbone + [self._experts] * stage.experts_learn
+        self.stepping = StageOptimizer(
+            self._tables,
+            self._layers,
+            [built[self._family] for built in learning if built],
+            clip_norm=self._options.clip_norm,
+            loss_scale=self._loss_scale,
+        )
+
+    def state(self) -> Mapping[str, Any]:
+        """Every tensor that training changes beside the model: views, not copies."""
+        scale = {} if self._loss_scale is None else {"loss_scale": self._loss_scale.tensors}
+        return {"optimizer": self.combined.state_dict(), **scale}
+
+    def restored(self) -> None:
+        """Take over what a checkpoint has filled :meth:`state` with."""
+        if self._loss_scale is not None:
+            self._loss_scale.restored()
 
     def set_rates(self, span: StageSpan, step: int, decay: float) -> None:
         """Set every learning rate for ``step``.
@@ -143,44 +134,68 @@ class Learners:
         Args:
             span: The stage that the step belongs to.
             step: Counted from 0 over the whole run.
-            decay: The run's own factor at that step, see :func:`decay_factor`.
+            decay: The factor of the run, or of the stage, at that step.
         """
-        factor = decay * span.warmup(step)
-        self.rate = self._learning_rate * span.stage.rate * factor
-        _set(self._tables, self._table_learning_rate * span.stage.rate * factor)
-        _set(self._backbone, self.rate)
-        if self._experts is not None:
-            _set(self._experts, self._learning_rate * span.stage.expert_rate * factor)
+        options, factor = self._options, decay * span.warmup(step)
+        self.rate = options.learning_rate * span.stage.rate * factor
+        for group in self._tables.param_groups:
+            rate = options.table_learning_rate * span.stage.rate * factor
+            group["lr"] = rate  # type: ignore[index]  # TorchRec types its groups as read-only
+        if self._backbones:
+            self._backbones[self._family].set_rate(self.rate)
+        if self._experts:
+            expert_rate = options.learning_rate * span.stage.expert_rate * factor
+            self._experts[self._family].set_rate(expert_rate)
+
+    def _dense(self) -> list[DenseOptimizer]:
+        return [built[self._family] for built in (self._backbones, self._experts) if built]
 
 
-def decay_factor(kind: Literal["constant", "linear", "cosine"], progress: float) -> float:
-    """Return the factor on every learning rate when ``progress`` of the run's steps are done.
+class StageOptimizer(OptimizerWrapper):
+    """What a pipeline steps in one stage; TorchRec's base for optimizers that do more than step.
 
-    Example:
-        >>> [round(decay_factor("cosine", share), 3) for share in (0.0, 0.5, 1.0)]
-        [1.0, 0.5, 0.0]
+    Args:
+        tables: The fused optimizers: a step is done by the backward pass, this one sets rates.
+        layers: The expert layers, which get their gradients here.
+        dense: What learns beside the tables.
+        clip_norm: The longest that all its gradients may be, as one vector.
+        loss_scale: By which the loss was multiplied.
+
+    Attributes:
+        gradient_norm: Of the last step, before it was clipped; None if nothing clips.
     """
-    if kind == "linear":
-        return 1.0 - progress
-    if kind == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0
 
+    def __init__(
+        self,
+        tables: KeyedOptimizer,
+        layers: ExpertLayers,
+        dense: Sequence[DenseOptimizer],
+        *,
+        clip_norm: float | None = None,
+        loss_scale: LossScale | None = None,
+    ) -> None:
+        keyed = [(str(index), optimizer.keyed) for index, optimizer in enumerate(dense)]
+        super().__init__(CombinedOptimizer([("tables", tables), *keyed]))
+        self.gradient_norm: torch.Tensor | None = None
+        self._tables = tables
+        self._layers = layers
+        self._dense = dense
+        self._together = CombinedOptimizer(list(keyed))
+        self._clip_norm = clip_norm
+        self._loss_scale = loss_scale
 
-def _adam(parameters: Mapping[str, Tensor], learning_rate: float) -> torch.optim.Adam:
-    return torch.optim.Adam(list(parameters.values()), lr=learning_rate, fused=True)
-
-
-def _keyed(parameters: Mapping[str, Tensor], adam: torch.optim.Adam) -> KeyedOptimizerWrapper:
-    """Adam by name, whose state exists but says that no step was made."""
-    optimizer = KeyedOptimizerWrapper(dict(parameters), lambda _: adam)
-    optimizer.init_state()
-    optimizer.zero_grad()
-    for state in optimizer.state.values():
-        state["step"].zero_()
-    return optimizer
-
-
-def _set(optimizer: KeyedOptimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate  # type: ignore[index]  # TorchRec types its groups as read-only
+    def step(self, closure: Any = None) -> None:
+        """Unscale, clip, step, and forget the experts' gradients."""
+        self._layers.give_gradients()
+        held = [parameter for optimizer in self._dense for parameter in optimizer.gradients()]
+        scale = self._loss_scale if held else None
+        if scale is not None:
+            scale.unscale(self._together)
+        if self._clip_norm is not None and held:
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(held, self._clip_norm)
+        if scale is not None:
+            scale.step(self._together)
+        else:
+            self._together.step()
+        self._tables.step()
+        self._layers.drop_gradients()

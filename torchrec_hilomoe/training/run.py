@@ -19,9 +19,16 @@ from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
 from torchrec_hilomoe.runtime.distributed import broadcast_text, Job
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
-from torchrec_hilomoe.training.inputs import best_auc_of, loader_of, schedule_of, schema_of
+from torchrec_hilomoe.training.inputs import (
+    best_auc_of,
+    loader_of,
+    pipelining_of,
+    schedule_of,
+    schema_of,
+)
 from torchrec_hilomoe.training.logging import RunLog
 from torchrec_hilomoe.training.sharding import describe_plan
+from torchrec_hilomoe.training.stages import Course
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer
 
 __all__ = ["run_training"]
@@ -56,7 +63,13 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
         _refuse_to_go_back(progress.step, checkpoints)
     loader = loader_of(config, "train", job.world, start=progress.position if progress else None)
     total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    spans = schedule_of(config).place(total)
+    course = Course(
+        schedule_of(config),
+        total_steps=total,
+        steps_per_epoch=loader.steps_per_epoch,
+        decay=config.train.rate_decay,
+        evaluate_every=config.train.evaluate_every,
+    )
     assembly = assemble(config, task, job)
     start = progress.step if progress else 0
     with ExitStack() as open_until_the_end:
@@ -78,10 +91,11 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
         trainer = Trainer(
             assembly.model,
             assembly.learners,
-            spans,
+            course,
             rhythm=_rhythm(config),
             log=log,
             saver=saver,
+            pipelining=pipelining_of(config, schema),
         )
         if resumed:
             trainer.restore(resumed, config.allow_missing)
@@ -102,7 +116,7 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
         **_costs(cost),
         "samples_per_second": trainer.samples_per_second,
         "steps": trainer.step,
-        "stages": [{"name": s.stage.name, "start": s.start, "stop": s.stop} for s in spans],
+        "stages": [{"name": s.stage.name, "start": s.start, "stop": s.stop} for s in course.spans],
     }
     _write_summary(folder, job, summary)
     beside = f" (the best that any model can reach: {best:.4f})" if best is not None else ""
@@ -114,7 +128,6 @@ def _rhythm(config: RunConfig) -> Rhythm:
         log_every=config.train.log_every,
         evaluate_every=config.train.evaluate_every,
         save_every=config.checkpoint.every_steps,
-        decay=config.train.decay,
     )
 
 

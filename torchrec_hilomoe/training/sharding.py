@@ -14,7 +14,11 @@ from torch import distributed as dist
 # TorchRec's own name for it is deprecated in favour of this one.
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.model_parallel import DistributedModelParallel, get_default_sharders
+from torchrec.distributed.model_parallel import (
+    DefaultDataParallelWrapper,
+    DistributedModelParallel,
+    get_default_sharders,
+)
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
@@ -133,15 +137,29 @@ def plan_tables(task: TrainTask, batch_size: int, device: torch.device) -> Shard
     return plan
 
 
-def shard(task: TrainTask, plan: ShardingPlan, device: torch.device) -> DistributedModelParallel:
+def shard(
+    task: TrainTask, plan: ShardingPlan, device: torch.device, *, static_graph: bool = True
+) -> DistributedModelParallel:
     """Shard the tables by ``plan`` and replicate the rest with gradients averaged over ranks.
 
     A task whose tables are already sharded is only wrapped anew: which parameters are
     averaged is decided here, by ``requires_grad``, once. With none, nothing is averaged.
+
+    Args:
+        task: The model.
+        plan: Where its tables go.
+        device: What this rank computes on.
+        static_graph: Whether every backward averages; false lets some only add up.
     """
     tables = set(task.model.sparse.parameters())
     dense_learns = any(p.requires_grad for p in task.parameters() if p not in tables)
-    return DistributedModelParallel(task, device=device, plan=plan, init_data_parallel=dense_learns)
+    return DistributedModelParallel(
+        task,
+        device=device,
+        plan=plan,
+        init_data_parallel=dense_learns,
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=static_graph),
+    )
 
 
 def describe_plan(plan: ShardingPlan) -> tuple[str, ...]:

@@ -52,12 +52,15 @@ def check_stages(task: TrainTask, stages: Iterable[Stage]) -> None:
                     )
 
 
-def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedModelParallel:
+def enter_stage(
+    model: DistributedModelParallel, stage: Stage, *, static_graph: bool = True
+) -> DistributedModelParallel:
     """Prepare the model for a stage and wrap it anew.
 
     Args:
         model: The sharded model, detached from any pipeline.
         stage: What follows.
+        static_graph: As in :func:`torchrec_hilomoe.training.sharding.shard`.
 
     Returns:
         The same tables and parameters under a new wrapper.
@@ -75,7 +78,7 @@ def enter_stage(model: DistributedModelParallel, stage: Stage) -> DistributedMod
         elif parameter not in tables:
             parameter.requires_grad_(stage.train_backbone)
     set_training_mode(task, stage)
-    return shard(task, model.plan, model.device)
+    return shard(task, model.plan, model.device, static_graph=static_graph)
 
 
 def activate_layers(model: nn.Module, stage: Stage) -> None:

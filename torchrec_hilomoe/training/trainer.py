@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import Progress, Saver
 from torchrec_hilomoe.training.logging import RunLog
 from torchrec_hilomoe.training.metrics import Metrics, Predictions
-from torchrec_hilomoe.training.optimizers import decay_factor, Learners
-from torchrec_hilomoe.training.pipeline import Pipeline, predict
-from torchrec_hilomoe.training.stages import StageSpan
+from torchrec_hilomoe.training.optimizers import Learners
+from torchrec_hilomoe.training.pipeline import Pipeline, PipelineOptions, predict
+from torchrec_hilomoe.training.stages import Course, StageSpan
 from torchrec_hilomoe.training.staging import (
     check_stages,
     enter_stage,
@@ -42,13 +42,11 @@ class Rhythm:
         log_every: Steps between two lines of training metrics.
         evaluate_every: Steps between two validations; None validates at the end only.
         save_every: Steps between two checkpoints; None saves at the end only.
-        decay: How the learning rates fall over the run.
     """
 
     log_every: int
     evaluate_every: int | None
     save_every: int | None
-    decay: Literal["constant", "linear", "cosine"]
 
 
 class Trainer:
@@ -57,10 +55,11 @@ class Trainer:
     Args:
         model: The sharded model.
         learners: Its optimizers.
-        spans: The stages, placed.
+        course: The stages, on this run.
         rhythm: When to log, evaluate and save.
         log: What a person sees.
         saver: Writes the checkpoints.
+        pipelining: How steps are driven.
 
     Raises:
         ValueError: If the model cannot follow a stage.
@@ -76,29 +75,31 @@ class Trainer:
         self,
         model: DistributedModelParallel,
         learners: Learners,
-        spans: Sequence[StageSpan],
+        course: Course,
         *,
         rhythm: Rhythm,
         log: RunLog,
         saver: Saver,
+        pipelining: PipelineOptions | None = None,
     ) -> None:
         task = model.module
         assert isinstance(task, TrainTask)
-        check_stages(task, [span.stage for span in spans])
+        check_stages(task, [span.stage for span in course.spans])
         self.model = model
         self.step = 0
         self.position: Position | None = None
         self._learners = learners
-        self._spans = spans
+        self._course = course
         self._rhythm = rhythm
         self._log = log
         self._saver = saver
-        self._total = spans[-1].stop
+        self._pipelining = pipelining or PipelineOptions()
         self._window = Window()
         # Counts are of all ranks, so one of them is enough to warn.
         self._watch = CollapseWatch(task) if torch.distributed.get_rank() == 0 else None
-        self._span = spans[0]
+        self._span = course.spans[0]
         self._saved_step: int | None = None
+        self._logged_step = 0
         self._pipeline: Pipeline | None = None
 
     @property
@@ -114,9 +115,10 @@ class Trainer:
         if window is not None:
             self._window.restore(window)
         self.step, self.position = progress.step, progress.position
-        # The stage that is next, or the last one of a run that is complete.
-        ahead = [span for span in self._spans if self.step < span.stop]
-        self._span = ahead[0] if ahead else self._spans[-1]
+        self._learners.restored()
+        if progress.schedule:
+            self._course.restore(progress.schedule)
+        self._span = self._course.at(self.step)
 
     def fit(self, loader: Loader, validation: Loader) -> bool:
         """Train to the end of the last stage.
@@ -133,28 +135,35 @@ class Trainer:
         """
         batches = iter(loader)
         with StopSignal() as stop:
-            for span in self._spans:
-                if span.stop <= self.step:
-                    continue
+            while self.step < self._course.total_steps:
+                span = self._course.at(self.step)
                 pipeline = self._enter(span)
-                stage_batches = islice(batches, span.stop - self.step)
-                while self.step < span.stop:
-                    decay = decay_factor(self._rhythm.decay, self.step / self._total)
-                    self._learners.set_rates(span, self.step, decay)
-                    self._count(pipeline, stage_batches)
-                    if self._due(self._rhythm.log_every) or self.step == span.stop:
-                        self._log_window()
-                    if self._due(self._rhythm.evaluate_every) or self.step == self._total:
-                        self.validate("valid", validation)
-                    if self._due(self._rhythm.save_every) or self.step == self._total:
-                        self.save()
-                    if stop.requested(self.step, urgent=self._saver.failed):
-                        self.save()
-                        self._saver.wait()
-                        return False
+                while span == self._course.at(self.step) and self.step < span.stop:
+                    # No batch is read for a step that might belong to another stage.
+                    sure = self._course.sure_until(self.step)
+                    ahead = islice(batches, sure - self.step)
+                    while self.step < sure:
+                        self._learners.set_rates(span, self.step, self._course.decay(self.step))
+                        self._count(pipeline, ahead)
+                        self._after_step(span, validation)
+                        if stop.requested(self.step, urgent=self._saver.failed):
+                            self.save()
+                            self._saver.wait()
+                            return False
                 pipeline.detach()
         self._saver.wait()
         return True
+
+    def _after_step(self, span: StageSpan, validation: Loader) -> None:
+        if self._due(self._rhythm.log_every) or self.step == span.stop:
+            self._log_window()
+        if self._due(self._rhythm.evaluate_every) or self.step == self._course.total_steps:
+            metrics = self.validate("valid", validation)
+            if self._course.observe(self.step, asdict(metrics)):
+                self._log_window()
+                self._log.say(f"stage {span.stage.name}: a plateau, it ends at step {self.step}")
+        if self._due(self._rhythm.save_every) or self.step == self._course.total_steps:
+            self.save()
 
     def validate(self, split: str, loader: Loader) -> Metrics:
         """Evaluate in the middle of, or after, training; a collective call."""
@@ -179,7 +188,8 @@ class Trainer:
                 step=self.step,
                 stage=self._span.stage.name,
                 position=self.position,
-                total_steps=self._total,
+                total_steps=self._course.total_steps,
+                schedule=self._course.saved(),
             ),
             window=self._window.rows(),
         )
@@ -187,9 +197,12 @@ class Trainer:
 
     def _enter(self, span: StageSpan) -> Pipeline:
         self._span = span
-        self.model = enter_stage(self.model, span.stage)
+        averaged_once = self._pipelining.accumulate == 1
+        self.model = enter_stage(self.model, span.stage, static_graph=averaged_once)
         self._learners.enter(span.stage)
-        self._pipeline = Pipeline(self.model, self._learners.combined, self.model.device)
+        self._pipeline = Pipeline(
+            self.model, self._learners.stepping, self.model.device, self._pipelining
+        )
         self._log.say(f"stage {span.stage.name}: steps {span.start + 1} to {span.stop}")
         return self._pipeline
 
@@ -207,6 +220,9 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _log_window(self) -> None:
+        if self._logged_step == self.step:
+            return
+        self._logged_step = self.step
         self._window.check_finite()
         speed = self._window.speed(since_start=False)
         self._log.record(
@@ -233,7 +249,7 @@ def evaluate(model: DistributedModelParallel, learners: Learners, loader: Loader
 
 def training_state(model: DistributedModelParallel, learners: Learners) -> Mapping[str, Any]:
     """Return every tensor that training changes, by name: views, not copies."""
-    return {"model": model.state_dict(), "optimizer": learners.combined.state_dict()}
+    return {"model": model.state_dict(), **learners.state()}
 
 
 def _mean_over_ranks(part: Tensor) -> float:
