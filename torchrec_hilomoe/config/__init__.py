@@ -3,7 +3,7 @@
 Modules take plain arguments; only ``models/build.py``, ``training/`` and the apps know this tree.
 """
 
-from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig
+from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig, TransActConfig
 from torchrec_hilomoe.config.data import DataConfig
 from torchrec_hilomoe.config.model import InjectionConfig, ModelConfig
 from torchrec_hilomoe.config.run import CheckpointConfig, RunConfig
@@ -21,4 +21,5 @@ __all__ = [
     "ShardingConfig",
     "TableSharding",
     "TrainConfig",
+    "TransActConfig",
 ]

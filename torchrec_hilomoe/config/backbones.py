@@ -5,7 +5,7 @@ from typing import Literal
 
 from torchrec_hilomoe.backbones.layers.mlp import Activation
 
-__all__ = ["BSTConfig", "DINConfig"]
+__all__ = ["BSTConfig", "DINConfig", "TransActConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +43,30 @@ class DINConfig:
     attention_activation: Activation = "dice"
     attention_dropout: float = 0.0
     softmax: bool = False
+    head_activation: Activation = "relu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransActConfig:
+    """Options of :class:`torchrec_hilomoe.backbones.transact.TransAct`.
+
+    Attributes:
+        num_layers: Encoder layers.
+        num_heads: Attention heads.
+        ffn_width: Hidden width of the encoder's feed-forward maps.
+        latest: How many of the latest events the head sees one by one.
+        time_window: Seconds before the request of which a random part is hidden in training;
+            null hides nothing.
+        dropout: Inside the encoder; null is the model's.
+        cross_layers: Layers of the head's cross network.
+        head_activation: Of the head's hidden layers.
+    """
+
+    num_layers: int = 1
+    num_heads: int = 2
+    ffn_width: int = 512
+    latest: int = 1
+    time_window: int | None = None
+    dropout: float | None = None
+    cross_layers: int = 3
     head_activation: Activation = "relu"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig
+from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig, TransActConfig
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 
 __all__ = ["InjectionConfig", "ModelConfig"]
@@ -38,6 +38,7 @@ class ModelConfig:
         batch_norm: Whether the head is normalised.
         bst: Options of BST.
         din: Options of DIN.
+        transact: Options of TransAct.
         hilomoe: Experts; null is the plain backbone.
     """
 
@@ -48,4 +49,5 @@ class ModelConfig:
     batch_norm: bool = False
     bst: BSTConfig = field(default_factory=BSTConfig)
     din: DINConfig = field(default_factory=DINConfig)
+    transact: TransActConfig = field(default_factory=TransActConfig)
     hilomoe: InjectionConfig | None = field(default_factory=InjectionConfig)

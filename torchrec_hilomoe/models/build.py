@@ -9,6 +9,7 @@ import torch
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.backbones.bst import BST
 from torchrec_hilomoe.backbones.din import DIN
+from torchrec_hilomoe.backbones.transact import TransAct
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths
@@ -86,8 +87,26 @@ def _din(config: ModelConfig, widths: FeatureWidths) -> DIN:
     )
 
 
+def _transact(config: ModelConfig, widths: FeatureWidths) -> TransAct:
+    options = config.transact
+    return TransAct(
+        widths,
+        num_layers=options.num_layers,
+        num_heads=options.num_heads,
+        ffn_width=options.ffn_width,
+        latest=options.latest,
+        time_window=options.time_window,
+        dropout=config.dropout if options.dropout is None else options.dropout,
+        cross_layers=options.cross_layers,
+        head=config.head,
+        activation=options.head_activation,
+        head_dropout=config.dropout,
+        batch_norm=config.batch_norm,
+    )
+
+
 BUILDERS: Mapping[str, Callable[[ModelConfig, FeatureWidths], Backbone]] = MappingProxyType(
-    {"bst": _bst, "din": _din}
+    {"bst": _bst, "din": _din, "transact": _transact}
 )
 
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -266,11 +265,9 @@ def test_is_exportable_for_any_number_of_rows_and_events(experts):
     plain = Plain(model, features)
     rows, events = torch.export.Dim("rows", min=1), torch.export.Dim("events")
     shapes = dict.fromkeys(("candidate", "context", "target", "lengths"), {0: rows})
-    # FBGEMM computes shapes with a function that PyTorch deprecates.
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        program = torch.export.export(
-            plain, tensors_of(features), dynamic_shapes={**shapes, "events": {0: events}}
-        ).module()
+    program = torch.export.export(
+        plain, tensors_of(features), dynamic_shapes={**shapes, "events": {0: events}}
+    ).module()
     for chosen in ([0, 1, 2, 3, 4], [3, 0], [1]):
         inputs = tensors_of(select(features, chosen))
         torch.testing.assert_close(program(*inputs), plain(*inputs))
