@@ -3,6 +3,7 @@
 import torch
 from torch import nn, Tensor
 
+from torchrec_hilomoe.hilomoe.attached import attached_losses
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 
 __all__ = ["auxiliary_loss", "expert_parameters", "set_auxiliary_loss_scale", "sites_of"]
@@ -32,6 +33,8 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """The auxiliary loss of the last training forward: the mean over sites, weighted, detached.
 
+    Attached losses of other parts of the model are added to it.
+
     Under data-parallel training it is this rank's part: the average over ranks is the loss of the
     global batch, as with the host's own loss. It is unscaled, and 0 where no site has computed one.
     """
@@ -41,6 +44,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
             part = site.routing_record.losses()
             loss_L = site.config.balance_weight * part.balance_L + site.config.z_weight * part.z_L
             total = total.to(loss_L.device) + loss_L.mean() / len(sites)
+    for attached in attached_losses(model).values():
+        if attached.value is not None:
+            total = total.to(attached.value.device) + attached.weight * attached.value
     return total
 
 
@@ -58,3 +64,5 @@ def set_auxiliary_loss_scale(model: nn.Module, scale: float) -> None:
         router.auxiliary_scale = scale * routers.count(router) / len(sites)
     for site in sites:
         site.auxiliary_scale = scale / len(sites)
+    for attached in attached_losses(model).values():
+        attached.scale = scale

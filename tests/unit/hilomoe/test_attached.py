@@ -1,0 +1,111 @@
+"""A loss of a part of the model, beside whatever the host computes."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn, Tensor
+
+from torchrec_hilomoe.hilomoe import auxiliary_loss, set_auxiliary_loss_scale
+from torchrec_hilomoe.hilomoe.attached import attached_losses, AttachedLoss
+
+WIDTH = 3
+
+
+class Host(nn.Module):
+    """A map with an opinion about its own output."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.map = nn.Linear(WIDTH, 1)
+        self.small = AttachedLoss(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.map(x)
+        return self.small(y, y.square().sum(), torch.ones_like(y).sum())
+
+
+def gradients(weight: float, x: Tensor, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Of the host's own loss with the attached one, and what that should be."""
+    torch.manual_seed(1)
+    model = Host(weight)
+    set_auxiliary_loss_scale(model, scale)
+    model(x).sin().sum().backward()
+    got = model.map.weight.grad
+    assert got is not None
+    y = model.map(x)
+    wanted = y.sin().sum() + scale * weight * y.square().mean()
+    (want,) = torch.autograd.grad(wanted, [model.map.weight])
+    return got, want
+
+
+def test_its_gradient_joins_that_of_the_host():
+    x = torch.randn(5, WIDTH)
+    for weight, scale in ((0.7, 1.0), (2.0, 0.25), (0.0, 1.0)):
+        got, want = gradients(weight, x, scale=scale)
+        torch.testing.assert_close(got, want)
+
+
+def test_it_joins_once_however_often_the_output_is_used():
+    model, x = Host(0.5), torch.randn(5, WIDTH)
+    y = model(x)
+    (y.sum() + 3 * y.sin().sum() - y.sum()).backward()
+    got = model.map.weight.grad
+    y = model.map(x)
+    (want,) = torch.autograd.grad(3 * y.sin().sum() + 0.5 * y.square().mean(), [model.map.weight])
+    torch.testing.assert_close(got, want)
+
+
+def test_the_output_is_the_carrier_itself():
+    model, x = Host(0.5), torch.randn(5, WIDTH)
+    assert torch.equal(model(x), model.map(x))
+
+
+def test_its_value_is_read_unscaled():
+    model, x = Host(0.5), torch.randn(5, WIDTH)
+    assert model.small.value is None
+    assert auxiliary_loss(model) == 0
+    set_auxiliary_loss_scale(model, 8.0)
+    model(x)
+    want = model.map(x).square().mean()
+    assert model.small.value is not None
+    assert not model.small.value.requires_grad
+    torch.testing.assert_close(model.small.value, want.detach())
+    torch.testing.assert_close(auxiliary_loss(model), 0.5 * want.detach())
+    assert attached_losses(model) == {"small": model.small}
+    assert deepcopy(model).small.value is None
+
+
+def test_without_items_there_is_nothing_to_add():
+    got, want = gradients(0.5, torch.zeros(0, WIDTH))
+    assert torch.equal(got, torch.zeros_like(want))
+
+
+def test_nothing_is_computed_where_nothing_learns():
+    model, x = Host(0.5), torch.randn(5, WIDTH)
+    with torch.no_grad():
+        model(x)
+    model.eval()(x).sum().backward()
+    assert model.small.value is None
+    torch.testing.assert_close(model.map.weight.grad, x.sum(dim=0, keepdim=True))
+
+
+def test_it_is_traced_as_it_is():
+    model, x = Host(0.5), torch.randn(5, WIDTH)
+    traced = torch.fx.symbolic_trace(model)
+    traced(x).sin().sum().backward()
+    got = model.map.weight.grad
+    model.zero_grad()
+    model(x).sin().sum().backward()
+    torch.testing.assert_close(got, model.map.weight.grad)
+
+
+# Dynamo makes an instance of an autograd function to trace it.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_it_compiles_without_a_graph_break():
+    model, x = Host(0.5), torch.randn(5, WIDTH)
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).sin().sum().backward()
+    got = model.map.weight.grad
+    model.zero_grad()
+    model(x).sin().sum().backward()
+    torch.testing.assert_close(got, model.map.weight.grad)
