@@ -1,62 +1,123 @@
 """Lookups: ``CTRBatch``'s jagged tensors -> :class:`SequenceFeatures`.
 
-Shape legend: see :mod:`torchrec_hilomoe.embeddings.features`; D is the embedding width.
+Shape legend: see :mod:`torchrec_hilomoe.embeddings.features`; D is the embedding width, F the
+number of dense features.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn, Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_hilomoe.data.schema import Schema, SequenceGroup
+from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
 from torchrec_hilomoe.embeddings.features import (
     FeatureWidths,
     History,
     HistoryWidths,
     SequenceFeatures,
 )
-from torchrec_hilomoe.embeddings.tables import pooled_collection, unpooled_collection
+from torchrec_hilomoe.embeddings.tables import (
+    frozen_collections,
+    pooled_collection,
+    unpooled_collection,
+)
 
 __all__ = ["SparseArch"]
+
+TRAINED = 0  # stands for the collection of trained tables among those of frozen ones, by width
 
 
 class SparseArch(nn.Module):
     """One pooled and one sequence collection, and how their vectors are laid out.
 
-    The two collections are what TorchRec shards; everything else here is concatenation.
+    The collections are what TorchRec shards; everything else here is small and replicated. Tables
+    that the schema marks as frozen are in collections of their own: their vectors are never
+    trained, and each feature that looks one up turns them into embeddings with a linear map of
+    its own, which is.
 
     Args:
         schema: Tables and columns.
         embedding_dim: ``D``.
         device: Where the tables are made; ``meta`` until they are sharded.
+        embed_dense: Whether each dense feature becomes an embedding, itself times a learned
+            vector, instead of a number.
 
     Attributes:
         frozen: When true the vectors are detached, so that neither a table nor its fused
             optimizer's state changes. (A learning rate of zero would not do: row-wise Adagrad
             would go on adding up squared gradients.)
+
+    Raises:
+        ValueError: If every table of the candidate and the histories is frozen.
     """
 
-    def __init__(self, schema: Schema, embedding_dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        embedding_dim: int,
+        device: torch.device,
+        *,
+        embed_dense: bool = False,
+    ) -> None:
         super().__init__()
         self.frozen = False
         self._schema = schema
         self._embedding_dim = embedding_dim
         self.unpooled = unpooled_collection(schema, embedding_dim, device)
-        self.pooled = pooled_collection(schema, embedding_dim, device) if schema.pooled else None
+        self.pooled = pooled_collection(schema, embedding_dim, device)
+        self.given = nn.ModuleDict(frozen_collections(schema, device))
+        self.projections = nn.ModuleDict()
+        for feature in schema.id_features:
+            if feature.table in schema.frozen:
+                width = schema.frozen[feature.table].width
+                projection = nn.Linear(width, embedding_dim, bias=False)
+                nn.init.xavier_normal_(projection.weight)
+                self.projections[feature.name] = projection
+        self.dense_embedding: nn.Parameter | None = None
+        if embed_dense and schema.dense:
+            start = torch.randn(len(schema.dense), embedding_dim)
+            # Xavier's spread for a linear map from one number.
+            self.dense_embedding = nn.Parameter(start * math.sqrt(2 / (1 + embedding_dim)))
+
+    @property
+    def schema(self) -> Schema:
+        """Tables and columns."""
+        return self._schema
+
+    @property
+    def trained_tables(self) -> tuple[nn.Parameter, ...]:
+        """Tables that learn, or what this rank holds of them."""
+        collections = [self.unpooled] + ([self.pooled] if self.pooled is not None else [])
+        return tuple(table for module in collections for table in module.parameters())
+
+    @property
+    def frozen_tables(self) -> tuple[nn.Parameter, ...]:
+        """Tables that came with the data, or what this rank holds of them."""
+        return tuple(self.given.parameters())
+
+    @property
+    def tables(self) -> tuple[nn.Parameter, ...]:
+        """Everything that is sharded."""
+        return (*self.trained_tables, *self.frozen_tables)
 
     @property
     def widths(self) -> FeatureWidths:
         """Sizes of what :meth:`forward` returns."""
         schema, dim = self._schema, self._embedding_dim
+        embedded = len(schema.dense) if self.dense_embedding is not None else 0
+        dense = len(schema.dense) - embedded
         shared = {field.table for field in schema.candidate}
         return FeatureWidths(
             candidate=len(schema.candidate) * dim,
-            context=len(schema.pooled) * dim + len(schema.dense),
+            context=(len(schema.pooled) + embedded) * dim + dense,
             histories=tuple(
                 HistoryWidths(
                     event=len(group.fields) * dim,
                     max_length=group.max_length,
+                    timed=group.time is not None,
                     event_only=tuple(
                         place
                         for place, field in enumerate(group.fields)
@@ -66,55 +127,106 @@ class SparseArch(nn.Module):
                 for group in schema.sequences
             ),
             embedding=dim,
-            dense=len(schema.dense),
+            dense=dense,
+            timed=schema.time is not None,
         )
 
     def forward(
-        self, pooled: KeyedJaggedTensor, unpooled: KeyedJaggedTensor, dense_BF: Tensor, longest: int
+        self,
+        pooled: KeyedJaggedTensor,
+        unpooled: KeyedJaggedTensor,
+        dense_BF: Tensor,
+        longest: int,
+        *,
+        time_B: Tensor | None = None,
+        times: tuple[Tensor, ...] = (),
+        steps: int | None = None,
     ) -> SequenceFeatures:
         """Look up and lay out.
 
         Args:
             pooled: Ids of ``schema.pooled_keys``.
             unpooled: Ids of ``schema.unpooled_keys``.
-            dense_BF: Dense features, part of the context as they are.
+            dense_BF: Dense features.
             longest: Length of the longest history in the batch.
+            time_B: When the candidate was shown; needed if the schema has such a column.
+            times: When the events happened, ``(T,)`` for each group of ``schema.event_times``;
+                needed if there are any.
+            steps: Events of each row's longest history, summed over rows, if the host knows.
         """
-        vectors = self.unpooled(unpooled)
-        context_BP = dense_BF
-        if self.pooled is not None:
-            # By key: the order in which a sharded collection returns its features is the plan's.
-            by_key = self.pooled(pooled)
-            pooled_BD = [self._gate(by_key[feature.name]) for feature in self._schema.pooled]
-            context_BP = torch.cat([*pooled_BD, dense_BF], dim=1)
+        vectors = self._unpooled_vectors(unpooled)
         fields = {
-            field.name: self._gate(vectors[field.name].values()) for field in self._schema.candidate
+            field.name: self._vectors(field.name, vectors[field.name].values())
+            for field in self._schema.candidate
         }
+        moments = dict(zip(self._schema.event_times, times, strict=True))
         return SequenceFeatures(
             candidate=torch.cat([fields[field.name] for field in self._schema.candidate], dim=1),
-            context=context_BP,
+            context=self._context(pooled, dense_BF),
             histories=tuple(
-                self._history(group, vectors, fields) for group in self._schema.sequences
+                self._history(
+                    group, vectors, fields, None if group.time is None else moments[group.time]
+                )
+                for group in self._schema.sequences
             ),
             longest=longest,
+            time=time_B if self._schema.time is not None else None,
+            steps=steps,
         )
+
+    def _unpooled_vectors(self, unpooled: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        found = {TRAINED: self.unpooled(unpooled)} | self._given("unpooled", unpooled)
+        # Picked by key, since what a tracer or a sharded collection returns is no plain mapping.
+        return {
+            field.name: found[self._width(field)][field.name]
+            for field in (*self._schema.candidate, *self._schema.sequence_fields)
+        }
+
+    def _context(self, pooled: KeyedJaggedTensor, dense_BF: Tensor) -> Tensor:
+        found = {} if self.pooled is None else {TRAINED: self.pooled(pooled)}
+        found |= self._given("pooled", pooled)
+        # By key: the order in which a sharded collection returns its features is the plan's.
+        parts = [
+            self._vectors(feature.name, found[self._width(feature)][feature.name])
+            for feature in self._schema.pooled
+        ]
+        if self.dense_embedding is not None:
+            dense_BF = (dense_BF[:, :, None] * self.dense_embedding).flatten(1)
+        return torch.cat([*parts, dense_BF], dim=1)
+
+    def _given(self, kind: str, ids: KeyedJaggedTensor) -> dict[int, Any]:
+        """Look up in the frozen tables of a kind, by their width."""
+        return {
+            int(name.removeprefix(f"{kind}_")): collection(ids)
+            for name, collection in self.given.items()
+            if name.startswith(f"{kind}_")
+        }
+
+    def _width(self, feature: IdFeature | PooledFeature) -> int:
+        frozen = self._schema.frozen.get(feature.table)
+        return TRAINED if frozen is None else frozen.width
 
     def _history(
         self,
         group: SequenceGroup,
         vectors: Mapping[str, JaggedTensor],
         candidate: Mapping[str, Tensor],
+        times_T: Tensor | None,
     ) -> History:
         by_table = {field.table: candidate[field.name] for field in self._schema.candidate}
         absent_BD = torch.zeros_like(next(iter(candidate.values())))
-        events_TW = torch.cat([vectors[field.name].values() for field in group.fields], dim=1)
+        fields = [self._vectors(field.name, vectors[field.name].values()) for field in group.fields]
         return History(
-            events=self._gate(events_TW),
+            events=torch.cat(fields, dim=1),
             lengths=vectors[group.fields[0].name].lengths().long(),
             target=torch.cat(
                 [by_table.get(field.table, absent_BD) for field in group.fields], dim=1
             ),
+            times=times_T,
         )
 
-    def _gate(self, vectors: Tensor) -> Tensor:
-        return vectors.detach() if self.frozen else vectors
+    def _vectors(self, feature: str, found: Tensor) -> Tensor:
+        """Turn what was looked up for a feature into its embeddings."""
+        if feature in self.projections:
+            return self.projections[feature](found.detach())
+        return found.detach() if self.frozen else found

@@ -1,4 +1,7 @@
-"""Schema -> TorchRec table configurations: one pooled collection and one for sequences."""
+"""Schema -> TorchRec table configurations: one pooled collection and one for sequences.
+
+Frozen tables are in collections of their own, one of each kind for every width.
+"""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,7 +14,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 
-__all__ = ["pooled_collection", "unpooled_collection"]
+__all__ = ["frozen_collections", "pooled_collection", "unpooled_collection"]
+
+POOLED_COPY = "_pooled"
 
 
 def unpooled_collection(
@@ -23,43 +28,99 @@ def unpooled_collection(
         schema: Says which column indexes which table.
         embedding_dim: Width of every vector; a collection has one.
         device: Where the tables are made; ``meta`` until they are sharded.
+
+    Raises:
+        ValueError: If all of them are frozen.
     """
-    features = _features_by_table((*schema.candidate, *schema.sequence_fields))
-    tables = [
-        EmbeddingConfig(
-            name=table,
-            embedding_dim=embedding_dim,
-            num_embeddings=schema.tables[table],
-            feature_names=names,
-            init_fn=_start(embedding_dim),
+    features = _features_by_table(
+        field for field in _unpooled(schema) if field.table not in schema.frozen
+    )
+    if not features:
+        raise ValueError(
+            f"Schema.frozen has every table of the candidate and the histories "
+            f"({', '.join(schema.frozen)}); give at least one of their fields a table that is "
+            "trained, such as the item's own."
         )
-        for table, names in features.items()
-    ]
-    return EmbeddingCollection(tables=tables, device=device)
+    return EmbeddingCollection(
+        tables=_unpooled_tables(schema, features, embedding_dim), device=device
+    )
 
 
 def pooled_collection(
     schema: Schema, embedding_dim: int, device: torch.device
-) -> EmbeddingBagCollection:
+) -> EmbeddingBagCollection | None:
     """Tables of the user, context and multi-valued features; their vectors are averaged.
 
     A table that a sequence also uses gets a second copy here, named with the suffix
     ``_pooled``: the two collections are sharded by different rules.
+
+    Returns:
+        The collection; None if the schema has no pooled feature with a trained table.
     """
-    features = _features_by_table(schema.pooled)
-    sequence_tables = {field.table for field in (*schema.candidate, *schema.sequence_fields)}
-    tables = [
-        EmbeddingBagConfig(
-            name=f"{table}_pooled" if table in sequence_tables else table,
-            embedding_dim=embedding_dim,
+    features = _features_by_table(
+        feature for feature in schema.pooled if feature.table not in schema.frozen
+    )
+    if not features:
+        return None
+    return EmbeddingBagCollection(
+        tables=_pooled_tables(schema, features, embedding_dim), device=device
+    )
+
+
+def frozen_collections(
+    schema: Schema, device: torch.device
+) -> dict[str, EmbeddingCollection | EmbeddingBagCollection]:
+    """Tables that come with the data, by ``unpooled_WIDTH`` and ``pooled_WIDTH``."""
+    collections: dict[str, EmbeddingCollection | EmbeddingBagCollection] = {}
+    for width in sorted({table.width for table in schema.frozen.values()}):
+        chosen = {name for name, table in schema.frozen.items() if table.width == width}
+        unpooled = _features_by_table(field for field in _unpooled(schema) if field.table in chosen)
+        pooled = _features_by_table(f for f in schema.pooled if f.table in chosen)
+        if unpooled:
+            collections[f"unpooled_{width}"] = EmbeddingCollection(
+                tables=_unpooled_tables(schema, unpooled, width), device=device
+            )
+        if pooled:
+            collections[f"pooled_{width}"] = EmbeddingBagCollection(
+                tables=_pooled_tables(schema, pooled, width), device=device
+            )
+    return collections
+
+
+def _unpooled(schema: Schema) -> tuple[IdFeature, ...]:
+    return (*schema.candidate, *schema.sequence_fields)
+
+
+def _unpooled_tables(
+    schema: Schema, features: dict[str, list[str]], width: int
+) -> list[EmbeddingConfig]:
+    return [
+        EmbeddingConfig(
+            name=table,
+            embedding_dim=width,
             num_embeddings=schema.tables[table],
             feature_names=names,
-            pooling=PoolingType.MEAN,
-            init_fn=_start(embedding_dim),
+            init_fn=_start(width),
         )
         for table, names in features.items()
     ]
-    return EmbeddingBagCollection(tables=tables, device=device)
+
+
+def _pooled_tables(
+    schema: Schema, features: dict[str, list[str]], width: int
+) -> list[EmbeddingBagConfig]:
+    sequence_tables = {field.table for field in _unpooled(schema)}
+    return [
+        EmbeddingBagConfig(
+            name=f"{table}{POOLED_COPY}" if table in sequence_tables else table,
+            embedding_dim=width,
+            num_embeddings=schema.tables[table],
+            feature_names=names,
+            pooling=PoolingType.MEAN,
+            init_fn=_start(width),
+        )
+        for table, names in features.items()
+    ]
 
 
 def _features_by_table(features: Iterable[IdFeature | PooledFeature]) -> dict[str, list[str]]:
