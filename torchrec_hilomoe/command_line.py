@@ -64,7 +64,7 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         action="config",
         help=f"a YAML file, or the name of a recipe: {', '.join(recipe_names())}",
     )
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(RunConfig, sub_configs=True)
     arguments, recipe = _with_recipe_path(_spell_out_switches(argv))
     _check_flags(arguments, parser)
     _check_recipe(arguments[1])

@@ -220,9 +220,7 @@ def test_refuses_what_it_cannot_route():
         sites_of(build())["up"](tokens)
     with pytest.raises(ValueError, match=r"query 'usr' is no module.*user, up, down"):
         share_routing(TwoTowers(), HiLoMoEConfig(), sites=["up"], query="usr", width=USER)
-    with pytest.raises(
-        ValueError, match=r"tokens 'row' is no module.*linear, user, rows, up"
-    ):
+    with pytest.raises(ValueError, match=r"tokens 'row' is no module.*linear, user, rows, up"):
         share_routing(Jagged(), HiLoMoEConfig(), ["up"], "user", USER, tokens={"up": "row"})
     config = HiLoMoEConfig(tie_keys=True)
     with pytest.raises(ValueError, match=r"tie_keys = True needs a router for each site"):

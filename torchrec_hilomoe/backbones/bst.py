@@ -93,7 +93,8 @@ class BST(Backbone):
 
     Args:
         widths: Sizes of the features.
-        position_dim: Width of a position's vector; the embedding width in the published runs.
+        position_dim: Width of a position's vector, the embedding width in the published runs; 0
+            for events without positions.
         num_layers: Transformer layers over each history; at least 1.
         num_heads: Attention heads; must divide the width of a token.
         dropout: Inside the transformer and the head.
@@ -141,6 +142,7 @@ class BST(Backbone):
         self.positions = nn.ParameterList(
             nn.Parameter(torch.empty(history.max_length + 1, position_dim))
             for history in widths.histories
+            if position_dim > 0
         )
         token_widths = [history.event + position_dim for history in widths.histories]
         self.transformers = nn.ModuleList(
@@ -188,8 +190,9 @@ class BST(Backbone):
         return self.head(torch.cat([sample_BS, *summaries], dim=1))
 
     def _summary(self, index: int, tokens: Tokens) -> Tensor:
-        position_NP = self.positions[index][tokens.recency]
-        x_NW = torch.cat([tokens.values, position_NP], dim=1)
+        x_NW = tokens.values
+        if self.positions:
+            x_NW = torch.cat([x_NW, self.positions[index][tokens.recency]], dim=1)
         offsets = self.rows[index](tokens.offsets)
         x_NW = self.transformers[index](x_NW, offsets, tokens.longest)
         if self.pooling == "target":

@@ -40,13 +40,19 @@ class Case:
     residual: bool = True
     layer_norm: bool = False
     pooling: Literal["target", "mean"] = "target"
+    positions: bool = True
+
+    @property
+    def num_heads(self) -> int:
+        """Without positions the tokens' widths are odd."""
+        return HEADS if self.positions else 1
 
     def build(self, widths: FeatureWidths = WIDTHS) -> BST:
         model = BST(
             widths,
-            position_dim=3,
+            position_dim=3 if self.positions else 0,
             num_layers=self.num_layers,
-            num_heads=HEADS,
+            num_heads=self.num_heads,
             residual=self.residual,
             layer_norm=self.layer_norm,
             pooling=self.pooling,
@@ -64,6 +70,7 @@ CASES = [
     Case(residual=False, layer_norm=True),
     Case(num_layers=2, layer_norm=True),
     Case(num_layers=2, residual=False, pooling="mean"),
+    Case(residual=False, positions=False),
 ]
 
 
@@ -126,16 +133,18 @@ def linear(x: Tensor, params: dict[str, Tensor], name: str) -> Tensor:
     return params[f"{name}.weight"] @ x + params[f"{name}.bias"]
 
 
-def attention(tokens: list[Tensor], params: dict[str, Tensor], name: str) -> list[Tensor]:
+def attention(
+    tokens: list[Tensor], params: dict[str, Tensor], name: str, num_heads: int
+) -> list[Tensor]:
     """Every token asks every token of its row, head by head."""
-    width = len(tokens[0]) // HEADS
+    width = len(tokens[0]) // num_heads
     queries, keys, values = (
         [linear(x, params, f"{name}.{part}") for x in tokens] for part in ("query", "key", "value")
     )
     attended = []
     for query in queries:
         heads = []
-        for head in range(HEADS):
+        for head in range(num_heads):
             at = slice(head * width, (head + 1) * width)
             logits = torch.stack([query[at] @ key[at] / math.sqrt(width) for key in keys])
             weights = torch.exp(logits - logits.max()) / torch.exp(logits - logits.max()).sum()
@@ -162,12 +171,12 @@ def definition(case: Case, features: SequenceFeatures, params: dict[str, Tensor]
             sequence = [*events, history.target[row]]
             far = range(len(events), -1, -1)
             tokens = [
-                torch.cat([x, params[f"positions.{index}"][distance]])
+                torch.cat([x, params[f"positions.{index}"][distance]]) if case.positions else x
                 for x, distance in zip(sequence, far, strict=True)
             ]
             for layer in range(case.num_layers):
                 name = f"transformers.{index}.layers.{layer}"
-                attended = attention(tokens, params, f"{name}.attention")
+                attended = attention(tokens, params, f"{name}.attention", case.num_heads)
                 for at, x in enumerate(tokens):
                     y = x + attended[at] if case.residual else attended[at]
                     y = norm(y, case, params, f"{name}.norm_attention")
