@@ -9,8 +9,9 @@ already is not run again, so a grid can be stopped and gone on with. Seeds are p
 of a seed share data, order and passes, and are compared after the last step, never in between.
 
 Rates are chosen by ``tune``: by validation AUC, on a seed that no comparison uses, the plain
-model's first and then, for all expert variants together, the experts'. ``run`` looks the choice up
-in the results file. The test split is read once, by the runs that are reported.
+model's first and then, for all expert variants together, the experts'. ``run`` looks the choice up in the
+results file; without one, the recipe's rates hold. The test split is read once, by the runs that
+are reported.
 
 Real data are prepared by ``apps/prepare.py`` and named: ``--prepared ml-1m=data/ml-1m``.
 """
@@ -44,21 +45,29 @@ class Data:
         options: Beside them.
         head: Hidden widths of the plain model; wider and narrower ones are derived from it.
         prepared: Whether the rows come from a folder.
+        tuned_on: The data whose tuning chose the rates; where there was none, the recipe's hold.
     """
 
     recipe: str
     options: Mapping[str, str] = field(default_factory=dict)
     head: tuple[int, ...]
     prepared: bool = False
+    tuned_on: str
 
 
 DATA = {
-    "composed": Data(recipe="bst-synthetic", head=(64, 32)),
-    "tree": Data(recipe="bst-synthetic", options={"data.world": "tree"}, head=(64, 32)),
-    "smooth": Data(recipe="bst-synthetic", options={"data.world": "smooth"}, head=(64, 32)),
-    "ml-1m": Data(recipe="bst-movielens", head=(256, 128), prepared=True),
-    "toys": Data(recipe="din-amazon-toys", head=(256, 128), prepared=True),
-    "trivago": Data(recipe="bst-trivago", head=(256, 128), prepared=True),
+    **{
+        world: Data(
+            recipe="bst-synthetic",
+            options={"data.world": world},
+            head=(64, 32),
+            tuned_on="composed",
+        )
+        for world in ("composed", "tree", "smooth")
+    },
+    "ml-1m": Data(recipe="bst-movielens", head=(256, 128), prepared=True, tuned_on="ml-1m"),
+    "toys": Data(recipe="bst-amazon-toys", head=(256, 128), prepared=True, tuned_on="toys"),
+    "trivago": Data(recipe="bst-trivago", head=(256, 128), prepared=True, tuned_on="trivago"),
 }
 
 LEARNING_RATES = ("0.002", "0.004", "0.008")
@@ -175,13 +184,9 @@ def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
     """The runs to compare, seed by seed, so that a stopped grid has whole pairs."""
     given = dict(option.split("=", 1) for option in args.options)
     for seed, data, backbone in product(args.seeds, args.data, args.backbones):
-        plain = chosen(lines, data, backbone, "plain")
-        tuned = chosen(lines, data, backbone, TUNED_VARIANT)
-        if plain is None or tuned is None:
-            raise SystemExit(
-                f"error: no rates have been chosen for {backbone} on {data}. First: "
-                f"python -m benchmarks.evidence tune --data {data} --backbones {backbone}"
-            )
+        source = DATA[data].tuned_on
+        plain = chosen(lines, source, backbone, "plain") or {}
+        tuned = chosen(lines, source, backbone, TUNED_VARIANT) or plain
         for variant, model in variants(DATA[data].head).items():
             if args.variants and variant not in args.variants:
                 continue
