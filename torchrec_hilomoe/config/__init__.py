@@ -3,7 +3,12 @@
 Modules take plain arguments; only ``models/build.py``, ``training/`` and the apps know this tree.
 """
 
-from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig, TransActConfig
+from torchrec_hilomoe.config.backbones import (
+    BSTConfig,
+    DINConfig,
+    InterFormerConfig,
+    TransActConfig,
+)
 from torchrec_hilomoe.config.data import DataConfig
 from torchrec_hilomoe.config.model import InjectionConfig, ModelConfig
 from torchrec_hilomoe.config.run import CheckpointConfig, RunConfig
@@ -16,6 +21,7 @@ __all__ = [
     "DINConfig",
     "DataConfig",
     "InjectionConfig",
+    "InterFormerConfig",
     "ModelConfig",
     "RunConfig",
     "ShardingConfig",

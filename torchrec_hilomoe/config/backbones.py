@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from torchrec_hilomoe.backbones.layers.gating import Gating
 from torchrec_hilomoe.backbones.layers.mlp import Activation
 
-__all__ = ["BSTConfig", "DINConfig", "TransActConfig"]
+__all__ = ["BSTConfig", "DINConfig", "InterFormerConfig", "TransActConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class BSTConfig:
         num_heads: Attention heads.
         residual: Whether attention and feed-forward add to their inputs.
         layer_norm: Whether they are normalised.
+        positions: Whether a token says how far it is from the target.
         pooling: ``target`` or ``mean``.
     """
 
@@ -24,6 +26,7 @@ class BSTConfig:
     num_heads: int = 4
     residual: bool = True
     layer_norm: bool = False
+    positions: bool = True
     pooling: Literal["target", "mean"] = "target"
 
 
@@ -44,6 +47,31 @@ class DINConfig:
     attention_dropout: float = 0.0
     softmax: bool = False
     head_activation: Activation = "relu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterFormerConfig:
+    """Options of :class:`torchrec_hilomoe.backbones.interformer.InterFormer`.
+
+    Attributes:
+        num_layers: Layers in which context and history read each other.
+        interaction_layers: Of DHEN, in each of those.
+        num_heads: Attention heads; each gets an even number of an embedding's features.
+        cls_tokens: Tokens of the context's summary, prepended to the history.
+        pooled_tokens: Of the history's summary, by attention pooling.
+        recent_tokens: Of the history's summary, the latest events.
+        gating: Of the summaries: ``printed`` as the paper's equation, or ``self``.
+        residual: Whether the history's side adds to its inputs.
+    """
+
+    num_layers: int = 2
+    interaction_layers: int = 1
+    num_heads: int = 2
+    cls_tokens: int = 4
+    pooled_tokens: int = 2
+    recent_tokens: int = 2
+    gating: Gating = "printed"
+    residual: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchrec_hilomoe.config.backbones import BSTConfig, DINConfig, TransActConfig
+from torchrec_hilomoe.config.backbones import (
+    BSTConfig,
+    DINConfig,
+    InterFormerConfig,
+    TransActConfig,
+)
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 
 __all__ = ["InjectionConfig", "ModelConfig"]
@@ -39,6 +44,7 @@ class ModelConfig:
         bst: Options of BST.
         din: Options of DIN.
         transact: Options of TransAct.
+        interformer: Options of InterFormer.
         hilomoe: Experts; null is the plain backbone.
     """
 
@@ -50,4 +56,5 @@ class ModelConfig:
     bst: BSTConfig = field(default_factory=BSTConfig)
     din: DINConfig = field(default_factory=DINConfig)
     transact: TransActConfig = field(default_factory=TransActConfig)
+    interformer: InterFormerConfig = field(default_factory=InterFormerConfig)
     hilomoe: InjectionConfig | None = field(default_factory=InjectionConfig)

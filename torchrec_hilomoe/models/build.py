@@ -9,6 +9,7 @@ import torch
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.backbones.bst import BST
 from torchrec_hilomoe.backbones.din import DIN
+from torchrec_hilomoe.backbones.interformer import InterFormer
 from torchrec_hilomoe.backbones.transact import TransAct
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import Schema
@@ -61,7 +62,7 @@ def site_patterns(backbone: Backbone, config: InjectionConfig) -> tuple[str, ...
 def _bst(config: ModelConfig, widths: FeatureWidths) -> BST:
     return BST(
         widths,
-        position_dim=config.embedding_dim,
+        position_dim=config.embedding_dim if config.bst.positions else 0,
         num_layers=config.bst.num_layers,
         num_heads=config.bst.num_heads,
         dropout=config.dropout,
@@ -105,8 +106,26 @@ def _transact(config: ModelConfig, widths: FeatureWidths) -> TransAct:
     )
 
 
+def _interformer(config: ModelConfig, widths: FeatureWidths) -> InterFormer:
+    options = config.interformer
+    return InterFormer(
+        widths,
+        num_layers=options.num_layers,
+        interaction_layers=options.interaction_layers,
+        num_heads=options.num_heads,
+        cls_tokens=options.cls_tokens,
+        pooled_tokens=options.pooled_tokens,
+        recent_tokens=options.recent_tokens,
+        gating=options.gating,
+        residual=options.residual,
+        dropout=config.dropout,
+        head=config.head,
+        batch_norm=config.batch_norm,
+    )
+
+
 BUILDERS: Mapping[str, Callable[[ModelConfig, FeatureWidths], Backbone]] = MappingProxyType(
-    {"bst": _bst, "din": _din, "transact": _transact}
+    {"bst": _bst, "din": _din, "transact": _transact, "interformer": _interformer}
 )
 
 

@@ -172,9 +172,11 @@ def _samples(widths: FeatureWidths) -> SequenceFeatures:
         )
         for history in widths.histories
     )
+    longest = max((history.max_length for history in widths.histories), default=1)
     return SequenceFeatures(
         candidate=torch.zeros(SAMPLES, widths.candidate),
         context=torch.zeros(SAMPLES, widths.context),
         histories=histories,
-        longest=max((history.max_length for history in widths.histories), default=1),
+        longest=longest,
+        steps=SAMPLES * longest,
     )

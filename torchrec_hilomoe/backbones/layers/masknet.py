@@ -15,6 +15,7 @@ Shape legend:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn, Tensor
@@ -60,7 +61,7 @@ def steps_of(histories: Sequence[History], total: int | None = None) -> Steps:
 
 
 def _sum(lengths_B: Tensor) -> int:
-    return int(lengths_B.sum())
+    return cast(int, lengths_B.sum().item())  # int() would not do: export gives it a symbol
 
 
 def _at(history: History, row_N: Tensor, recency_N: Tensor) -> Tensor:

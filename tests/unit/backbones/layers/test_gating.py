@@ -1,0 +1,21 @@
+"""Both forms of the gate."""
+
+import pytest
+import torch
+
+from torchrec_hilomoe.backbones.layers.gating import Gate
+
+
+def test_the_printed_form_is_a_sigmoid_and_the_other_keeps_values():
+    x = 3 * torch.randn(2, 3, 5)
+    printed, kept = Gate(5, "printed"), Gate(5, "self")
+    kept.load_state_dict(printed.state_dict())
+    inner = printed.mlp(x)
+    torch.testing.assert_close(printed(x), 1 / (1 + torch.exp(-x * inner)))
+    torch.testing.assert_close(kept(x), x / (1 + torch.exp(-inner)))
+
+
+def test_an_unknown_form_is_refused():
+    message = r"InterFormer.gating must be 'printed' or 'self', got 'open'."
+    with pytest.raises(ValueError, match=message):
+        Gate(5, "open")  # type: ignore[arg-type]  # that is the test
