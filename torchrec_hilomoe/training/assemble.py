@@ -7,17 +7,20 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.embeddings.frozen import load_frozen_tables
 from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.training.capabilities import check_capabilities
 from torchrec_hilomoe.training.inputs import schedule_of
 from torchrec_hilomoe.training.optimizers import LearnerOptions, Learners
+from torchrec_hilomoe.training.plan_report import PlanReport
 from torchrec_hilomoe.training.precision import LossScale, use_precision
 from torchrec_hilomoe.training.sharding import (
-    describe_plan,
     fuse_table_optimizer,
     plan_tables,
     shard,
+    sharders_of,
 )
 
 __all__ = ["Assembly", "assemble"]
@@ -32,24 +35,27 @@ class Assembly:
     Attributes:
         model: Tables sharded, the rest replicated.
         learners: Its optimizers.
+        plan: Where its tables are.
     """
 
     model: DistributedModelParallel
     learners: Learners
+    plan: PlanReport
 
 
 def assemble(config: RunConfig, task: TrainTask, job: Job) -> Assembly:
     """Shard a model and give it its optimizers; a collective call."""
     train = config.train
-    fuse_table_optimizer(
-        task.model.sparse, train.table_optimizer, train.table_learning_rate, job.device
-    )
-    plan = plan_tables(task, train.batch_size // job.world.size, job.device)
-    for line in describe_plan(plan):
-        logger.info("table %s", line)
+    check_capabilities(train, schedule_of(config).stages, job.device.type)
+    fuse_table_optimizer(task.model.sparse, train)
+    rows = train.batch_size // job.world.size // train.accumulate
+    planned = plan_tables(task, max(1, rows), job.device, config.sharding)
+    logger.info("%s", planned.report.text())
     # Tables are drawn on each rank for itself, so ranks must not draw the same numbers.
     torch.manual_seed(config.seed * 100_003 + job.world.rank + 1)
-    model = shard(task, plan, job.device)
+    model = shard(task, planned.plan, job.device, sharders=sharders_of(train))
+    if config.data.path is not None:
+        load_frozen_tables(task.model.sparse, config.data.path)
     use_precision(task, train.precision, job.device)
     set_auxiliary_loss_scale(task, 1.0 / train.accumulate)
     loss_scale = None
@@ -58,7 +64,8 @@ def assemble(config: RunConfig, task: TrainTask, job: Job) -> Assembly:
         loss_scale.attach(task)
     if train.compile:
         task.model.backbone.compile(dynamic=True)
-    return Assembly(model=model, learners=Learners(model, _learner_options(config), loss_scale))
+    learners = Learners(model, _learner_options(config), loss_scale)
+    return Assembly(model=model, learners=learners, plan=planned.report)
 
 
 def _learner_options(config: RunConfig) -> LearnerOptions:

@@ -1,79 +1,31 @@
-"""Where tables live: what a device can do, the plan, and the sharded model.
-
-Every call of TorchRec's planner is in this file.
-"""
+"""A planned model, sharded: tables where the plan says, the rest replicated."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import cast
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
 from torch import distributed as dist
+from torch import nn
 
 # TorchRec's own name for it is deprecated in favour of this one.
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import (
     DefaultDataParallelWrapper,
     DistributedModelParallel,
-    get_default_sharders,
 )
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import (
-    KernelConfig,
-    Topology,
-    TopologyFactory,
-    TrainerConfig,
-)
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
+from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from torchrec_hilomoe.config import ShardingConfig, TrainConfig
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.train_task import TrainTask
+from torchrec_hilomoe.training.planner import Machine, make_plan, Planned, tables_by_module
 
-__all__ = ["CAPABILITIES", "Capability", "describe_plan", "plan_tables", "shard"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capability:
-    """What TorchRec can do on a kind of device, as measured with torchrec 1.8.
-
-    Attributes:
-        pooled: Sharding types that train an ``EmbeddingBagCollection``.
-        unpooled: Sharding types that train an ``EmbeddingCollection``.
-        table_optimizers: Optimizers that can be fused into a table's backward pass.
-    """
-
-    pooled: tuple[ShardingType, ...]
-    unpooled: tuple[ShardingType, ...]
-    table_optimizers: tuple[str, ...]
-
-
-# Data-parallel tables are left out everywhere: they would need a dense optimizer of their own,
-# and they cannot be frozen by detaching the lookups. On CPU, row-wise pooled tables are refused
-# by TorchRec and data-parallel sequence tables crash.
-CAPABILITIES: Mapping[str, Capability] = MappingProxyType(
-    {
-        "cpu": Capability(
-            pooled=(ShardingType.TABLE_WISE, ShardingType.COLUMN_WISE),
-            unpooled=(ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE),
-            table_optimizers=("rowwise_adagrad", "adagrad", "sgd"),
-        ),
-        "cuda": Capability(
-            pooled=(ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE),
-            unpooled=(ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE),
-            table_optimizers=("rowwise_adagrad", "adagrad", "sgd", "adam"),
-        ),
-    }
-)
-
-# A table is only worth splitting by columns if each half still fills a few cache lines.
-NARROWEST_SPLIT = 64
-
-# Share of a device's memory that is not for tables: the dense part, activations, batches.
-RESERVED_SHARE = 0.4
+__all__ = ["describe_plan", "fuse_table_optimizer", "plan_tables", "shard", "sharders_of"]
 
 TABLE_OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = MappingProxyType(
     {
@@ -85,60 +37,72 @@ TABLE_OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = MappingProxyType(
 )
 
 
-def fuse_table_optimizer(
-    sparse: SparseArch, name: str, learning_rate: float, device: torch.device
-) -> None:
-    """Fuse an optimizer into the tables' backward pass; before they are sharded.
+def fuse_table_optimizer(sparse: SparseArch, train: TrainConfig) -> None:
+    """Fuse an optimizer into the backward pass of the tables that learn; before they are sharded.
 
-    Raises:
-        ValueError: If the device cannot run that optimizer fused.
+    What a device cannot fuse is refused by
+    :func:`torchrec_hilomoe.training.capabilities.check_capabilities`.
     """
-    possible = CAPABILITIES[device.type].table_optimizers
-    if name not in possible:
-        raise ValueError(
-            f"train.table_optimizer is {name!r}, which cannot be fused on {device.type}; "
-            f"there use one of {', '.join(possible)}."
-        )
-    apply_optimizer_in_backward(TABLE_OPTIMIZERS[name], sparse.parameters(), {"lr": learning_rate})
+    options = {"lr": train.table_learning_rate}
+    if train.table_weight_decay:
+        options["weight_decay"] = train.table_weight_decay
+    apply_optimizer_in_backward(
+        TABLE_OPTIMIZERS[train.table_optimizer], sparse.trained_tables, options
+    )
 
 
-def plan_tables(task: TrainTask, batch_size: int, device: torch.device) -> ShardingPlan:
-    """Plan both collections together; every rank gets the same plan.
+def sharders_of(train: TrainConfig) -> list[ModuleSharder[nn.Module]]:
+    """TorchRec's sharders, told what the tables' kernels must be able to do."""
+    fused: dict[str, object] = {}
+    if train.pipeline == "prefetch" and not train.debug:
+        fused["prefetch_pipeline"] = True
+    if train.table_weight_decay and train.table_optimizer == "rowwise_adagrad":
+        fused["weight_decay_mode"] = WeightDecayMode.L2  # it decays nothing unless it is told how
+    return [
+        EmbeddingBagCollectionSharder(fused_params=dict(fused)),
+        EmbeddingCollectionSharder(fused_params=dict(fused)),
+    ]  # type: ignore[list-item]  # sharders of one module each, invariant in its type
+
+
+def plan_tables(
+    task: TrainTask, batch_size: int, device: torch.device, options: ShardingConfig
+) -> Planned:
+    """Plan every collection; a collective call that gives every rank the first one's plan.
 
     Args:
         task: The model, its tables on the ``meta`` device.
         batch_size: Rows of one rank in a batch, for the planner's estimates.
         device: What the ranks compute on.
+        options: What the user wants.
 
     Raises:
-        AssertionError: If a table of the schema is missing from the plan.
+        ValueError: The same on every rank, if there is no plan; see
+            :func:`torchrec_hilomoe.training.planner.make_plan`.
     """
-    capability = CAPABILITIES[device.type]
-    sparse = task.model.sparse
-    constraints = {
-        table.name: _constrain(capability.unpooled, table.embedding_dim)
-        for table in sparse.unpooled.embedding_configs()
-    }
-    if sparse.pooled is not None:
-        for table in sparse.pooled.embedding_bag_configs():
-            constraints[table.name] = _constrain(capability.pooled, table.embedding_dim)
-    planner = EmbeddingShardingPlanner(
-        topology=_topology(device),
-        batch_size=batch_size,
-        constraints=constraints,
-        storage_reservation=FixedPercentageStorageReservation(RESERVED_SHARE),
-        stats=[],  # our own report is one line a table
+    machine = Machine(
+        world_size=dist.get_world_size(), local_world_size=get_local_size(), device=device.type
     )
-    group = dist.GroupMember.WORLD
-    assert group is not None
-    plan = planner.collective_plan(task, get_default_sharders(), group)
-    planned = {table for tables in _by_module(plan).values() for table in tables}
-    assert planned == set(constraints), f"tables {set(constraints) ^ planned} are not planned"
-    return plan
+    found: list[Planned | str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [make_plan(task, machine, options, batch_size=batch_size)]
+        except ValueError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found, src=0)
+    (planned,) = found
+    if isinstance(planned, str):
+        raise ValueError(planned)
+    assert planned is not None
+    return planned
 
 
 def shard(
-    task: TrainTask, plan: ShardingPlan, device: torch.device, *, static_graph: bool = True
+    task: TrainTask,
+    plan: ShardingPlan,
+    device: torch.device,
+    *,
+    sharders: list[ModuleSharder[nn.Module]] | None = None,
+    static_graph: bool = True,
 ) -> DistributedModelParallel:
     """Shard the tables by ``plan`` and replicate the rest with gradients averaged over ranks.
 
@@ -149,14 +113,16 @@ def shard(
         task: The model.
         plan: Where its tables go.
         device: What this rank computes on.
+        sharders: As :func:`sharders_of` gives them; TorchRec's own if the tables are sharded.
         static_graph: Whether every backward averages; false lets some only add up.
     """
-    tables = set(task.model.sparse.parameters())
+    tables = set(task.model.sparse.tables)
     dense_learns = any(p.requires_grad for p in task.parameters() if p not in tables)
     return DistributedModelParallel(
         task,
         device=device,
         plan=plan,
+        sharders=sharders,
         init_data_parallel=dense_learns,
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=static_graph),
     )
@@ -167,27 +133,6 @@ def describe_plan(plan: ShardingPlan) -> tuple[str, ...]:
     return tuple(
         f"{module}.{table}: {parameter.sharding_type}, {parameter.compute_kernel}, "
         f"ranks {parameter.ranks}"
-        for module, tables in _by_module(plan).items()
+        for module, tables in tables_by_module(plan).items()
         for table, parameter in tables.items()
-    )
-
-
-def _constrain(types: tuple[ShardingType, ...], embedding_dim: int) -> ParameterConstraints:
-    wide = embedding_dim >= NARROWEST_SPLIT
-    return ParameterConstraints(
-        sharding_types=[
-            kind.value for kind in types if wide or kind is not ShardingType.COLUMN_WISE
-        ],
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-    )
-
-
-def _by_module(plan: ShardingPlan) -> dict[str, EmbeddingModuleShardingPlan]:
-    return cast(dict[str, EmbeddingModuleShardingPlan], plan.plan)
-
-
-def _topology(device: torch.device) -> Topology:
-    return TopologyFactory.create_topology(
-        trainer_config=TrainerConfig(world_size=dist.get_world_size()),
-        kernel_config=KernelConfig(compute_device=device.type),
     )

@@ -70,7 +70,7 @@ def enter_stage(
     share_statistics(task)
     activate_layers(task, stage)
     task.model.sparse.frozen = not stage.train_tables
-    tables = set(task.model.sparse.parameters())
+    tables = set(task.model.sparse.tables)
     experts = set(expert_parameters(task).values())
     for parameter in task.parameters():
         if parameter in experts:

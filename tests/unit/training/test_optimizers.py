@@ -1,7 +1,5 @@
 """Adam for each expert layer alone, frozen to the bit, at the rate of the stage and the step."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +7,8 @@ from torch import Tensor
 from tests.helpers.models import dense_parameters, task_of
 from torchrec_hilomoe.hilomoe.sites import expert_parameters
 from torchrec_hilomoe.training.assemble import Assembly
-from torchrec_hilomoe.training.optimizers import decay_factor, ExpertLayers, Learners
+from torchrec_hilomoe.training.expert_layers import ExpertLayers
+from torchrec_hilomoe.training.optimizers import Learners
 from torchrec_hilomoe.training.stages import Stage, StageSpan
 
 LAYERS = 2
@@ -67,7 +66,7 @@ def test_every_expert_layer_learns_as_if_it_were_a_parameter_of_its_own(assembly
                 own.grad = layer_of(gradient, layer).clone()
                 adams[name, layer].param_groups[0]["lr"] = 1e-3 * stage.expert_rate * decay
                 adams[name, layer].step()
-        learners.combined.step()
+        learners.stepping.step()
     state = learners.combined.state_dict()["state"]
     for (name, layer), own in separate.items():
         assert torch.equal(layer_of(experts[name], layer), own), (name, layer)
@@ -80,12 +79,12 @@ def test_a_frozen_layer_and_its_state_keep_every_bit(assembly):
     learners, experts = assembly.learners, expert_parameters(task_of(assembly.model))
     learners.enter(SECOND)
     give_random_gradients(assembly)
-    learners.combined.step()  # now layer 1 has momentum, which would move it by itself
+    learners.stepping.step()  # now layer 1 has momentum, which would move it by itself
     learners.enter(SECOND_ALONE)
     before = {name: parameter.detach().clone() for name, parameter in experts.items()}
     state_before = dense_state(learners)
     give_random_gradients(assembly)
-    learners.combined.step()
+    learners.stepping.step()
     state_after = dense_state(learners)
     stacked = [name for name in experts if not name.endswith("query_proj")]
     for name in stacked:
@@ -101,12 +100,12 @@ def test_a_boundary_forgets_gradients_so_that_what_was_frozen_stays(assembly):
     learners, task = assembly.learners, task_of(assembly.model)
     learners.enter(ALL)
     give_random_gradients(assembly)
-    learners.combined.step()
+    learners.stepping.step()
     give_random_gradients(assembly)
     learners.enter(FIRST)  # between backward and step nothing is kept
     before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
     state_before = dense_state(learners)
-    learners.combined.step()
+    learners.stepping.step()
     for name, parameter in task.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name]), name
@@ -123,8 +122,8 @@ def test_state_exists_before_the_first_step_and_counts_none(assembly):
     assert len(state) == 3 * keys  # step, exp_avg, exp_avg_sq
     assert not any(tensor.any() for tensor in state.values())
     before = [parameter.detach().clone() for parameter in parameters]
-    assembly.learners.combined.zero_grad()
-    assembly.learners.combined.step()
+    assembly.learners.stepping.zero_grad()
+    assembly.learners.stepping.step()
     assert all(map(torch.equal, parameters, before))
 
 
@@ -179,11 +178,3 @@ def test_rates_are_those_of_the_stage_its_warm_up_and_the_decay(assembly):
             "backbone": pytest.approx([backbone]),
             "experts": pytest.approx([1e-3 * 3.0 * factor * 0.8]),
         }
-
-
-def test_rates_fall_to_zero_over_the_run():
-    shares = [0.0, 0.25, 0.5, 1.0]
-    assert [decay_factor("constant", share) for share in shares] == [1.0] * 4
-    assert [decay_factor("linear", share) for share in shares] == [1.0, 0.75, 0.5, 0.0]
-    cosine = [0.5 + 0.5 * math.cos(math.pi * share) for share in shares]
-    assert [decay_factor("cosine", share) for share in shares] == pytest.approx(cosine)

@@ -1,0 +1,347 @@
+"""Where tables go: TorchRec's planner, constrained by what a device can do and a user wants.
+
+Every call of TorchRec's planner is in this file.
+"""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import get_default_sharders
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    Partitioner,
+    PlannerError,
+    ShardingOption,
+    Stats,
+    Storage,
+    Topology,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from torchrec_hilomoe.config.sharding import parse_bytes, ShardingConfig, TableSharding
+from torchrec_hilomoe.training.capabilities import CAPABILITIES
+from torchrec_hilomoe.training.plan_failure import TableNeed, why_not
+from torchrec_hilomoe.training.plan_report import PlanReport, TablePlan
+
+__all__ = ["Machine", "Planned", "make_plan", "tables_by_module"]
+
+# A table is only worth splitting by columns if each half still fills a few cache lines.
+NARROWEST_SPLIT = 64
+
+USUAL = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE)
+
+GIGABYTE = 2**30
+PER_MILLISECOND = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What a job runs on.
+
+    Attributes:
+        world_size: Ranks.
+        local_world_size: Ranks of a host.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    world_size: int
+    local_world_size: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what it looks like."""
+
+    plan: ShardingPlan
+    report: PlanReport
+
+
+def make_plan(
+    module: nn.Module, machine: Machine, options: ShardingConfig, *, batch_size: int
+) -> Planned:
+    """Plan all collections of a model together; needs no process group and no such machine.
+
+    Args:
+        module: The model, its tables on the ``meta`` device.
+        machine: What the job runs on.
+        options: What the user wants.
+        batch_size: Rows of one rank in a batch, for the planner's estimates.
+
+    Raises:
+        ValueError: If an option names what is not there or cannot be, or the tables do not fit:
+            which table, which limit, and what would help.
+    """
+    tables = dict(_tables(module))
+    _check_options(tables, machine, options)
+    constraints = {
+        name: _constraints(table, machine, options.tables.get(name, TableSharding()))
+        for name, table in tables.items()
+    }
+    topology = _topology(machine, options)
+    recorder = _Recorder()
+    pinned = {name: o.ranks for name, o in options.tables.items() if o.ranks is not None}
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(0.0),  # the topology is net of it
+        partitioner=_Pinning(pinned),
+        stats=recorder,
+    )
+    sharders = get_default_sharders()
+    try:
+        plan = planner.plan(module, sharders)
+    except PlannerError as error:
+        enumerator = EmbeddingEnumerator(topology, batch_size=batch_size, constraints=constraints)
+        needs = _needs(enumerator.enumerate(module, sharders), tables)
+        capacity = _bytes(topology.devices[0].storage)
+        raise ValueError(why_not(needs, capacity, machine.world_size, options)) from error
+    planned = {table for tables in tables_by_module(plan).values() for table in tables}
+    missing = sorted(set(tables) ^ planned)
+    if missing:
+        raise ValueError(
+            f"sharding: tables {', '.join(missing)} are in the schema or in the plan, not in both. "
+            "Is one of them in two collections under one name?"
+        )
+    return Planned(plan, _report(recorder.best, topology, machine))
+
+
+def tables_by_module(plan: ShardingPlan) -> dict[str, EmbeddingModuleShardingPlan]:
+    """Return the plan of each collection."""
+    return cast(dict[str, EmbeddingModuleShardingPlan], plan.plan)
+
+
+@dataclass(frozen=True)
+class _Table:
+    pooled: bool
+    rows: int
+    width: int
+
+
+def _tables(module: nn.Module) -> Iterator[tuple[str, _Table]]:
+    for collection in module.modules():
+        if isinstance(collection, EmbeddingBagCollection):
+            for config in collection.embedding_bag_configs():
+                yield config.name, _Table(True, config.num_embeddings, config.embedding_dim)
+        elif isinstance(collection, EmbeddingCollection):
+            for config in collection.embedding_configs():
+                yield config.name, _Table(False, config.num_embeddings, config.embedding_dim)
+
+
+def _check_options(tables: Mapping[str, _Table], machine: Machine, options: ShardingConfig) -> None:
+    capability = CAPABILITIES[machine.device]
+    for name, wanted in options.tables.items():
+        where = f"sharding.tables.{name}"
+        if name not in tables:
+            near = get_close_matches(name, tables, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(tables)}."
+            raise ValueError(f"{where}: the model has no table {name!r}. {hint}")
+        types = capability.pooled if tables[name].pooled else capability.unpooled
+        names = [kind.value for kind in types]
+        kind = "pooled" if tables[name].pooled else "sequence"
+        if wanted.type is not None and wanted.type not in names:
+            raise ValueError(
+                f"{where}: type {wanted.type!r} does not train a {kind} table on {machine.device}; "
+                f"use one of {', '.join(names)}, or null."
+            )
+        if wanted.kernel is not None and wanted.kernel not in capability.kernels:
+            raise ValueError(
+                f"{where}: kernel {wanted.kernel!r} does not exist on {machine.device}; use "
+                f"{' or '.join(capability.kernels)}, or null."
+            )
+        _check_ranks(where, wanted, tables[name], machine)
+
+
+def _check_ranks(where: str, wanted: TableSharding, table: _Table, machine: Machine) -> None:
+    ranks = wanted.ranks or ()
+    if ranks and max(ranks) >= machine.world_size:
+        raise ValueError(
+            f"{where}: ranks = {ranks} names rank {max(ranks)}, but the job has ranks 0 to "
+            f"{machine.world_size - 1}."
+        )
+    if wanted.type == "column_wise" and len(ranks) > 1 and table.width % (4 * len(ranks)):
+        raise ValueError(
+            f"{where}: width {table.width} cannot be cut into {len(ranks)} columns that are "
+            "multiples of 4, which FBGEMM's kernels want; name another number of ranks."
+        )
+
+
+def _constraints(table: _Table, machine: Machine, wanted: TableSharding) -> ParameterConstraints:
+    capability = CAPABILITIES[machine.device]
+    possible = capability.pooled if table.pooled else capability.unpooled
+    wide = table.width >= NARROWEST_SPLIT
+    # What needs several hosts, or host memory, is for those who ask for it.
+    types = [kind for kind in possible if kind in USUAL]
+    chosen = [kind.value for kind in types if wide or kind is not ShardingType.COLUMN_WISE]
+    min_partition = None
+    if wanted.type == "column_wise" and wanted.ranks:
+        min_partition = table.width // len(wanted.ranks)
+    return ParameterConstraints(
+        sharding_types=[wanted.type] if wanted.type else chosen,
+        compute_kernels=[wanted.kernel or EmbeddingComputeKernel.FUSED.value],
+        min_partition=min_partition,
+    )
+
+
+def _topology(machine: Machine, options: ShardingConfig) -> Topology:
+    """Describe the machine, less what is reserved; TorchRec reserves of a GPU's memory only."""
+    given = {
+        name: value * GIGABYTE * PER_MILLISECOND
+        for name, value in (
+            ("hbm_mem_bw", options.hbm_bandwidth),
+            ("ddr_mem_bw", options.ddr_bandwidth),
+            ("intra_host_bw", options.intra_host_bandwidth),
+            ("inter_host_bw", options.inter_host_bandwidth),
+        )
+        if value is not None
+    }
+    left = 1.0 - options.reserve
+    hbm = _hbm(options) if machine.device == "cuda" else 0
+    return TopologyFactory.create_topology(
+        trainer_config=TrainerConfig(
+            world_size=machine.world_size,
+            local_world_size=machine.local_world_size,
+            hbm_cap_bytes=int(hbm * left),
+            ddr_cap_bytes=int(_ddr(options, machine) * left),
+        ),
+        hardware_config=HardwareConfig(**given),
+        kernel_config=KernelConfig(
+            compute_device=machine.device, use_hardware_based_bandwidth=bool(given)
+        ),
+    )
+
+
+def _hbm(options: ShardingConfig) -> int:
+    if options.hbm is not None:
+        return parse_bytes(options.hbm, "sharding.hbm")
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def _ddr(options: ShardingConfig, machine: Machine) -> int:
+    if options.ddr is not None:
+        return parse_bytes(options.ddr, "sharding.ddr")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host // machine.local_world_size
+
+
+def _report(best: list[ShardingOption], topology: Topology, machine: Machine) -> PlanReport:
+    held = [0] * machine.world_size
+    busy = [0.0] * machine.world_size
+    tables = []
+    for option in best:
+        times = []
+        for shard in option.shards:
+            assert shard.rank is not None
+            times.append(shard.perf.total if shard.perf is not None else 0.0)
+            held[shard.rank] += _bytes(shard.storage)
+            busy[shard.rank] += times[-1]
+        rows, width = option.tensor.shape
+        tables.append(
+            TablePlan(
+                collection=option.module[0],
+                table=option.name,
+                rows=rows,
+                width=width,
+                weight_bytes=option.tensor.numel() * option.tensor.element_size(),
+                bytes=_bytes(option.total_storage),
+                type=option.sharding_type,
+                kernel=option.compute_kernel,
+                ranks=tuple(cast(int, shard.rank) for shard in option.shards),
+                milliseconds=max(times),
+            )
+        )
+    return PlanReport(
+        tables=tuple(sorted(tables, key=lambda table: (-table.bytes, table.table))),
+        device=machine.device,
+        capacity_bytes=_bytes(topology.devices[0].storage),
+        rank_bytes=tuple(held),
+        rank_milliseconds=tuple(busy),
+    )
+
+
+def _needs(options: list[ShardingOption], tables: Mapping[str, _Table]) -> list[TableNeed]:
+    """What each table needs at the least, in the way of cutting it that needs least of a rank."""
+    needs = []
+    for name, table in tables.items():
+        ways = [option for option in options if option.name == name]
+        largest = {way: max(_bytes(shard.storage) for shard in way.shards) for way in ways}
+        best = min(ways, key=lambda way: largest[way])
+        needs.append(
+            TableNeed(
+                table=name,
+                rows=table.rows,
+                width=table.width,
+                bytes=_bytes(best.total_storage),
+                largest_shard=largest[best],
+                types=tuple(dict.fromkeys(way.sharding_type for way in ways)),
+            )
+        )
+    return needs
+
+
+def _bytes(storage: Storage | None) -> int:
+    return 0 if storage is None else storage.hbm + storage.ddr
+
+
+class _Pinning(Partitioner):
+    """TorchRec's greedy partitioner, after the tables whose ranks are given.
+
+    Args:
+        pinned: Ranks of a table's shards, in order.
+    """
+
+    def __init__(self, pinned: Mapping[str, tuple[int, ...]]) -> None:
+        self._pinned = pinned
+        self._greedy = GreedyPerfPartitioner()
+
+    def partition(
+        self, proposal: list[ShardingOption], storage_constraint: Topology
+    ) -> list[ShardingOption]:
+        """Place every shard.
+
+        Raises:
+            PlannerError: If one does not fit.
+        """
+        if not self._pinned:
+            return self._greedy.partition(proposal, storage_constraint)
+        left = copy.deepcopy(storage_constraint)
+        for option in proposal:
+            for shard, rank in zip(option.shards, self._pinned.get(option.name, ()), strict=False):
+                device = left.devices[rank]
+                assert shard.storage is not None
+                assert shard.perf is not None
+                if not shard.storage.fits_in(device.storage):
+                    raise PlannerError(f"{option.name} does not fit on rank {rank}")
+                shard.rank = rank
+                device.storage -= shard.storage
+                device.perf += shard.perf
+        free = [option for option in proposal if option.name not in self._pinned]
+        placed = {option.name: option for option in self._greedy.partition(free, left)}
+        return [placed.get(option.name, option) for option in proposal]
+
+
+class _Recorder(Stats):
+    """Keeps the planner's choice, which it shows to its statistics only."""
+
+    def __init__(self) -> None:
+        self.best: list[ShardingOption] = []
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Take note."""
+        self.best = kwargs["best_plan"]
