@@ -159,7 +159,7 @@ class SparseArch(nn.Module):
             field.name: self._vectors(field.name, vectors[field.name].values())
             for field in self._schema.candidate
         }
-        moments = dict(zip(self._schema.event_times, times, strict=True))
+        moments = {name: times[place] for place, name in enumerate(self._schema.event_times)}
         return SequenceFeatures(
             candidate=torch.cat([fields[field.name] for field in self._schema.candidate], dim=1),
             context=self._context(pooled, dense_BF),

@@ -28,7 +28,19 @@ class CTRModel(nn.Module):
         self.backbone = backbone
 
     def forward(
-        self, pooled: KeyedJaggedTensor, unpooled: KeyedJaggedTensor, dense_BF: Tensor, longest: int
+        self,
+        pooled: KeyedJaggedTensor,
+        unpooled: KeyedJaggedTensor,
+        dense_BF: Tensor,
+        longest: int,
+        *,
+        time_B: Tensor | None = None,
+        times: tuple[Tensor, ...] = (),
+        steps: int | None = None,
     ) -> Tensor:
         """Return logits ``(B,)``; arguments as in :class:`SparseArch`."""
-        return self.backbone(self.sparse(pooled, unpooled, dense_BF, longest))
+        return self.backbone(
+            self.sparse(
+                pooled, unpooled, dense_BF, longest, time_B=time_B, times=times, steps=steps
+            )
+        )

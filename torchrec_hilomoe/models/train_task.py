@@ -65,7 +65,14 @@ class TrainTask(nn.Module):
     def forward(self, batch: CTRBatch) -> tuple[Tensor, TaskOutput]:
         """Return the loss ``()`` and the :class:`TaskOutput`."""
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-            logits_B = self.model(batch.pooled, batch.unpooled, batch.dense, batch.longest).float()
+            logits_B = self.model(
+                batch.pooled,
+                batch.unpooled,
+                batch.dense,
+                batch.longest,
+                time_B=batch.time,
+                times=batch.times,
+            ).float()
         losses_B = F.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="none")
         loss = (losses_B * batch.weights).sum() / batch.mean_rows
         return loss * self.loss_scale, TaskOutput(
