@@ -17,13 +17,14 @@ except (ImportError, OSError):
 
 from torchrec_hilomoe.command_line import parse_run, UsageError
 from torchrec_hilomoe.runtime.console import set_up_console
-from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.runtime.distributed import join, patience, PeerLostError
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
 from torchrec_hilomoe.training.run import run_training
+from torchrec_hilomoe.training.window import NonFiniteLossError
 
 
 def main() -> int:
-    """Return 0 when trained or stopped on request, 2 when the user must mend something."""
+    """Return 0 when trained or stopped on request, 2 when the user must mend something, else 1."""
     rank = int(os.environ.get("RANK", "0"))
     set_up_console(rank)
     try:
@@ -33,12 +34,12 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        with join(parsed.config.train.device) as job:
+        with join(parsed.config.train.device, timeout=patience(parsed.config.stall_seconds)) as job:
             run_training(parsed, job)
-    except ValueError as error:
+    except (ValueError, NonFiniteLossError, PeerLostError) as error:
         which = f"[rank {rank}] " if rank else ""  # most mistakes are found by every rank
         print(f"{which}error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     return 0
 
 

@@ -58,6 +58,8 @@ class RunConfig:
             with fresh experts. A run that is resumed has started already.
         allow_missing: Patterns of tensors' names, such as ``optimizer.*``, that a checkpoint may
             lack, or have besides, or in another size; they keep their fresh values.
+        stall_seconds: Seconds in which no step ends after which a run does, with the stacks of
+            every rank; null waits for ever.
         dry_run: Build, count and report; read no data.
     """
 
@@ -71,4 +73,9 @@ class RunConfig:
     resume: str = "auto"
     init_from: str | None = None
     allow_missing: tuple[str, ...] = ()
+    stall_seconds: float | None = 600.0
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stall_seconds is not None and not self.stall_seconds > 0:
+            raise ValueError(f"stall_seconds must be above 0 or null, got {self.stall_seconds}.")

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from torchrec_hilomoe.training.stages import Decay, DecayKind, OptimizerName, Stage
+from torchrec_hilomoe.training.stages import Decay, DecayKind, OptimizerName, Plateau, Stage
 
 __all__ = ["TrainConfig"]
 
@@ -56,6 +56,8 @@ class TrainConfig:
         compile: Whether the dense part goes through ``torch.compile``.
         log_every: Steps between two lines of training metrics.
         evaluate_every: Steps between two validations; null validates at the end only.
+        early_stopping: Ends the run when a validation metric no longer improves in its last stage;
+            null trains to the end.
         device: ``auto`` takes a GPU when there is one.
     """
 
@@ -87,6 +89,7 @@ class TrainConfig:
     compile: bool = False
     log_every: int = 50
     evaluate_every: int | None = None
+    early_stopping: Plateau | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -105,6 +108,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name} must be at least 1 or null, got {value}.")
+        if self.early_stopping is not None and self.evaluate_every is None:
+            raise ValueError(
+                "train.early_stopping is given, but train.evaluate_every is null, so that nothing "
+                "is validated before the end. Give it the steps between two validations."
+            )
         try:
             _ = self.rate_decay
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Joining the job that a launcher started, or being the only process of one."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +12,26 @@ from torch import distributed as dist
 
 from torchrec_hilomoe.data.loader import World
 
-__all__ = ["Job", "broadcast_text", "join"]
+__all__ = ["Job", "PeerLostError", "broadcast_text", "join", "patience"]
 
-# A dead rank must end the others within a minute; gloo and NCCL notice a silent one by this.
+# A rank that is dead is noticed at once, by its closed connections; a silent one by this.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+FOREVER = timedelta(days=365)
+# What gloo, NCCL and the store say when another rank has ended.
+LOST = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection was likely closed|connection refused"
+    r"|remote process exited|read timeout|timed out waiting|recvValue failed|heartbeat|peer closed",
+    re.IGNORECASE,
+)
+
+
+class PeerLostError(RuntimeError):
+    """Another rank of the job has ended, or does not answer."""
+
+
+def patience(stall_seconds: float | None) -> timedelta:
+    """How long ranks wait for each other, when a stuck one shows itself after so many seconds."""
+    return FOREVER if stall_seconds is None else timedelta(seconds=60 + 2 * stall_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +53,16 @@ class Job:
 
 
 @contextmanager
-def join(device: str = "auto") -> Iterator[Job]:
+def join(device: str = "auto", *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Job]:
     """Join the process group of ``torchrun`` or TorchX, or form a group of one.
 
     Args:
         device: ``cpu``, ``cuda``, or ``auto``: a GPU when there is one.
+        timeout: How long a rank waits for the others before it gives up.
 
     Raises:
         ValueError: If ``cuda`` is asked for and there is none.
+        PeerLostError: If another rank ends, or is silent for too long, while this one waits for it.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -57,12 +76,19 @@ def join(device: str = "auto") -> Iterator[Job]:
     if on_gpu:
         torch.cuda.set_device(here)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # TorchRec's planner reads it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield Job(world=World(rank=dist.get_rank(), size=dist.get_world_size()), device=here)
+    except RuntimeError as error:
+        if dist.get_world_size() > 1 and LOST.search(str(error)):
+            raise PeerLostError(
+                "another rank has ended or does not answer, so this one ends too; that rank's own "
+                f"message says why. ({' '.join(str(error).split())[:200]})"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,24 @@ class RunLog:
             disable=not (enabled and sys.stderr.isatty()),
         )
         self._total = total_steps
+        self._start = start
         self._scalars = _tensorboard(folder, start) if enabled else None
+
+    def cut_back(self) -> None:
+        """Drop lines of steps that are to be trained again, and of a test that is.
+
+        A run that was killed wrote them after its last checkpoint. A line that was cut short by
+        the kill goes too.
+        """
+        file = self._folder / "metrics.jsonl"
+        if not (self._enabled and file.exists()):
+            return
+        lines = file.read_text().splitlines()
+        kept = [line for line in lines if _is_before(line, self._start)]
+        if kept != lines:
+            partial = file.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(partial, file)
 
     def step(self, stage: str) -> None:
         """Count one optimizer step."""
@@ -102,6 +120,14 @@ class RunLog:
         self._bar.close()
         if self._scalars is not None:
             self._scalars.close()
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row["step"] <= step and row["split"] != "test"
 
 
 def _finite(value: Any) -> Any:

@@ -17,6 +17,7 @@ from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
 from torchrec_hilomoe.runtime.distributed import broadcast_text, Job
+from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.inputs import (
@@ -28,7 +29,7 @@ from torchrec_hilomoe.training.inputs import (
 )
 from torchrec_hilomoe.training.logging import RunLog
 from torchrec_hilomoe.training.sharding import describe_plan
-from torchrec_hilomoe.training.stages import Course
+from torchrec_hilomoe.training.stages import Course, Plateau
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer
 
 __all__ = ["run_training"]
@@ -95,18 +96,22 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
             rhythm=_rhythm(config),
             log=log,
             saver=saver,
+            watchdog=Watchdog(config.stall_seconds, f"rank {job.world.rank}"),
             pipelining=pipelining_of(config, schema),
         )
         if resumed:
             trainer.restore(resumed, config.allow_missing)
             log.say(f"resumed {resumed} at step {start} of {total}")
-        if start >= total and (folder / SUMMARY).exists():
+        if trainer.is_complete and (folder / SUMMARY).exists():
             log.say(f"{folder} is complete; raise train.max_steps, or give another --out_dir")
             return
+        log.cut_back()
         _write_config(folder, parsed, job)
         if not trainer.fit(loader, loader_of(config, "valid", job.world)):
             log.say(f"stopped at step {trainer.step} of {total}; run again to go on")
             return
+        steps = trainer.step
+        trainer.restore_best()
         test = trainer.validate("test", loader_of(config, "test", job.world))
     best = best_auc_of(config, "test") if job.is_main else None
     summary = {
@@ -115,7 +120,8 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
         "best_auc": best,
         **_costs(cost),
         "samples_per_second": trainer.samples_per_second,
-        "steps": trainer.step,
+        "steps": steps,
+        "tested_step": trainer.step,
         "stages": [{"name": s.stage.name, "start": s.start, "stop": s.stop} for s in course.spans],
     }
     _write_summary(folder, job, summary)
@@ -128,6 +134,8 @@ def _rhythm(config: RunConfig) -> Rhythm:
         log_every=config.train.log_every,
         evaluate_every=config.train.evaluate_every,
         save_every=config.checkpoint.every_steps,
+        best=Plateau(metric=config.checkpoint.best) if config.checkpoint.best else None,
+        early_stopping=config.train.early_stopping,
     )
 
 

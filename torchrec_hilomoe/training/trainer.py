@@ -1,7 +1,7 @@
 """The training loop: step, log, evaluate, save, stage by stage."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -16,19 +16,22 @@ from torchrec_hilomoe.hilomoe.collapse import CollapseWatch
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.stopping import StopSignal
+from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import Progress, Saver
 from torchrec_hilomoe.training.logging import RunLog
 from torchrec_hilomoe.training.metrics import Metrics, Predictions
 from torchrec_hilomoe.training.optimizers import Learners
 from torchrec_hilomoe.training.pipeline import Pipeline, PipelineOptions, predict
-from torchrec_hilomoe.training.stages import Course, StageSpan
+from torchrec_hilomoe.training.stages import Course, Plateau, StageSpan
 from torchrec_hilomoe.training.staging import (
+    activate_layers,
     check_stages,
     enter_stage,
     set_training_mode,
     share_statistics,
 )
+from torchrec_hilomoe.training.watching import BestWatch
 from torchrec_hilomoe.training.window import Window
 
 __all__ = ["Rhythm", "Trainer", "evaluate", "training_state"]
@@ -42,11 +45,15 @@ class Rhythm:
         log_every: Steps between two lines of training metrics.
         evaluate_every: Steps between two validations; None validates at the end only.
         save_every: Steps between two checkpoints; None saves at the end only.
+        best: By what the best step is known, which is saved besides.
+        early_stopping: Ends the run, in its last stage, when it no longer improves.
     """
 
     log_every: int
     evaluate_every: int | None
     save_every: int | None
+    best: Plateau | None = None
+    early_stopping: Plateau | None = None
 
 
 class Trainer:
@@ -59,6 +66,7 @@ class Trainer:
         rhythm: When to log, evaluate and save.
         log: What a person sees.
         saver: Writes the checkpoints.
+        watchdog: Ends the process when no step ends.
         pipelining: How steps are driven.
 
     Raises:
@@ -80,6 +88,7 @@ class Trainer:
         rhythm: Rhythm,
         log: RunLog,
         saver: Saver,
+        watchdog: Watchdog | None = None,
         pipelining: PipelineOptions | None = None,
     ) -> None:
         task = model.module
@@ -93,6 +102,9 @@ class Trainer:
         self._rhythm = rhythm
         self._log = log
         self._saver = saver
+        self._watchdog = watchdog or Watchdog(None)
+        self._best = BestWatch(rhythm.best)
+        self._stopping = BestWatch(rhythm.early_stopping)
         self._pipelining = pipelining or PipelineOptions()
         self._window = Window()
         # Counts are of all ranks, so one of them is enough to warn.
@@ -107,6 +119,11 @@ class Trainer:
         """Rows of all ranks over the seconds spent in training steps."""
         return self._window.speed(since_start=True)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self._course.total_steps or self._stopping.exhausted
+
     def restore(self, path: str, allow_missing: Sequence[str] = ()) -> None:
         """Go on from a checkpoint, but for tensors whose names may differ; a collective call."""
         progress = checkpoint.read_progress(path)
@@ -118,7 +135,22 @@ class Trainer:
         self._learners.restored()
         if progress.schedule:
             self._course.restore(progress.schedule)
+        self._best.restore(progress.best)
+        self._stopping.restore(progress.stopping)
         self._span = self._course.at(self.step)
+
+    def restore_best(self) -> None:
+        """Go back to the weights of the best validation, to test them; a collective call."""
+        best = self._best.best
+        if best is None or best.step == self.step:
+            return
+        path = self._saver.path_of(best.step)
+        state = training_state(self.model, self._learners)
+        checkpoint.load(path, state, restore_random=False)
+        self.step = best.step
+        self._span = self._course.at(best.step - 1)
+        activate_layers(self.model.module, self._span.stage)
+        self._log.say(f"testing {path}: {best.metric} {best.value:.4f}, the best validation")
 
     def fit(self, loader: Loader, validation: Loader) -> bool:
         """Train to the end of the last stage.
@@ -134,8 +166,8 @@ class Trainer:
             NonFiniteLossError: With the step, the rank and the batch's position.
         """
         batches = iter(loader)
-        with StopSignal() as stop:
-            while self.step < self._course.total_steps:
+        with StopSignal() as stop, self._watchdog:
+            while not self.is_complete:
                 span = self._course.at(self.step)
                 pipeline = self._enter(span)
                 while span == self._course.at(self.step) and self.step < span.stop:
@@ -148,10 +180,15 @@ class Trainer:
                         self._after_step(span, validation)
                         if stop.requested(self.step, urgent=self._saver.failed):
                             self.save()
-                            self._saver.wait()
+                            self._wait_for_saver()
                             return False
+                        if self._stopping.exhausted:
+                            self.save()
+                            break
+                    if self.is_complete:
+                        break
                 pipeline.detach()
-        self._saver.wait()
+            self._wait_for_saver()
         return True
 
     def _after_step(self, span: StageSpan, validation: Loader) -> None:
@@ -162,6 +199,7 @@ class Trainer:
             if self._course.observe(self.step, asdict(metrics)):
                 self._log_window()
                 self._log.say(f"stage {span.stage.name}: a plateau, it ends at step {self.step}")
+            self._judge(metrics)
         if self._due(self._rhythm.save_every) or self.step == self._course.total_steps:
             self.save()
 
@@ -170,7 +208,7 @@ class Trainer:
         if self._pipeline is not None:
             self._pipeline.detach()
         share_statistics(self.model.module)
-        metrics = evaluate(self.model, self._learners, loader)
+        metrics = evaluate(self.model, self._learners, loader, self._watchdog.beat)
         set_training_mode(self.model, self._span.stage)
         self._log.record(step=self.step, stage=self._span.stage.name, split=split, metrics=metrics)
         return metrics
@@ -182,18 +220,33 @@ class Trainer:
         assert self.position is not None
         self._window.check_finite()
         share_statistics(self.model.module)
-        self._saver.save(
-            training_state(self.model, self._learners),
-            Progress(
-                step=self.step,
-                stage=self._span.stage.name,
-                position=self.position,
-                total_steps=self._course.total_steps,
-                schedule=self._course.saved(),
-            ),
-            window=self._window.rows(),
+        progress = Progress(
+            step=self.step,
+            stage=self._span.stage.name,
+            position=self.position,
+            total_steps=self._course.total_steps,
+            best=self._best.best,
+            stopping=self._stopping.best,
+            schedule=self._course.saved(),
         )
+        with self._watchdog.paused():
+            state = training_state(self.model, self._learners)
+            self._saver.save(state, progress, window=self._window.rows())
         self._saved_step = self.step
+
+    def _judge(self, metrics: Metrics) -> None:
+        """Look whether this step is the best, and whether there is no use in going on."""
+        if self.step > self._course.spans[-1].start:
+            self._stopping.observe(self.step, metrics)
+        if self._stopping.exhausted:
+            self._log_window()
+            self._log.say(f"no better validation for long enough: stopping at step {self.step}")
+        if self._best.observe(self.step, metrics):
+            self.save()
+
+    def _wait_for_saver(self) -> None:
+        with self._watchdog.paused():
+            self._saver.wait()
 
     def _enter(self, span: StageSpan) -> Pipeline:
         self._span = span
@@ -212,6 +265,7 @@ class Trainer:
         self.step += 1
         self.position = output.position
         self._window.add(self.step, output, time.perf_counter() - started)
+        self._watchdog.beat()
         if self._watch is not None:
             self._watch.observe()
         self._log.step(self._span.stage.name)
@@ -236,14 +290,21 @@ class Trainer:
         )
 
 
-def evaluate(model: DistributedModelParallel, learners: Learners, loader: Loader) -> Metrics:
+def evaluate(
+    model: DistributedModelParallel,
+    learners: Learners,
+    loader: Loader,
+    beat: Callable[[], None] = lambda: None,
+) -> Metrics:
     """Return the metrics of one pass over ``loader``, over all ranks; a collective call.
 
-    The model, detached from a training pipeline, is left in evaluation mode.
+    The model, detached from a training pipeline, is left in evaluation mode; ``beat`` is called
+    after every batch.
     """
     predictions = Predictions()
     for output in predict(model, learners.combined, iter(loader)):
         predictions.add(output.logits, output.labels, output.groups, output.weights)
+        beat()
     return predictions.metrics()
 
 

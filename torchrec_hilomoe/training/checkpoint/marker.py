@@ -52,6 +52,7 @@ class Progress:
         position: Where the data goes on.
         total_steps: Length of the run, which places its stages.
         best: The best validation so far; None before the first, or where none is looked for.
+        stopping: The best by which the run is stopped early, if it may be.
         schedule: What else the stages depend on, as JSON has it.
     """
 
@@ -60,6 +61,7 @@ class Progress:
     position: Position
     total_steps: int
     best: Best | None = None
+    stopping: Best | None = None
     schedule: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -144,5 +146,6 @@ def _progress_of(raw: Mapping[str, Any]) -> Progress:
         position=Position(**raw["position"]),
         total_steps=raw["total_steps"],
         best=Best(**raw["best"]) if raw["best"] is not None else None,
+        stopping=Best(**raw["stopping"]) if raw["stopping"] is not None else None,
         schedule=raw["schedule"],
     )

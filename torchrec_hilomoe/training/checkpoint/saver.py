@@ -86,6 +86,10 @@ class Saver:
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
+    def path_of(self, step: int) -> str:
+        """Return where the checkpoint of a step is, if it was kept."""
+        return self._folder.at(step)
+
     def save(
         self, state: Mapping[str, Any], progress: Progress, *, window: Tensor | None = None
     ) -> None:

@@ -1,0 +1,89 @@
+"""Ending a process that makes no progress, with the stacks that say where it stands.
+
+Every rank watches itself. When one is stuck the others wait for it, so that all of them show where
+they stand before the first of them ends.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+__all__ = ["Watchdog"]
+
+GRACE = 5.0  # seconds in which the other ranks show their stacks too
+
+
+class Watchdog:
+    """Ends the process when :meth:`beat` has not been called for too long.
+
+    Args:
+        seconds: The limit; None watches nothing.
+        name: Who is watched, for the message.
+    """
+
+    def __init__(self, seconds: float | None, name: str = "this process") -> None:
+        self._seconds = seconds
+        self._name = name
+        self._last = time.monotonic()
+        self._paused = 0
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        if self._seconds is not None:
+            self.beat()
+            self._over.clear()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            self._thread = None
+
+    def beat(self) -> None:
+        """Say that something was finished; costs a read of the clock."""
+        self._last = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Watch nothing inside, as while a file is written that is as slow as its store."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self.beat()
+            self._paused -= 1
+
+    def _watch(self) -> None:
+        assert self._seconds is not None
+        every = min(1.0, self._seconds / 4)
+        while not self._over.wait(every):
+            # Where this thread cannot run because another keeps the interpreter's lock, this can.
+            faulthandler.dump_traceback_later(self._seconds + GRACE + every, exit=True)
+            if not self._paused and time.monotonic() - self._last > self._seconds:
+                self._end()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _end(self) -> None:
+        sys.stderr.write(
+            f"error: {self._name} has finished nothing for {self._seconds:g} s (stall_seconds). It "
+            "is stuck, or waits for a rank that is. Its threads stand at:\n"
+        )
+        sys.stderr.flush()
+        faulthandler.dump_traceback(all_threads=True)
+        time.sleep(GRACE)
+        os._exit(1)  # what is stuck cannot be asked to clean up
