@@ -5,6 +5,7 @@ Modules take plain arguments; only ``models/build.py``, ``training/`` and the ap
 
 from torchrec_hilomoe.config.backbones import (
     BSTConfig,
+    DIENConfig,
     DINConfig,
     InterFormerConfig,
     TransActConfig,
@@ -18,6 +19,7 @@ from torchrec_hilomoe.config.train import TrainConfig
 __all__ = [
     "BSTConfig",
     "CheckpointConfig",
+    "DIENConfig",
     "DINConfig",
     "DataConfig",
     "InjectionConfig",

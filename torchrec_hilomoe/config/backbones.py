@@ -6,7 +6,7 @@ from typing import Literal
 from torchrec_hilomoe.backbones.layers.gating import Gating
 from torchrec_hilomoe.backbones.layers.mlp import Activation
 
-__all__ = ["BSTConfig", "DINConfig", "InterFormerConfig", "TransActConfig"]
+__all__ = ["BSTConfig", "DIENConfig", "DINConfig", "InterFormerConfig", "TransActConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,30 @@ class BSTConfig:
     layer_norm: bool = False
     positions: bool = True
     pooling: Literal["target", "mean"] = "target"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DIENConfig:
+    """Options of :class:`torchrec_hilomoe.backbones.dien.DIEN`.
+
+    Attributes:
+        attention: How the target weighs states: ``mlp`` as DIN does, ``bilinear`` by a learned
+            product, ``dot`` by the plain one.
+        attention_units: Hidden widths of the MLP.
+        attention_activation: Of those.
+        attention_dropout: Share of those units dropped in training.
+        auxiliary_weight: Of the loss that a state knows the event after it; 0 leaves it out.
+        auxiliary_units: Hidden widths of that loss's MLP.
+        head_activation: Of the head's hidden layers.
+    """
+
+    attention: Literal["mlp", "bilinear", "dot"] = "mlp"
+    attention_units: tuple[int, ...] = (80, 40)
+    attention_activation: Activation = "dice"
+    attention_dropout: float = 0.0
+    auxiliary_weight: float = 0.0
+    auxiliary_units: tuple[int, ...] = (100, 50)
+    head_activation: Activation = "relu"
 
 
 @dataclass(frozen=True, kw_only=True)

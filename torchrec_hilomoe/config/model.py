@@ -5,6 +5,7 @@ from typing import Literal
 
 from torchrec_hilomoe.config.backbones import (
     BSTConfig,
+    DIENConfig,
     DINConfig,
     InterFormerConfig,
     TransActConfig,
@@ -43,6 +44,7 @@ class ModelConfig:
         batch_norm: Whether the head is normalised.
         bst: Options of BST.
         din: Options of DIN.
+        dien: Options of DIEN.
         transact: Options of TransAct.
         interformer: Options of InterFormer.
         hilomoe: Experts; null is the plain backbone.
@@ -55,6 +57,7 @@ class ModelConfig:
     batch_norm: bool = False
     bst: BSTConfig = field(default_factory=BSTConfig)
     din: DINConfig = field(default_factory=DINConfig)
+    dien: DIENConfig = field(default_factory=DIENConfig)
     transact: TransActConfig = field(default_factory=TransActConfig)
     interformer: InterFormerConfig = field(default_factory=InterFormerConfig)
     hilomoe: InjectionConfig | None = field(default_factory=InjectionConfig)

@@ -8,6 +8,7 @@ import torch
 
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.backbones.bst import BST
+from torchrec_hilomoe.backbones.dien import DIEN
 from torchrec_hilomoe.backbones.din import DIN
 from torchrec_hilomoe.backbones.interformer import InterFormer
 from torchrec_hilomoe.backbones.transact import TransAct
@@ -88,6 +89,23 @@ def _din(config: ModelConfig, widths: FeatureWidths) -> DIN:
     )
 
 
+def _dien(config: ModelConfig, widths: FeatureWidths) -> DIEN:
+    options = config.dien
+    return DIEN(
+        widths,
+        attention=options.attention,
+        attention_units=options.attention_units,
+        attention_activation=options.attention_activation,
+        attention_dropout=options.attention_dropout,
+        auxiliary_weight=options.auxiliary_weight,
+        auxiliary_units=options.auxiliary_units,
+        head=config.head,
+        head_activation=options.head_activation,
+        dropout=config.dropout,
+        batch_norm=config.batch_norm,
+    )
+
+
 def _transact(config: ModelConfig, widths: FeatureWidths) -> TransAct:
     options = config.transact
     return TransAct(
@@ -125,7 +143,7 @@ def _interformer(config: ModelConfig, widths: FeatureWidths) -> InterFormer:
 
 
 BUILDERS: Mapping[str, Callable[[ModelConfig, FeatureWidths], Backbone]] = MappingProxyType(
-    {"bst": _bst, "din": _din, "transact": _transact, "interformer": _interformer}
+    {"bst": _bst, "dien": _dien, "din": _din, "transact": _transact, "interformer": _interformer}
 )
 
 
