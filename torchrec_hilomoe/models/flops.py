@@ -39,7 +39,7 @@ class Cost:
     Components are ``tables``, ``backbone``, ``head``, ``experts`` and ``routing``.
 
     Attributes:
-        parameters: Trainable numbers.
+        parameters: Trainable numbers; frozen tables are none.
         flops: Of one sample's forward pass.
         lookup_bytes: Read from tables for one sample, float32.
     """
@@ -52,12 +52,10 @@ class Cost:
 def count_cost(task: TrainTask, schema: Schema, embedding_dim: int) -> Cost:
     """Count a model that is not yet sharded; its dense part must be on CPU."""
     backbone, widths = task.model.backbone, task.model.sparse.widths
-    ids = len(schema.candidate) + sum(feature.max_length for feature in schema.pooled)
-    ids += sum(len(group.fields) * group.max_length for group in schema.sequences)
     return Cost(
         parameters=_with_total(_parameters(task)),
         flops=_with_total(_flops(backbone, widths)),
-        lookup_bytes=ids * embedding_dim * 4,
+        lookup_bytes=_lookup_bytes(schema, embedding_dim),
     )
 
 
@@ -70,6 +68,14 @@ def cost_table(cost: Cost) -> str:
     return "\n".join(lines)
 
 
+def _lookup_bytes(schema: Schema, embedding_dim: int) -> int:
+    ids = [(field, 1) for field in schema.candidate]
+    ids += [(feature, feature.max_length) for feature in schema.pooled]
+    ids += [(field, group.max_length) for group in schema.sequences for field in group.fields]
+    widths = {table: frozen.width for table, frozen in schema.frozen.items()}
+    return 4 * sum(count * widths.get(feature.table, embedding_dim) for feature, count in ids)
+
+
 def _with_total(parts: dict[str, int]) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
@@ -77,8 +83,12 @@ def _with_total(parts: dict[str, int]) -> dict[str, int]:
 def _parameters(task: TrainTask) -> dict[str, int]:
     parts: dict[str, int] = dict.fromkeys(COMPONENTS, 0)
     experts = expert_parameters(task)
+    tables = {id(table) for table in task.model.sparse.trained_tables}
+    frozen = {id(table) for table in task.model.sparse.frozen_tables}
     for name, parameter in task.named_parameters():
-        if name.startswith("model.sparse."):
+        if id(parameter) in frozen:
+            continue  # came with the data
+        if id(parameter) in tables:
             component = "tables"
         elif name in experts:
             component = "routing" if name.endswith(ROUTING) else "experts"
