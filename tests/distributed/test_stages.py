@@ -19,9 +19,10 @@ from tests.helpers.sharded import assembled, parts
 from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
 from torchrec_hilomoe.data.loader import Loader, World
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
+from torchrec_hilomoe.training.checkpoint import Saver
 from torchrec_hilomoe.training.logging import RunLog
 from torchrec_hilomoe.training.optimizers import Learners
-from torchrec_hilomoe.training.stages import Stage, StageSchedule
+from torchrec_hilomoe.training.stages import Course, Decay, Stage, StageSchedule
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer, training_state
 
 STEPS, BATCH, ROWS = 12, 16, 100  # seven batches an epoch, the last of 4 rows
@@ -156,12 +157,10 @@ def train(folder: Path, schedule: StageSchedule, evaluate_every: int | None) -> 
     trainer = Trainer(
         assembly.model,
         assembly.learners,
-        schedule.place(STEPS),
-        rhythm=Rhythm(
-            log_every=4, evaluate_every=evaluate_every, save_every=None, keep=1, decay="cosine"
-        ),
+        Course(schedule, total_steps=STEPS, decay=Decay(kind="cosine")),
+        rhythm=Rhythm(log_every=4, evaluate_every=evaluate_every, save_every=None),
         log=log,
-        folder=folder / "checkpoints",
+        saver=Saver(folder / "checkpoints", keep=1),
     )
     log.watch(trainer, assembly.learners)
     training = Loader(toy_source(ROWS), batch_size=BATCH, world=world, prefetch=0)

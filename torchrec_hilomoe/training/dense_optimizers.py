@@ -40,7 +40,7 @@ class DenseOptimizer:
 
     @classmethod
     def build(
-        cls, parameters: Mapping[str, Tensor], family: str, *, momentum: float
+        cls, parameters: Mapping[str, Tensor], family: str, *, rate: float, momentum: float
     ) -> "DenseOptimizer":
         """Build it, with a state that says that no step was made.
 
@@ -50,10 +50,11 @@ class DenseOptimizer:
         Args:
             parameters: What it may change, by name.
             family: As :func:`family_of` names it.
+            rate: The learning rate, until it is set.
             momentum: Of SGD.
         """
         keyed = KeyedOptimizerWrapper(
-            dict(parameters), lambda tensors: _optimizer(tensors, family, momentum)
+            dict(parameters), lambda tensors: _optimizer(tensors, family, rate, momentum)
         )
         keyed.init_state()
         keyed.zero_grad()
@@ -84,7 +85,7 @@ class DenseOptimizer:
         return self.keyed.param_groups  # type: ignore[return-value]  # TorchRec types it read-only
 
 
-def _optimizer(tensors: list, family: str, momentum: float) -> torch.optim.Optimizer:
+def _optimizer(tensors: list, family: str, rate: float, momentum: float) -> torch.optim.Optimizer:
     groups = [
         {
             "params": [tensor for tensor in tensors if (tensor.dim() >= 2) == decays],
@@ -94,9 +95,9 @@ def _optimizer(tensors: list, family: str, momentum: float) -> torch.optim.Optim
     ]
     groups = [group for group in groups if group["params"]]
     if family == "adam":
-        return torch.optim.Adam(groups, lr=0.0, fused=True)
+        return torch.optim.Adam(groups, lr=rate, fused=True)
     if family == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+        return torch.optim.SGD(groups, lr=rate, momentum=momentum, fused=True)
     assert family == "adagrad"
     on_cpu = tensors[0].device.type == "cpu"  # elsewhere PyTorch has no fused Adagrad
-    return torch.optim.Adagrad(groups, lr=0.0, fused=on_cpu or None)
+    return torch.optim.Adagrad(groups, lr=rate, fused=on_cpu or None)

@@ -57,7 +57,7 @@ class Learners:
         loss_scale: Of a run in float16.
 
     Attributes:
-        combined: All of them, for checkpoints.
+        combined: All of them.
         stepping: Those of the stage that was entered last, as a pipeline wants them.
         rate: The backbone's rate now.
     """
@@ -91,7 +91,10 @@ class Learners:
             ):
                 if parameters:
                     built[family] = DenseOptimizer.build(
-                        parameters, family, momentum=options.momentum
+                        parameters,
+                        family,
+                        rate=options.learning_rate,
+                        momentum=options.momentum,
                     )
                     optimizers.append((f"{kind}{suffix}", built[family].keyed))
         self.combined = CombinedOptimizer(optimizers)
@@ -120,8 +123,14 @@ class Learners:
 
     def state(self) -> Mapping[str, Any]:
         """Every tensor that training changes beside the model: views, not copies."""
+        # One by one: of optimizers that share a parameter, TorchRec's union has only one's state.
+        state = {
+            f"{name}.{key}": tensors
+            for name, optimizer in self.combined.optimizers
+            for key, tensors in optimizer.state_dict()["state"].items()
+        }
         scale = {} if self._loss_scale is None else {"loss_scale": self._loss_scale.tensors}
-        return {"optimizer": self.combined.state_dict(), **scale}
+        return {"optimizer": {"state": state}, **scale}
 
     def restored(self) -> None:
         """Take over what a checkpoint has filled :meth:`state` with."""
