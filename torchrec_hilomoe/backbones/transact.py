@@ -20,12 +20,11 @@ from typing import ClassVar
 
 import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
 
 from torchrec_hilomoe.backbones.base import Backbone
-from torchrec_hilomoe.backbones.layers.attention import SelfAttention
 from torchrec_hilomoe.backbones.layers.cross import CrossHead
-from torchrec_hilomoe.backbones.layers.jagged import pad, tokens_of
+from torchrec_hilomoe.backbones.layers.encoder import EncoderLayer
+from torchrec_hilomoe.backbones.layers.jagged import max_rows, pad, tokens_of
 from torchrec_hilomoe.backbones.layers.mlp import Activation
 from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.embeddings.features import (
@@ -35,7 +34,10 @@ from torchrec_hilomoe.embeddings.features import (
     SequenceFeatures,
 )
 
-__all__ = ["EncoderLayer", "TransAct"]
+__all__ = ["TransAct"]
+
+# Opaque to FX: its gradient is written out.
+torch.fx.wrap("max_rows")
 
 
 @dataclass(frozen=True)
@@ -46,42 +48,17 @@ class _Actions:
 
     Attributes:
         values: ``(N, W)``, each event with the target.
+        row: ``(N,)`` int64, whose each is.
         visible: ``(N,)`` booleans: which tokens are asked and read.
         offsets: ``(B + 1,)`` int64, where each row begins.
         longest: ``L``.
     """
 
     values: Tensor
+    row: Tensor
     visible: Tensor
     offsets: Tensor
     longest: int
-
-
-class EncoderLayer(nn.Module):
-    """Self-attention, then ``W -> ffn_width -> W`` with ReLU; each adds to its input, then a norm.
-
-    Args:
-        width: ``W``.
-        num_heads: Attention heads.
-        ffn_width: Hidden width of the feed-forward map.
-        dropout: Of attention weights, after the attention, and inside and after the feed-forward.
-    """
-
-    def __init__(self, width: int, num_heads: int, ffn_width: int, *, dropout: float) -> None:
-        super().__init__()
-        self.attention = SelfAttention(width, num_heads, dropout=dropout)
-        self.ffn_in = nn.Linear(width, ffn_width)
-        self.ffn_out = nn.Linear(ffn_width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm_attention = nn.LayerNorm(width)
-        self.norm_ffn = nn.LayerNorm(width)
-
-    def forward(self, x_NW: Tensor, offsets: Tensor, longest: int, visible_BL: Tensor) -> Tensor:
-        """Return ``(N, W)``; arguments as in :class:`SelfAttention`."""
-        attended_NW = self.attention(x_NW, offsets, longest, visible_BL)
-        x_NW = self.norm_attention(x_NW + self.dropout(attended_NW))
-        hidden_NF = self.dropout(F.relu(self.ffn_in(x_NW)))
-        return self.norm_ffn(x_NW + self.dropout(self.ffn_out(hidden_NF)))
 
 
 class Encoder(nn.Module):
@@ -106,7 +83,7 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x_NW = layer(x_NW, offsets, longest, visible_BL)
         shown_NW = x_NW.masked_fill(~actions.visible.unsqueeze(1), -torch.inf)
-        maximum_BW = torch.segment_reduce(shown_NW, "max", offsets=offsets, axis=0)
+        maximum_BW = max_rows(shown_NW, offsets, actions.row)
         return torch.cat([self._latest(x_NW, actions.visible, offsets), self.pool(maximum_BW)], 1)
 
     def _latest(self, x_NW: Tensor, visible_N: Tensor, offsets: Tensor) -> Tensor:
@@ -261,7 +238,13 @@ def _actions_of(
         times_N = torch.cat([since_B[:1], history.times])[number_N]
         visible_N = visible_N & ((tokens.recency < 2) | (times_N <= since_B[row_N]))
     beside = [history.target[:, columns].index_select(0, row_N) for columns in target]
-    return _Actions(torch.cat([values_NE, *beside], dim=1), visible_N, offsets, tokens.longest)
+    return _Actions(
+        values=torch.cat([values_NE, *beside], dim=1),
+        row=row_N,
+        visible=visible_N,
+        offsets=offsets,
+        longest=tokens.longest,
+    )
 
 
 def _shared_columns(history: HistoryWidths, embedding: int) -> list[slice]:

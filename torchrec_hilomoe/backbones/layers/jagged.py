@@ -20,6 +20,7 @@ __all__ = [
     "Layout",
     "Tokens",
     "layout_of",
+    "max_rows",
     "pad",
     "softmax_rows",
     "sum_rows",
@@ -57,6 +58,36 @@ def layout_of(history: History) -> Layout:
 def sum_rows(values_TW: Tensor, offsets: Tensor) -> Tensor:
     """Return ``(B, W)``, the sum over each row's events; zero for a row without any."""
     return torch.segment_reduce(values_TW, "sum", offsets=offsets, axis=0)
+
+
+def max_rows(values_TW: Tensor, offsets: Tensor, row_T: Tensor) -> Tensor:
+    """Return ``(B, W)``, the largest of each row's events; equal ones share its gradient.
+
+    Whoever calls it from a ``forward`` wraps it for FX.
+
+    Args:
+        values_TW: Row after row; each row has an event.
+        offsets: ``(B + 1,)``, where each row's events begin.
+        row_T: The row of each event.
+    """
+    return _MaxRows.apply(values_TW, offsets, row_T)
+
+
+class _MaxRows(torch.autograd.Function):
+    """PyTorch's own gradient gives all of a negative one to each of several equal elements."""
+
+    @staticmethod
+    def forward(ctx, values_TW, offsets, row_T):
+        largest_BW = torch.segment_reduce(values_TW, "max", offsets=offsets, axis=0)
+        ctx.save_for_backward(values_TW, largest_BW, offsets, row_T)
+        return largest_BW
+
+    @staticmethod
+    def backward(ctx, grad_BW):
+        values_TW, largest_BW, offsets, row_T = ctx.saved_tensors
+        largest_TW = (values_TW == largest_BW.index_select(0, row_T)).to(grad_BW.dtype)
+        share_BW = grad_BW / sum_rows(largest_TW, offsets)
+        return share_BW.index_select(0, row_T).mul_(largest_TW), None, None
 
 
 def softmax_rows(scores_T: Tensor, layout: Layout) -> Tensor:

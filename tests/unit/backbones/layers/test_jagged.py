@@ -5,7 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchrec_hilomoe.backbones.layers.jagged import pad, tokens_of, unpad, valid
+from torchrec_hilomoe.backbones.layers.jagged import (
+    layout_of,
+    max_rows,
+    pad,
+    tokens_of,
+    unpad,
+    valid,
+)
 from torchrec_hilomoe.embeddings.features import History
 
 WIDTH = 3
@@ -50,3 +57,19 @@ def test_padding_adds_zeros_after_each_row_and_unpadding_removes_them(lengths, m
         assert not padded[row, length:].any()
         assert mask[row].tolist() == [True] * length + [False] * (longest - length)
     assert torch.equal(unpad(padded, offsets, sum(lengths)), values)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=8))
+def test_the_maximum_is_each_rows_and_its_gradient_that_of_equal_ones_together(lengths):
+    rows = history(lengths)
+    layout = layout_of(rows)
+    # Of three numbers, so that many are equal; as when a user meets an item twice.
+    values = torch.randint(3, (sum(lengths), WIDTH)).float()
+    mine, plain = (values.clone().requires_grad_() for _ in range(2))
+    got = max_rows(mine, layout.offsets, layout.row)
+    want = torch.stack([row.amax(dim=0) for row in plain.split(lengths)])
+    assert torch.equal(got, want)
+    cotangent = torch.randn(len(lengths), WIDTH)
+    got.backward(cotangent)
+    want.backward(cotangent)
+    torch.testing.assert_close(mine.grad, plain.grad)
