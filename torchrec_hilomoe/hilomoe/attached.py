@@ -86,7 +86,7 @@ def mean_of_ranks(lost: Tensor, items: Tensor) -> Tensor:
     """Divide by the mean number of items a rank has, so that ranks' average is the mean of all."""
     items = items.detach().long()
     all_items, ranks = sum_over_ranks(torch.stack([items, torch.ones_like(items)])).unbind()
-    return lost * (ranks / all_items.clamp(min=1)).to(lost.dtype)
+    return lost * ranks / all_items.clamp(min=1)
 
 
 def attach(carrier: Tensor, loss: Tensor, weight: float) -> Tensor:
