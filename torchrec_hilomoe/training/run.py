@@ -20,6 +20,7 @@ from torchrec_hilomoe.runtime.distributed import broadcast_text, Job
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
+from torchrec_hilomoe.training.capabilities import check_capabilities
 from torchrec_hilomoe.training.inputs import (
     best_auc_of,
     loader_of,
@@ -28,9 +29,10 @@ from torchrec_hilomoe.training.inputs import (
     schema_of,
 )
 from torchrec_hilomoe.training.logging import RunLog
-from torchrec_hilomoe.training.sharding import describe_plan
+from torchrec_hilomoe.training.plan_report import PlanReport
 from torchrec_hilomoe.training.stages import Course, Plateau
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer
+from torchrec_hilomoe.training.warm_start import warm_start
 
 __all__ = ["run_training"]
 
@@ -50,6 +52,7 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
     torch.manual_seed(config.seed)
     task = build_task(config.model, schema)
     cost = count_cost(task, schema, config.model.embedding_dim)
+    check_capabilities(config.train, schedule_of(config).stages, job.device.type)
     folder = _make_folder(parsed, job)
     logger.info("run %s: %s, %d ranks on %s", folder, parsed.recipe, job.world.size, job.device)
     logger.info("%s", cost_table(cost))
@@ -84,7 +87,8 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
             documents={
                 "config.yaml": parsed.resolved,
                 "schema.json": schema.to_json() + "\n",
-                "plan.txt": "\n".join(describe_plan(assembly.model.plan)) + "\n",
+                "plan.json": assembly.plan.to_json(),
+                "plan.txt": assembly.plan.text(),
             },
             on_saved=log.saved,
         )
@@ -102,11 +106,18 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
         if resumed:
             trainer.restore(resumed, config.allow_missing)
             log.say(f"resumed {resumed} at step {start} of {total}")
+        elif config.init_from is not None:
+            with_optimizer = config.train.init_optimizer
+            began = warm_start(
+                config.init_from, assembly.model, assembly.learners, with_optimizer=with_optimizer
+            )
+            log.say(began.text())
         if trainer.is_complete and (folder / SUMMARY).exists():
             log.say(f"{folder} is complete; raise train.max_steps, or give another --out_dir")
             return
         log.cut_back()
         _write_config(folder, parsed, job)
+        _write_plan(folder, assembly.plan, job)
         if not trainer.fit(loader, loader_of(config, "valid", job.world)):
             log.say(f"stopped at step {trainer.step} of {total}; run again to go on")
             return
@@ -173,6 +184,13 @@ def _write_config(folder: Path, parsed: ParsedRun, job: Job) -> None:
     """Keep the configuration; only once it is known to fit what the folder already holds."""
     if job.is_main:
         (folder / "config.yaml").write_text(parsed.resolved)
+
+
+def _write_plan(folder: Path, plan: PlanReport, job: Job) -> None:
+    """Keep where the tables are, for people and for programs."""
+    if job.is_main:
+        (folder / "plan.txt").write_text(plan.text())
+        (folder / "plan.json").write_text(plan.to_json())
 
 
 def _resumed_checkpoint(resume: str, folder: str) -> str | None:

@@ -23,9 +23,9 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec_hilomoe.config import ShardingConfig, TrainConfig
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.planner import Machine, make_plan, Planned, tables_by_module
+from torchrec_hilomoe.training.planner import Machine, make_plan, Planned
 
-__all__ = ["describe_plan", "fuse_table_optimizer", "plan_tables", "shard", "sharders_of"]
+__all__ = ["fuse_table_optimizer", "plan_tables", "shard", "sharders_of"]
 
 TABLE_OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = MappingProxyType(
     {
@@ -125,14 +125,4 @@ def shard(
         sharders=sharders,
         init_data_parallel=dense_learns,
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=static_graph),
-    )
-
-
-def describe_plan(plan: ShardingPlan) -> tuple[str, ...]:
-    """Return one line a table: name, sharding type, kernel, ranks."""
-    return tuple(
-        f"{module}.{table}: {parameter.sharding_type}, {parameter.compute_kernel}, "
-        f"ranks {parameter.ranks}"
-        for module, tables in tables_by_module(plan).items()
-        for table, parameter in tables.items()
     )
