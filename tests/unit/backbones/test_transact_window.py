@@ -7,14 +7,18 @@ import pytest
 import torch
 from torch import nn, Tensor
 
+from tests.helpers.datasets import SCHEMA
 from tests.helpers.features import make_features
+from tests.helpers.models import batches, in_memory, MODEL
 from torchrec_hilomoe.backbones.transact import TransAct
+from torchrec_hilomoe.config import TransActConfig
 from torchrec_hilomoe.embeddings.features import (
     FeatureWidths,
     History,
     HistoryWidths,
     SequenceFeatures,
 )
+from torchrec_hilomoe.models.build import build_task
 
 WIDTHS = FeatureWidths(
     candidate=4,
@@ -177,3 +181,30 @@ def test_an_impossible_window_is_refused(timed, of_events, window, message):
     widths = replace(WIDTHS, histories=tuple(histories), timed=timed)
     with pytest.raises(ValueError, match=re.escape(message)):
         TransAct(widths, time_window=window)
+
+
+def test_times_reach_the_window_from_a_batch():
+    """A schema with times, through the lookups, as a recipe asks for it."""
+    timed = [replace(group, time=f"{group.name}_time") for group in SCHEMA.sequences]
+    schema = replace(SCHEMA, time="time", sequences=tuple(timed))
+    window = TransActConfig(ffn_width=8, time_window=2)
+    task = in_memory(replace(MODEL, backbone="transact", transact=window, hilomoe=None), schema)
+    batch = next(batches(9, 9))
+    lengths = [batch.unpooled[group.fields[0].name].values().shape[0] for group in schema.sequences]
+    batch = replace(
+        batch, time=torch.full((9,), 5), times=tuple(torch.full((n,), 4) for n in lengths)
+    )
+
+    def losses() -> set[float]:
+        return {task(batch)[0].item() for _ in range(20)}
+
+    assert len(losses()) == 2  # events of a second ago are hidden by a stretch of two
+    task.eval()
+    assert len(losses()) == 1
+
+
+def test_a_schema_without_times_is_refused_before_data_are_read():
+    window = TransActConfig(time_window=60)
+    message = "happened: Schema.time, Schema.sequences[0].time, Schema.sequences[1].time is null"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_task(replace(MODEL, backbone="transact", transact=window), SCHEMA)
