@@ -165,7 +165,7 @@ def test_an_impossible_stage_is_refused(options, message):
         ),
         (
             (Stage(name="a"), Stage(name="b")),
-            "stage 'a' has none of steps, epochs and share; only the last one, 'b', may take what is",
+            "stage 'a' has none of steps, epochs and share; only the last one, 'b', may take",
         ),
     ],
 )
