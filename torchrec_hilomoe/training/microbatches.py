@@ -29,8 +29,10 @@ def cut(batch: CTRBatch, pieces: int, event_keys: Sequence[str]) -> Iterator[CTR
     """Yield contiguous pieces of a batch's rows.
 
     Each keeps the batch's ``mean_rows``, by which its loss is divided, so that the pieces' losses
-    and gradients add up to the batch's. A piece without a row of its own gets the first row with
-    weight 0: every rank runs as many micro-batches.
+    and gradients add up to the batch's. An auxiliary loss is the mean over the pieces' own, each
+    over its rows of all ranks: for z the batch's, where pieces are equally large, and for balance
+    a stricter one, because each piece is to be balanced. A piece without a row of its own gets the
+    first row with weight 0: every rank runs as many micro-batches.
 
     Args:
         batch: On the host.

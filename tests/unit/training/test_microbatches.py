@@ -1,0 +1,71 @@
+"""A batch cut into micro-batches: the same rows, once each, with the batch's denominator."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers.datasets import SCHEMA
+from tests.helpers.models import batches, in_memory
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
+from torchrec_hilomoe.training.microbatches import cut
+
+KEYS = {"pooled": SCHEMA.pooled_keys, "unpooled": SCHEMA.unpooled_keys}
+
+
+def batch(rows: int, *, timed: bool = False) -> CTRBatch:
+    (whole,) = batches(rows, rows)
+    if not timed:
+        return whole
+    events = int(whole.unpooled["clicks_item"].lengths().sum())
+    return replace(whole, time=torch.arange(rows), times=(torch.arange(events),))
+
+
+@pytest.mark.parametrize(("rows", "pieces"), [(8, 2), (7, 3), (5, 5), (9, 1)])
+def test_pieces_are_the_rows_in_order(rows, pieces):
+    whole = batch(rows, timed=True)
+    parts = list(cut(whole, pieces, ["clicks_item"]))
+    assert len(parts) == pieces
+    for name in ("dense", "labels", "weights", "groups", "time"):
+        got = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(got, getattr(whole, name)), name
+    assert torch.equal(torch.cat([part.times[0] for part in parts]), whole.times[0])
+    for kind in ("pooled", "unpooled"):
+        jagged = getattr(whole, kind)
+        for key in KEYS[kind]:
+            split = [getattr(part, kind)[key] for part in parts]
+            assert torch.equal(torch.cat([it.values() for it in split]), jagged[key].values())
+            assert torch.equal(torch.cat([it.lengths() for it in split]), jagged[key].lengths())
+    for part in parts:
+        assert part.mean_rows == whole.mean_rows
+        assert part.position == whole.position
+        assert part.pooled.stride() == part.unpooled.stride() == len(part.labels)
+
+
+def test_a_piece_without_a_row_counts_nothing():
+    whole = batch(2)
+    parts = list(cut(whole, 4, []))
+    assert [len(part.labels) for part in parts] == [1] * 4
+    assert sum(part.weights.sum() for part in parts) == whole.weights.sum() == 2
+    assert all(part.unpooled.stride() == 1 for part in parts)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 7])
+def test_losses_and_gradients_add_up_to_the_batchs(pieces):
+    """The task's own; auxiliary losses are means over each piece, and scaled by their number."""
+    task, whole = in_memory().train(), batch(16)
+    set_auxiliary_loss_scale(task, 0.0)
+    loss, _ = task(whole)
+    want = torch.autograd.grad(loss, list(task.parameters()), allow_unused=True)
+    losses = [task(part)[0] for part in cut(whole, pieces, [])]
+    total = torch.stack(losses).sum()
+    got = torch.autograd.grad(total, list(task.parameters()), allow_unused=True)
+    torch.testing.assert_close(total, loss, rtol=1e-6, atol=0)
+    # A key's bias cancels in the softmax: its gradient is nothing but rounding of larger terms.
+    least = 1e-3 * max(gradient.abs().max().item() for gradient in want if gradient is not None)
+    for mine, its in zip(got, want, strict=True):
+        if its is not None:
+            assert mine is not None
+            bound = 64 * torch.finfo(torch.float32).eps * max(its.abs().max().item(), least)
+            assert (mine - its).abs().max().item() <= bound
