@@ -29,7 +29,16 @@ from torchrec_hilomoe.training.inputs import schema_of
 from torchrec_hilomoe.training.run import run_training
 from torchrec_hilomoe.training.trainer import training_state
 
-__all__ = ["SMALL", "Ended", "load", "read_tensors", "run_app", "train", "train_and_signal"]
+__all__ = [
+    "SMALL",
+    "Ended",
+    "load",
+    "read_tensors",
+    "run_app",
+    "run_app_here",
+    "train",
+    "train_and_signal",
+]
 
 # Stages end after steps 5, 7, 9, 12 and 18: the backbone's, one of each expert layer, the rest.
 SMALL = (
@@ -57,7 +66,7 @@ class Ended:
 
 def run_app(*argv: str, ranks: int = 1) -> list[Ended]:
     """Run ``apps/train.py`` itself, on so many ranks."""
-    return run_ranks(_run_app, ranks, [*SMALL, *argv], joined=False)
+    return run_ranks(run_app_here, ranks, [*SMALL, *argv], joined=False)
 
 
 def train(out: Path, *overrides: str, ranks: int = 1) -> None:
@@ -92,7 +101,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _run_app(argv: list[str]) -> Ended:
+def run_app_here(argv: list[str]) -> Ended:
+    """Run ``apps/train.py`` in this process, which is a rank."""
     sys.argv = ["apps/train.py", *argv]
     with contextlib.redirect_stderr(io.StringIO()) as shown:
         try:

@@ -6,7 +6,6 @@ they stand before the first of them ends.
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from typing import Self
 
 __all__ = ["Watchdog"]
 
-GRACE = 5.0  # seconds in which the other ranks show their stacks too
+STDERR = 2  # sys.stderr may be anything, or locked by what is stuck
+GRACE = 3.0  # seconds in which the other ranks show their stacks too
 
 
 class Watchdog:
@@ -30,6 +30,7 @@ class Watchdog:
     def __init__(self, seconds: float | None, name: str = "this process") -> None:
         self._seconds = seconds
         self._name = name
+        self._every = min(1.0, (seconds or 1.0) / 4)
         self._last = time.monotonic()
         self._paused = 0
         self._over = threading.Event()
@@ -38,6 +39,7 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self._seconds is not None:
             self.beat()
+            self._arm()
             self._over.clear()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -70,20 +72,25 @@ class Watchdog:
 
     def _watch(self) -> None:
         assert self._seconds is not None
-        every = min(1.0, self._seconds / 4)
-        while not self._over.wait(every):
-            # Where this thread cannot run because another keeps the interpreter's lock, this can.
-            faulthandler.dump_traceback_later(self._seconds + GRACE + every, exit=True)
+        while not self._over.wait(self._every):
+            self._arm()
             if not self._paused and time.monotonic() - self._last > self._seconds:
                 self._end()
         faulthandler.cancel_dump_traceback_later()
 
+    def _arm(self) -> None:
+        """Where the thread cannot run, because another keeps the interpreter's lock, this can."""
+        assert self._seconds is not None
+        faulthandler.dump_traceback_later(
+            self._seconds + GRACE + self._every, exit=True, file=STDERR
+        )
+
     def _end(self) -> None:
-        sys.stderr.write(
+        told = (
             f"error: {self._name} has finished nothing for {self._seconds:g} s (stall_seconds). It "
             "is stuck, or waits for a rank that is. Its threads stand at:\n"
         )
-        sys.stderr.flush()
-        faulthandler.dump_traceback(all_threads=True)
+        os.write(STDERR, told.encode())
+        faulthandler.dump_traceback(STDERR, all_threads=True)
         time.sleep(GRACE)
         os._exit(1)  # what is stuck cannot be asked to clean up
