@@ -42,8 +42,8 @@ def why_not(
         options: What the user wants.
     """
     limit = (
-        f"a rank has {shown_bytes(capacity)} for tables (sharding.hbm = {options.hbm or 'asked'}, "
-        f"sharding.ddr = {options.ddr or 'asked'}, less sharding.reserve = {options.reserve})"
+        f"a rank has {shown_bytes(capacity)} for tables (sharding.hbm = {options.hbm or 'null'}, "
+        f"sharding.ddr = {options.ddr or 'null'}, less sharding.reserve = {options.reserve})"
     )
     help_by_memory = (
         "more ranks, more memory (sharding.hbm, sharding.ddr), a lower sharding.reserve, a smaller "

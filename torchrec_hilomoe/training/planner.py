@@ -31,6 +31,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_hilomoe.config.sharding import parse_bytes, ShardingConfig, TableSharding
@@ -87,7 +88,7 @@ def make_plan(
         ValueError: If an option names what is not there or cannot be, or the tables do not fit:
             which table, which limit, and what would help.
     """
-    tables = dict(_tables(module))
+    tables = _tables(module)
     _check_options(tables, machine, options)
     constraints = {
         name: _constraints(table, machine, options.tables.get(name, TableSharding()))
@@ -116,8 +117,8 @@ def make_plan(
     missing = sorted(set(tables) ^ planned)
     if missing:
         raise ValueError(
-            f"sharding: tables {', '.join(missing)} are in the schema or in the plan, not in both. "
-            "Is one of them in two collections under one name?"
+            f"sharding: tables {', '.join(missing)} are in the model or in the plan, not in both, "
+            "so that they would not be sharded. Does TorchRec shard the module that they are in?"
         )
     return Planned(plan, _report(recorder.best, topology, machine))
 
@@ -134,14 +135,24 @@ class _Table:
     width: int
 
 
-def _tables(module: nn.Module) -> Iterator[tuple[str, _Table]]:
+def _tables(module: nn.Module) -> dict[str, _Table]:
+    tables: dict[str, _Table] = {}
+    for pooled, config in _table_configs(module):
+        if config.name in tables:
+            raise ValueError(
+                f"sharding: table {config.name!r} is in two collections, which are planned "
+                "together. Rename one."
+            )
+        tables[config.name] = _Table(pooled, config.num_embeddings, config.embedding_dim)
+    return tables
+
+
+def _table_configs(module: nn.Module) -> Iterator[tuple[bool, BaseEmbeddingConfig]]:
     for collection in module.modules():
         if isinstance(collection, EmbeddingBagCollection):
-            for config in collection.embedding_bag_configs():
-                yield config.name, _Table(True, config.num_embeddings, config.embedding_dim)
+            yield from ((True, config) for config in collection.embedding_bag_configs())
         elif isinstance(collection, EmbeddingCollection):
-            for config in collection.embedding_configs():
-                yield config.name, _Table(False, config.num_embeddings, config.embedding_dim)
+            yield from ((False, config) for config in collection.embedding_configs())
 
 
 def _check_options(tables: Mapping[str, _Table], machine: Machine, options: ShardingConfig) -> None:
@@ -289,7 +300,7 @@ def _needs(options: list[ShardingOption], tables: Mapping[str, _Table]) -> list[
                 width=table.width,
                 bytes=_bytes(best.total_storage),
                 largest_shard=largest[best],
-                types=tuple(dict.fromkeys(way.sharding_type for way in ways)),
+                types=tuple(sorted({way.sharding_type for way in ways})),
             )
         )
     return needs
