@@ -21,7 +21,8 @@ from torchrec_hilomoe.runtime.console import set_up_console
 def usage() -> str:
     """List the data sets, each with the first line of its help."""
     firsts = {name: (make.__doc__ or "").splitlines()[0] for name, make in DATASETS.items()}
-    return "\n".join([__doc__ or "", "Data sets:", *(f"  {n:<18}{firsts[n]}" for n in firsts)])
+    width = max(map(len, firsts)) + 2
+    return "\n".join([__doc__ or "", "Data sets:", *(f"  {n:<{width}}{firsts[n]}" for n in firsts)])
 
 
 def prepare(argv: Sequence[str]) -> Report:

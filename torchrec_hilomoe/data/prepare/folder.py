@@ -7,7 +7,7 @@ Layout: ``schema.json``, ``report.json``, ``{train,valid,test}/part-NNNNN.parque
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +27,15 @@ from torchrec_hilomoe.runtime.paths import (
     rename,
 )
 
-__all__ = ["ROW_GROUP_ROWS", "PreparedFolder", "Report", "Split", "prepared_folder"]
+__all__ = [
+    "ROW_GROUP_ROWS",
+    "PreparedFolder",
+    "Report",
+    "Split",
+    "prepared_folder",
+    "vectors_file",
+    "vocabulary_file",
+]
 
 REPORT_FILE = "report.json"
 ROW_GROUP_ROWS = 8192
@@ -78,6 +86,16 @@ class Report:
         return json.dumps(asdict(self), indent=2)
 
 
+def vocabulary_file(table: str) -> str:
+    """Return where a table's raw values and their ids are, beside the schema."""
+    return f"vocabularies/{table}.parquet"
+
+
+def vectors_file(table: str) -> str:
+    """Return where a frozen table's vectors are, beside the schema."""
+    return f"vectors/{table}.npy"
+
+
 class PreparedFolder:
     """Writes into a folder that is not yet in its place; :func:`prepared_folder` makes one.
 
@@ -88,6 +106,11 @@ class PreparedFolder:
     def __init__(self, path: str) -> None:
         self._path = path
 
+    @property
+    def path(self) -> str:
+        """Where it is for now."""
+        return self._path
+
     def write_schema(self, schema: Schema) -> None:
         """Write what the columns mean."""
         schema.save(f"{self._path}/{SCHEMA_FILE}")
@@ -96,6 +119,35 @@ class PreparedFolder:
         """Write what came of it."""
         with open_text(f"{self._path}/{REPORT_FILE}", "w") as sink:
             sink.write(report.to_json() + "\n")
+
+    def write_part(
+        self, split: str, number: int, columns: pa.Schema, tables: Iterable[pa.Table]
+    ) -> None:
+        """Write one file of a split, in whichever thread.
+
+        Args:
+            split: Its name.
+            number: Of the file.
+            columns: Names and types.
+            tables: Its rows; each table becomes one row group or more.
+        """
+        folder = f"{self._path}/{split}"
+        path_manager.mkdirs(folder)
+        # Checksums turn a flipped bit into an error where the file is read.
+        with (
+            open_binary(f"{folder}/part-{number:05d}.parquet", "wb") as sink,
+            pq.ParquetWriter(sink, columns, write_page_checksum=True) as writer,
+        ):
+            for table in tables:
+                writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+
+    def write_vocabulary(self, table: str, values: pa.Array) -> None:
+        """Write the raw values of a table, the one with id 1 first."""
+        path = f"{self._path}/{vocabulary_file(table)}"
+        path_manager.mkdirs(path.rpartition("/")[0])
+        ids = pa.array(range(1, len(values) + 1), pa.int64())
+        with open_binary(path, "wb") as sink:
+            pq.write_table(pa.table({"value": values, "id": ids}), sink)
 
     def write_split(
         self, name: str, rows: int, make: Callable[[int, int], pa.Table], *, label: str = "label"
@@ -111,22 +163,20 @@ class PreparedFolder:
         Returns:
             What was written.
         """
-        folder = f"{self._path}/{name}"
-        path_manager.mkdirs(folder)
-        columns, clicks = make(0, 0).schema, 0
+        clicks = 0
+
+        def tables(first: int) -> Iterator[pa.Table]:
+            nonlocal clicks
+            for start in range(first, min(first + ROWS_PER_FILE, rows), ROW_GROUP_ROWS):
+                table = make(start, min(start + ROW_GROUP_ROWS, rows))
+                clicks += int(table.column(label).to_numpy().sum())
+                bar.update(table.num_rows)
+                yield table
+
         # Off a terminal there is no bar; the line below is all.
         with tqdm(total=rows, desc=name, unit=" rows", unit_scale=True, disable=None) as bar:
             for part, first in enumerate(range(0, max(rows, 1), ROWS_PER_FILE)):
-                # Checksums turn a flipped bit into an error where the file is read.
-                with (
-                    open_binary(f"{folder}/part-{part:05d}.parquet", "wb") as sink,
-                    pq.ParquetWriter(sink, columns, write_page_checksum=True) as writer,
-                ):
-                    for start in range(first, min(first + ROWS_PER_FILE, rows), ROW_GROUP_ROWS):
-                        table = make(start, min(start + ROW_GROUP_ROWS, rows))
-                        writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
-                        clicks += int(table.column(label).to_numpy().sum())
-                        bar.update(table.num_rows)
+                self.write_part(name, part, make(0, 0).schema, tables(first))
         logger.info("%s: %d rows written", name, rows)
         return Split(rows=rows, label_rate=clicks / rows if rows else None)
 

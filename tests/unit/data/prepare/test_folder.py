@@ -35,7 +35,14 @@ def test_rows_come_back_in_order(tmp_path, monkeypatch):
     assert split.rows == 50
     assert split.label_rate == sum(TABLE["label"].to_pylist()) / 50
     source = ParquetSource(str(tmp_path / "out"), "train")
-    assert source.block_rows == (8, 8, 8, 8, 8, 8, 2)
+    paths = sorted((tmp_path / "out" / "train").iterdir())
+    footers = [pq.read_metadata(path) for path in paths]
+    groups = [
+        footer.row_group(group).num_rows
+        for footer in footers
+        for group in range(footer.num_row_groups)
+    ]
+    assert groups == [8, 8, 8, 8, 8, 8, 2]
     assert len(list((tmp_path / "out" / "train").iterdir())) == 4
     assert pq.read_table(tmp_path / "out" / "train") == TABLE
 

@@ -1,0 +1,262 @@
+"""Anyone's own Parquet files: rows that hold the label, the candidate and the history already.
+
+The description is a schema file, in YAML or JSON, as the prepared folder's own, with three
+differences: tables whose vocabulary is counted or given need no size; ``file`` of a frozen table or
+of a given vocabulary is a raw file; and ``columns`` may name the raw column that a column is made
+of.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from torchrec_hilomoe.data.column_types import is_list
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
+from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
+from torchrec_hilomoe.data.prepare.public_sets import prepare_set
+from torchrec_hilomoe.data.prepare.raw import ParquetFile
+from torchrec_hilomoe.data.prepare.vectors import Vectors
+from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.runtime.paths import open_binary, open_text, path_manager
+
+__all__ = ["prepare_parquet"]
+
+SPLITS = ("train", "valid", "test")
+
+
+def prepare_parquet(
+    *,
+    raw: str,
+    schema: str,
+    out: str,
+    valid_percent: int = 5,
+    test_percent: int = 5,
+    valid_by: Literal["rows", "group", "time", "tail"] | None = None,
+    separator: str = "^",
+    fill_dense: float | None = None,
+    seed: int = 0,
+    workers: int = 2,
+    max_bad_rows: int = 100,
+    scratch: str | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Prepare your own Parquet files, as a schema file describes them.
+
+    Args:
+        raw: Folder with train/, valid/ and test/, each of .parquet files, or train.parquet and so
+            on. Without validation or test files, training rows are held out.
+        schema: A YAML or JSON file that says what the columns are.
+        out: Folder to make.
+        valid_percent: About how many of a hundred training rows validate, without such files.
+        test_percent: About how many test, without such files.
+        valid_by: Which rows are held out: random ``rows``, those of random values of the group
+            (``group``), the latest (``time``) or the last of the files (``tail``); by default the
+            latest if the schema has a time, else random rows.
+        separator: Between entries of lists that are stored as text.
+        fill_dense: Stands for a missing dense value; without it such a row is bad.
+        seed: Of the choice of rows, and of the order in which training rows are written.
+        workers: Threads.
+        max_bad_rows: Malformed raw rows that are skipped before it is fatal.
+        scratch: Local folder for rows that wait; by default beside the result.
+        overwrite: Replace prepared data that is in the way.
+
+    Returns:
+        The report that is also written.
+
+    Raises:
+        DataError: If raw files are missing or too malformed, or ``out`` is taken.
+        ValueError: If an option is out of range, or the schema file is wrong.
+    """
+    raw = raw.rstrip("/")
+    inputs = Inputs(**{split: _files(raw, split) for split in SPLITS})
+    if not inputs.train:
+        raise DataError(
+            f"{raw} has neither a folder train with .parquet files nor train.parquet. Name the "
+            "folder that has with --raw."
+        )
+    description = _Description.read(schema)
+    kinds = inputs.train[0].columns()
+    frozen = description.schema.frozen
+    vectors = {table: Vectors(f"{raw}/{given.file}") for table, given in frozen.items()}
+    text = _text_tables(description, kinds)
+    plan = Plan(
+        schema=_finished(description.schema, vectors),
+        raw=description.raw,
+        text=text,
+        numeric_group=False,
+        separator=separator,
+        missing_dense=fill_dense,
+        given=_given(description.schema, vectors, raw, text),
+    )
+    by_time = "time" if plan.schema.time is not None else "rows"
+    if valid_by == "time" and plan.schema.time is None:
+        raise ValueError("--valid_by is 'time', but the schema names no time; choose another.")
+    return prepare_set(
+        inputs,
+        plan,
+        out=out,
+        hold_out=HoldOut(
+            valid_percent=valid_percent, test_percent=test_percent, by=valid_by or by_time
+        ),
+        seed=seed,
+        workers=workers,
+        max_bad_rows=max_bad_rows,
+        scratch=scratch,
+        overwrite=overwrite,
+        vectors=vectors,
+        named={} if fill_dense is None else {"fill_dense": fill_dense},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """A user's schema file.
+
+    Attributes:
+        schema: As described; tables that are to be counted have any size.
+        columns: The raw column of columns that have another name.
+    """
+
+    schema: Schema
+    columns: Mapping[str, str]
+
+    @property
+    def raw(self) -> dict[str, str]:
+        """The raw column of every column that has another name, the group's own included."""
+        group = self.schema.group
+        source = self.columns.get(group, group)
+        return {f"{group}_group": source, **self.columns}
+
+    @classmethod
+    def read(cls, path: str) -> "_Description":
+        """Read a file; its mistakes are a ValueError that names it."""
+        if not path_manager.isfile(path):
+            raise DataError(f"there is no schema file {path}. Name it with --schema.")
+        try:
+            with open_text(path) as source:
+                found = yaml.safe_load(source)
+            if not isinstance(found, dict):
+                raise ValueError("it is no mapping of names to values")
+            columns = found.pop("columns", None) or {}
+            found.pop("version", None)
+            counted = {
+                table: 2
+                for table, rule in (found.get("vocabularies") or {}).items()
+                if isinstance(rule, dict) and rule.get("kind") != "hashed"
+            }
+            found["tables"] = counted | (found.get("tables") or {})
+            return cls(schema=Schema.from_dict(found), columns=columns)
+        except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} is not a schema: {reason}") from error
+
+
+def _finished(schema: Schema, vectors: Mapping[str, Vectors]) -> Schema:
+    """Say where things will be in the prepared folder, and give the group a column of its own."""
+    for table, found in vectors.items():
+        wanted = schema.frozen[table].width
+        if found.width != wanted:
+            raise DataError(
+                f"{found.path} has vectors of width {found.width}, the schema says {wanted} for "
+                f"frozen table {table!r}; correct one of them."
+            )
+    features = {feature.name for feature in schema.id_features}
+    return replace(
+        schema,
+        # Ids would put all users that are unknown into one group.
+        group=f"{schema.group}_group" if schema.group in features else schema.group,
+        frozen={
+            table: replace(frozen, file=vectors_file(table))
+            for table, frozen in schema.frozen.items()
+        },
+        vocabularies={
+            table: replace(rule, file=None if rule.kind == "hashed" else vocabulary_file(table))
+            for table, rule in schema.vocabularies.items()
+        },
+    )
+
+
+def _text_tables(description: _Description, kinds: pa.Schema) -> frozenset[str]:
+    """Return the tables whose raw columns hold texts."""
+    found: dict[str, dict[bool, str]] = {}
+    schema = description.schema
+    for feature in schema.id_features:
+        raw = description.columns.get(feature.name, feature.name)
+        if raw not in kinds.names:
+            continue  # reported with all that are missing
+        kind = kinds.field(raw).type
+        kind = kind.value_type if is_list(kind) or pa.types.is_dictionary(kind) else kind
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        found.setdefault(feature.table, {})[text] = raw
+    for table, columns in found.items():
+        if len(columns) == 2:
+            raise DataError(
+                f"table {table!r} is indexed by {columns[True]}, which holds texts, and by "
+                f"{columns[False]}, which holds numbers; give them one type."
+            )
+        if True in columns and table not in schema.vocabularies:
+            raise DataError(
+                f"column {columns[True]} holds texts, but table {table!r} has no vocabulary; add "
+                f"it to the schema's vocabularies, as counted, given or hashed."
+            )
+    return frozenset(table for table, columns in found.items() if True in columns)
+
+
+def _given(
+    schema: Schema, vectors: Mapping[str, Vectors], raw: str, text: frozenset[str]
+) -> dict[str, pa.Array]:
+    """Return the values of given vocabularies: those of the vectors, or of a file."""
+    found: dict[str, pa.Array] = {}
+    for table, rule in schema.vocabularies.items():
+        if rule.kind != "given":
+            continue
+        if rule.file is None and table in vectors:
+            found[table] = vectors[table].keys
+        elif rule.file is None:
+            raise ValueError(
+                f"the vocabulary of table {table!r} is given, but names no file; name one with a "
+                "value a line, or Parquet with a column value."
+            )
+        else:
+            found[table] = _values(f"{raw}/{rule.file}")
+            if len(found[table].unique()) != len(found[table]):
+                raise DataError(f"{raw}/{rule.file} has a value twice; keep each once.")
+        if table in text:
+            found[table] = found[table].cast(pa.string())
+        elif not pa.types.is_integer(found[table].type):
+            raise DataError(
+                f"the vocabulary of table {table!r} is given as texts, but its columns hold "
+                "numbers; give them one type."
+            )
+    return found
+
+
+def _values(path: str) -> pa.Array:
+    try:
+        if path.endswith(".parquet"):
+            with open_binary(path) as source:
+                return pq.read_table(source, columns=["value"])["value"].combine_chunks()
+        with open_text(path) as source:
+            lines = [line.rstrip("\r\n") for line in source]
+    except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"the vocabulary {path} cannot be read ({reason}).") from error
+    texts = pa.array([line for line in lines if line], pa.string())
+    try:
+        return texts.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return texts
+
+
+def _files(raw: str, split: str) -> tuple[ParquetFile, ...]:
+    folder = f"{raw}/{split}"
+    if path_manager.isdir(folder):
+        names = sorted(name for name in path_manager.ls(folder) if name.endswith(".parquet"))
+        return tuple(ParquetFile(f"{folder}/{name}") for name in names)
+    path = f"{folder}.parquet"
+    return (ParquetFile(path),) if path_manager.isfile(path) else ()

@@ -1,0 +1,118 @@
+"""What to make of raw tables: a schema whose vocabularies are yet to be counted, and its sources.
+
+A data set whose rows are whole in the raw files (histories included) is a :class:`Plan` and the
+files of each split; :mod:`.two_pass` does the rest.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pyarrow as pa
+
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.raw import RawFile
+from torchrec_hilomoe.data.schema import Schema
+
+__all__ = ["HOLD_OUT", "HoldOut", "Inputs", "Plan"]
+
+HOLD_OUT = ("rows", "group", "time", "tail")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """Which training rows are not trained on, where no file of their own has them.
+
+    Attributes:
+        valid_percent: About how many of a hundred rows validate.
+        test_percent: About how many test.
+        by: ``rows`` at random; whole groups at random (``group``); those after a moment
+            (``time``); or the last ones of the files (``tail``).
+    """
+
+    valid_percent: int
+    test_percent: int = 0
+    by: Literal["rows", "group", "time", "tail"]
+
+    def __post_init__(self) -> None:
+        for name in ("valid_percent", "test_percent"):
+            if not 0 <= getattr(self, name) <= 45:
+                raise ValueError(f"--{name} must be from 0 to 45, got {getattr(self, name)}.")
+        if self.by not in HOLD_OUT:
+            raise ValueError(f"--valid_by must be one of {', '.join(HOLD_OUT)}, got {self.by!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The raw files of each split, in order.
+
+    Attributes:
+        train: At least one.
+        valid: May be empty; then training rows are held out.
+        test: May be empty, likewise.
+    """
+
+    train: tuple[RawFile, ...]
+    valid: tuple[RawFile, ...] = ()
+    test: tuple[RawFile, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How raw columns become the schema's.
+
+    Attributes:
+        schema: What is made. A table whose vocabulary is counted or given has any number of rows
+            here; it gets its own once it is known.
+        raw: The raw column that a column of the schema is made of, if it has another name.
+        text: Tables whose raw values are texts; those of others are whole numbers.
+        numeric_group: Whether groups are whole numbers where all columns are read as text.
+        separator: Between entries of a list that is stored as text.
+        missing_dense: Stands for a missing dense value; without it such a row is bad.
+        constants: Columns of the schema that no raw column gives, and their value.
+        dense: What a dense column's numbers become; as they are by default.
+        given: Raw values of tables whose vocabulary is given, in the order of their ids.
+        reshape: Makes columns of those in the files, before anything else.
+        reads: Columns that are read from the files, if they are reshaped.
+    """
+
+    schema: Schema
+    raw: Mapping[str, str] = field(default_factory=dict)
+    text: frozenset[str] = frozenset()
+    numeric_group: bool = True
+    separator: str = "^"
+    missing_dense: float | None = None
+    constants: Mapping[str, int] = field(default_factory=dict)
+    dense: Callable[[pa.Array], pa.Array] | None = None
+    given: Mapping[str, pa.Array] = field(default_factory=dict)
+    reshape: Callable[[pa.Table], pa.Table] | None = None
+    reads: tuple[str, ...] | None = None
+
+    def source(self, column: str) -> str:
+        """Return the raw column that a column of the schema is made of."""
+        return self.raw.get(column, column)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every raw column that is needed, once, after reshaping."""
+        wanted = [self.source(name) for name in self.schema.columns if name not in self.constants]
+        return tuple(dict.fromkeys(wanted))
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """Every column that is read from the files."""
+        return self.reads if self.reads is not None else self.sources
+
+    def check(self, file: RawFile) -> None:
+        """Refuse a file that lacks columns.
+
+        Raises:
+            DataError: Naming them.
+        """
+        there = file.columns().names
+        missing = [name for name in self.wanted if name not in there]
+        if missing:
+            raise DataError(
+                f"{file.path} lacks the columns {', '.join(missing)}; it has {', '.join(there)}. "
+                "Name the right files with --raw, or correct the names."
+            )

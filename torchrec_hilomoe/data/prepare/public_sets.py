@@ -1,0 +1,63 @@
+"""What the public benchmark sets have in common: ``train.csv``, ``test.csv``, and their rules.
+
+Rules are those of the benchmark's own preprocessing, so that vocabularies come out with the same
+sizes: they are counted over the whole of ``train.csv``, the rows that validate included; a value is
+known if one of the columns that share the vocabulary has it ``min_count`` times; id 0 is padding
+and the last id is "unknown".
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report, vocabulary_file
+from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
+from torchrec_hilomoe.data.prepare.raw import CsvFile
+from torchrec_hilomoe.data.prepare.records import find_raw
+from torchrec_hilomoe.data.prepare.two_pass import Options, prepare_tables
+from torchrec_hilomoe.data.prepare.vectors import Vectors
+from torchrec_hilomoe.data.schema import VocabularyRule
+
+__all__ = ["counted", "csv_inputs", "prepare_set"]
+
+
+def counted(table: str, min_count: int) -> VocabularyRule:
+    """Return the benchmark's rule for a counted vocabulary."""
+    return VocabularyRule(
+        kind="counted", min_count=min_count, unknown="last", file=vocabulary_file(table)
+    )
+
+
+def csv_inputs(raw: str, *, source: str) -> Inputs:
+    """Find ``train.csv`` and ``test.csv``, plain or gzipped.
+
+    Raises:
+        DataError: If one is missing.
+    """
+    train, test = (
+        CsvFile(find_raw(raw, name, source), source=source) for name in ("train.csv", "test.csv")
+    )
+    return Inputs(train=(train,), test=(test,))
+
+
+def prepare_set(
+    inputs: Inputs,
+    plan: Plan,
+    *,
+    out: str,
+    hold_out: HoldOut,
+    seed: int,
+    workers: int,
+    max_bad_rows: int,
+    scratch: str | None,
+    overwrite: bool,
+    vectors: Mapping[str, Vectors] | None = None,
+    named: Mapping[str, Any] | None = None,
+) -> Report:
+    """Prepare a set whose rows are whole in its files; arguments as in the commands."""
+    options = Options(
+        hold_out=hold_out, seed=seed, workers=workers, max_bad_rows=max_bad_rows, scratch=scratch
+    )
+    with prepared_folder(out, overwrite=overwrite) as folder:
+        return prepare_tables(
+            folder, inputs, plan, options, vectors=vectors or {}, named=named or {}
+        )

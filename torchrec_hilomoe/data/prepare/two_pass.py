@@ -1,0 +1,214 @@
+"""Raw tables of any size become a prepared folder: one pass counts, a second encodes.
+
+Memory holds the vocabularies, which the model holds too, and a few pieces of the raw tables; rows
+wait for their order in scratch files.
+
+Shape legend:
+    N  rows of a piece
+"""
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.encoders import Encoder
+from torchrec_hilomoe.data.prepare.encoding import count_unknown, encode_rows, encoders_of
+from torchrec_hilomoe.data.prepare.first_pass import count, Counted, each_piece
+from torchrec_hilomoe.data.prepare.folder import PreparedFolder, Report
+from torchrec_hilomoe.data.prepare.parsing import parse
+from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
+from torchrec_hilomoe.data.prepare.raw import Piece
+from torchrec_hilomoe.data.prepare.records import BadRecords
+from torchrec_hilomoe.data.prepare.shards import Noted, Shards
+from torchrec_hilomoe.data.prepare.split_rules import Rule, SPLITS
+from torchrec_hilomoe.data.prepare.vectors import Vectors, write_vectors
+from torchrec_hilomoe.data.schema import Schema
+
+__all__ = ["Options", "prepare_tables"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to prepare, whatever the data.
+
+    Attributes:
+        hold_out: Which training rows validate, where no file does.
+        seed: Of that choice and of the order of training rows.
+        workers: Threads.
+        max_bad_rows: More bad rows are fatal.
+        scratch: A local folder for rows that wait; null takes one beside the result, or the
+            system's if the result is remote.
+    """
+
+    hold_out: HoldOut
+    seed: int
+    workers: int
+    max_bad_rows: int
+    scratch: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("workers", 1), ("max_bad_rows", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+
+
+def prepare_tables(
+    folder: PreparedFolder,
+    inputs: Inputs,
+    plan: Plan,
+    options: Options,
+    *,
+    vectors: Mapping[str, Vectors],
+    named: Mapping[str, Any],
+) -> Report:
+    """Count, encode, and write schema, vocabularies, splits and report.
+
+    Args:
+        folder: Where to.
+        inputs: The raw files.
+        plan: What to make of them.
+        options: How.
+        vectors: Of frozen tables; their keys are what the plan gives as vocabularies.
+        named: Further options that change the result, for the report.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: If files are missing or unreadable, lack columns, have no good row, or have
+            too many bad ones.
+    """
+    files = (*inputs.train, *inputs.valid, *inputs.test)
+    for file in files:
+        plan.check(file)
+    bad = BadRecords(options.max_bad_rows)
+    with _scratch(folder, options.scratch) as scratch:
+        counted = count(
+            files, len(inputs.train), plan, scratch=scratch, workers=options.workers, bad=bad
+        )
+        if not sum(counted.good_rows.get(file.path, 0) for file in inputs.train):
+            raise DataError(f"{inputs.train[0].path} has no good row to train on.")
+        vocabularies = _vocabularies(plan, counted)
+        schema = sized(plan.schema, vocabularies)
+        for table, values in vocabularies.items():
+            folder.write_vocabulary(table, values)
+        for table, given in vectors.items():
+            write_vectors(folder, table, given, schema.tables[table])
+        folder.write_schema(schema)
+        encoders = encoders_of(schema, vocabularies)
+        rule = Rule.of(inputs, counted, schema, options.hold_out, options.seed)
+        shards = Shards(scratch=scratch, seed=options.seed)
+        unknown = _encode(inputs, plan, schema, encoders, rule, shards, options.workers)
+        columns = _columns(plan, schema, encoders)
+        splits = {
+            split: shards.write_split(
+                folder,
+                split,
+                columns=columns,
+                rows_per_file=rule.rows_per_file,
+                workers=options.workers,
+            )
+            for split in SPLITS
+        }
+    report = Report(
+        dataset=schema.dataset,
+        options={**named, "seed": options.seed, **rule.options},
+        rows_read=sum(counted.good_rows.values()) + bad.counts.total(),
+        rows_kept=sum(split.rows for split in splits.values()),
+        rows_bad=dict(bad.counts),
+        vocabularies=dict(schema.tables),
+        splits=splits,
+        notes={**rule.notes, **unknown},
+    )
+    folder.write_report(report)
+    return report
+
+
+def sized(schema: Schema, vocabularies: Mapping[str, pa.Array]) -> Schema:
+    """Return a schema whose counted and given tables have the rows that their values need.
+
+    Beside the values these are padding and, if it has a row of its own, "unknown".
+    """
+    rows = {
+        table: len(values) + 1 + (schema.vocabularies[table].unknown == "last")
+        for table, values in vocabularies.items()
+    }
+    return replace(schema, tables={**schema.tables, **rows})
+
+
+def _vocabularies(plan: Plan, counted: Counted) -> dict[str, pa.Array]:
+    found = {}
+    for table, rule in plan.schema.vocabularies.items():
+        if rule.kind == "counted":
+            found[table] = counted.frequent(table, rule.min_count)
+        elif rule.kind == "given":
+            found[table] = plan.given[table]
+    return found
+
+
+def _encode(
+    inputs: Inputs,
+    plan: Plan,
+    schema: Schema,
+    encoders: Mapping[str, Encoder],
+    rule: Rule,
+    shards: Shards,
+    workers: int,
+) -> dict[str, int]:
+    """Write all rows to scratch files; return how many ids are unknown, for the report."""
+
+    def work(file: int, piece: Piece) -> list[Noted]:
+        parsed = parse(piece.load(), plan)
+        rows = encode_rows(parsed, schema, encoders)
+        split_N = rule.split(file, piece.first, parsed, schema)
+        shard_N = rule.shard(file, piece.first, parsed)
+        noted = []
+        for code in np.unique(split_N).tolist():
+            chosen = np.flatnonzero(split_N == code)
+            part = rows.take(pa.array(chosen))
+            shard = shard_N[chosen] if SPLITS[code] == "train" else np.zeros(len(chosen), np.int64)
+            noted.append(
+                Noted(
+                    split=SPLITS[code],
+                    places=shards.write(f"{file:05d}-{piece.number:07d}-{code}", part, shard),
+                    clicks=int(part[schema.label].to_numpy().sum()),
+                    unknown=count_unknown(part, schema),
+                )
+            )
+        return noted
+
+    unknown: Counter[str] = Counter()
+    files = (*inputs.train, *inputs.valid, *inputs.test)
+    for _, parts in each_piece(files, plan, work, workers=workers, title="encode"):
+        for noted in parts:
+            shards.note(noted)
+            for table, ids in noted.unknown.items():
+                unknown[f"unknown_{table}_{noted.split}"] += ids
+    return {name: ids for name, ids in sorted(unknown.items()) if ids}
+
+
+def _columns(plan: Plan, schema: Schema, encoders: Mapping[str, Encoder]) -> pa.Schema:
+    """Return the types of the columns, which a split without a row needs too."""
+    nothing = pa.table({name: pa.array([], pa.string()) for name in plan.sources})
+    return encode_rows(parse(nothing, replace(plan, reshape=None)), schema, encoders).schema
+
+
+@contextmanager
+def _scratch(folder: PreparedFolder, wanted: str | None) -> Iterator[str]:
+    """Give a local folder that is removed again, also after an error."""
+    # Beside the result there is room for it; what is remote cannot hold it.
+    beside = folder.path if os.path.isdir(folder.path) else None
+    path = tempfile.mkdtemp(prefix=".scratch-", dir=wanted or beside)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
