@@ -63,7 +63,7 @@ def assemble(config: RunConfig, task: TrainTask, job: Job) -> Assembly:
         loss_scale = LossScale(job.device, train.accumulate)
         loss_scale.attach(task)
     if train.compile:
-        task.model.backbone.compile(dynamic=True)
+        task.model.backbone.compile()
     learners = Learners(model, _learner_options(config), loss_scale)
     return Assembly(model=model, learners=learners, plan=planned.report)
 
