@@ -3,6 +3,7 @@
 Usage:
     python apps/prepare.py movielens --raw RAW --out DIR
     python apps/prepare.py movielens --help
+    python apps/prepare.py describe DIR [--plots FOLDER]
 """
 
 import re
@@ -13,32 +14,36 @@ from difflib import get_close_matches
 
 from jsonargparse import ArgumentParser
 
+from torchrec_hilomoe.data.prepare.describe import Description
 from torchrec_hilomoe.data.prepare.folder import Report
-from torchrec_hilomoe.data.prepare.registry import DATASETS
+from torchrec_hilomoe.data.prepare.registry import COMMANDS
 from torchrec_hilomoe.runtime.console import set_up_console
 
 
 def usage() -> str:
-    """List the data sets, each with the first line of its help."""
-    firsts = {name: (make.__doc__ or "").splitlines()[0] for name, make in DATASETS.items()}
+    """List the data sets and ``describe``, each with the first line of its help."""
+    firsts = {name: (make.__doc__ or "").splitlines()[0] for name, make in COMMANDS.items()}
     width = max(map(len, firsts)) + 2
-    return "\n".join([__doc__ or "", "Data sets:", *(f"  {n:<{width}}{firsts[n]}" for n in firsts)])
+    return "\n".join([__doc__ or "", "Commands:", *(f"  {n:<{width}}{firsts[n]}" for n in firsts)])
 
 
-def prepare(argv: Sequence[str]) -> Report:
-    """Run a data set's function; its signature is the command line, its docstring the help.
+def prepare(argv: Sequence[str]) -> Report | Description:
+    """Run a command's function; its signature is the command line, its docstring the help.
 
     Raises:
         ValueError: If the command line or the data is wrong; says what would be right.
     """
     name, *rest = argv
-    if name not in DATASETS:
-        near = get_close_matches(name, DATASETS, n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(DATASETS)}."
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known are: {', '.join(COMMANDS)}."
         raise ValueError(f"there is no data set {name!r}. {hint}")
     parser = ArgumentParser(prog=f"prepare.py {name}", exit_on_error=False, allow_abbrev=False)
-    options = parser.add_function_arguments(DATASETS[name], skip={"overwrite"})
-    parser.add_argument("--overwrite", action="store_true", help="Replace prepared data at --out.")
+    if name == "describe":
+        options = parser.add_function_arguments(COMMANDS[name], as_positional=True)
+    else:
+        options = parser.add_function_arguments(COMMANDS[name], skip={"overwrite"})
+        parser.add_argument("--overwrite", action="store_true", help="Replace data at --out.")
     try:
         parsed = parser.parse_args(rest)
     except ArgumentError as error:
@@ -47,7 +52,7 @@ def prepare(argv: Sequence[str]) -> Report:
             if near := get_close_matches(flag, [*options, "overwrite"], n=1):
                 text = f"{text}. Did you mean --{near[0]}?"
         raise ValueError(text) from error
-    return DATASETS[name](**parsed.as_dict())
+    return COMMANDS[name](**parsed.as_dict())
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     try:
         report = prepare(argv)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report.to_json())
