@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, MISSING
 from difflib import get_close_matches
 from typing import Any
 
+from torchrec_hilomoe.data.schema_differences import differences
 from torchrec_hilomoe.data.schema_parts import (
     FrozenTable,
     IdFeature,
@@ -139,6 +140,11 @@ class Schema:
     def event_times(self) -> tuple[str, ...]:
         """Columns of the times of events, of those sequence groups that have one."""
         return tuple(group.time for group in self.sequences if group.time is not None)
+
+    def differences(self, other: "Schema") -> tuple[str, ...]:
+        """Say where this schema ("here") and another ("there") differ; empty if nowhere."""
+        mine, theirs = (json.loads(schema.to_json()) for schema in (self, other))
+        return tuple(differences(mine, theirs))
 
     def to_json(self) -> str:
         """Serialise, with the format's version."""

@@ -161,3 +161,31 @@ def test_misspelt_and_missing_keys_are_named(change, message):
     raw = json.loads(SCHEMA.to_json())
     with pytest.raises(ValueError, match=message):
         Schema.from_json(json.dumps({**raw, **change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "want"),
+    [
+        ({}, ()),
+        ({"tables": {**SCHEMA.tables, "item": 30}}, ("tables['item']: 20 here, 30 there",)),
+        (
+            {"sequences": (replace(CLICKS, max_length=9), SCHEMA.sequences[1])},
+            ("sequences['clicks']['max_length']: 4 here, 9 there",),
+        ),
+        ({"dense": ("price",)}, ("dense: ['price', 'age'] here, ['price'] there",)),
+        (
+            {"pooled": SCHEMA.pooled[:2]},
+            ("pooled['tags']: {'table': 'tag', 'max_length': 2} here, absent there",),
+        ),
+        (
+            {"candidate": SCHEMA.candidate[::-1]},
+            ("candidate: in the order ['item', 'kind'] here, ['kind', 'item'] there",),
+        ),
+        (
+            {"time": "at", "label": "clk"},
+            ("label: 'label' here, 'clk' there", "time: None here, 'at' there"),
+        ),
+    ],
+)
+def test_differences_are_told_part_by_part(change, want):
+    assert SCHEMA.differences(replace(SCHEMA, **change)) == want
