@@ -1,0 +1,79 @@
+"""Micro-batches on two ranks against whole batches on one: gradients are averaged once, rightly."""
+
+from dataclasses import replace
+
+import torch
+from torch import distributed as dist
+from torch import Tensor
+
+from tests.helpers.models import batches, in_memory, MODEL
+from tests.helpers.processes import run_ranks
+from tests.helpers.sharded import assembled, joined, load_whole, Part, parts
+from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
+from torchrec_hilomoe.data.loader import World
+from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.training.pipeline import Pipeline, PipelineOptions
+from torchrec_hilomoe.training.stages import Stage, StageSpan
+from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.trainer import training_state
+
+ROWS, BATCH, STEPS = 64, 16, 4
+CLIP_NORMS = (1e9, 0.05)  # none is that long; all are longer
+# Tables stand still: theirs is a step a micro-batch. Every expert is chosen, so that rounding
+# cannot choose another, and balance is left out: it is a product of two means over a micro-batch.
+DENSE = Stage(name="dense", train_tables=False, expert_rate=1.0)
+EXPERTS = InjectionConfig(num_layers=2, num_experts=2, top_k=2, balance_weight=0.0, z_weight=0.1)
+
+
+def train_all(whole: dict[str, Tensor], accumulate: int) -> list[dict[str, list[Part]]]:
+    return [train(whole, accumulate, clip_norm) for clip_norm in CLIP_NORMS]
+
+
+def train(whole: dict[str, Tensor], accumulate: int, clip_norm: float) -> dict[str, list[Part]]:
+    config = RunConfig(
+        model=replace(MODEL, hilomoe=EXPERTS),
+        train=TrainConfig(
+            batch_size=BATCH,
+            accumulate=accumulate,
+            learning_rate=0.5,
+            optimizer="sgd",
+            clip_norm=clip_norm,
+            stages=(DENSE,),
+        ),
+    )
+    assembly = assembled(config)
+    load_whole(assembly.model, whole)
+    model = enter_stage(assembly.model, DENSE, static_graph=accumulate == 1)
+    assembly.learners.enter(DENSE)
+    assembly.learners.set_rates(StageSpan(stage=DENSE, start=0, stop=STEPS), 0, decay=1.0)
+    how = PipelineOptions(accumulate=accumulate)
+    pipeline = Pipeline(model, assembly.learners.stepping, model.device, how)
+    world = World(rank=dist.get_rank(), size=dist.get_world_size())
+    source = batches(ROWS, BATCH, world=world)
+    for _ in range(STEPS):
+        pipeline.step(source)
+    pipeline.detach()
+    return parts(training_state(model, assembly.learners))
+
+
+def test_two_ranks_with_two_micro_batches_are_one_with_whole_batches():
+    torch.manual_seed(2)
+    task = in_memory(replace(MODEL, hilomoe=EXPERTS))
+    whole = {name: tensor.detach().clone() for name, tensor in task.state_dict().items()}
+    with join("cpu"):
+        alone = train_all(whole, accumulate=1)
+    first, second = run_ranks(train_all, 2, whole, 2)
+    for clip_norm, one, *two in zip(CLIP_NORMS, alone, first, second, strict=True):
+        want, got = joined([one]), joined(two)
+        moved = 0
+        for name, tensor in want.items():
+            error = (got[name] - tensor).abs().max().item()
+            bound = 512 * torch.finfo(torch.float32).eps * max(tensor.abs().max().item(), 1e-2)
+            assert error <= bound, f"{name}, clipped to {clip_norm}: {error:.1e}"
+            if name.startswith("model.") and ".sparse." not in name:
+                moved += not torch.equal(tensor, whole[name.removeprefix("model.")])
+        assert moved > 20
+        for name in (name for name in two[0] if ".sparse." not in name):
+            assert torch.equal(two[0][name][0].values, two[1][name][0].values), name
+    length = {name: held[0].values for name, held in alone[0].items()}
+    assert any(not torch.equal(length[n], held[0].values) for n, held in alone[1].items())
