@@ -21,6 +21,7 @@ from torchrec_hilomoe.training import checkpoint
 
 __all__ = ["FAST", "Kill", "assert_same_run", "fail_with", "run_with"]
 
+KILLER = "killer"
 # Stages end after steps 2, 4 and 8; dropout draws random numbers; every step is saved.
 FAST = (
     "--train.max_steps=8",
@@ -70,7 +71,7 @@ class Kill:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if int(os.environ["RANK"]) in victims:
-            threading.Thread(target=wait_and_kill, daemon=True).start()
+            threading.Thread(target=wait_and_kill, daemon=True, name=KILLER).start()
 
 
 def run_with(
@@ -104,7 +105,11 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 def _run_with(fault: Callable[[], None] | None, argv: list[str]) -> Ended:
     if fault is not None:
         fault()
-    return run_app_here(argv)
+    ended = run_app_here(argv)
+    for thread in threading.enumerate():
+        if thread.name == KILLER:  # its moment may be after the end
+            thread.join()
+    return ended
 
 
 def _fail_with(fault: Callable[[], None], argv: list[str]) -> None:

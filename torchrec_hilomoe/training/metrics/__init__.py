@@ -1,0 +1,25 @@
+"""Metrics: exact, weighted, over all ranks, in bounded memory.
+
+definitions.py  what is computed, of arrays     predictions.py  collected while a model runs
+pairs.py        AUCs as counts of pairs         runs.py         rows, sorted, on disk if many
+over_ranks.py   a sort shared out over ranks
+"""
+
+from torchrec_hilomoe.training.metrics.definitions import (
+    auc,
+    compute_metrics,
+    gauc,
+    logloss,
+    Metrics,
+)
+from torchrec_hilomoe.training.metrics.predictions import Predictions, SlicedPredictions
+
+__all__ = [
+    "Metrics",
+    "Predictions",
+    "SlicedPredictions",
+    "auc",
+    "compute_metrics",
+    "gauc",
+    "logloss",
+]
