@@ -39,6 +39,8 @@ class ModelConfig:
     Attributes:
         backbone: A name in :data:`torchrec_hilomoe.models.build.BUILDERS`.
         embedding_dim: Width of every embedding; a multiple of 4.
+        embed_dense: Whether each dense feature becomes an embedding, itself times a learned
+            vector, instead of a number.
         head: Hidden widths of the MLP head.
         dropout: In the backbone and the head.
         batch_norm: Whether the head is normalised.
@@ -52,6 +54,7 @@ class ModelConfig:
 
     backbone: str = "bst"
     embedding_dim: int = 16
+    embed_dense: bool = False
     head: tuple[int, ...] = (128, 64)
     dropout: float = 0.0
     batch_norm: bool = False

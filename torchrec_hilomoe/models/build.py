@@ -35,7 +35,9 @@ def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
             f"model.embedding_dim must be a multiple of 4, got {config.embedding_dim}; "
             "FBGEMM's kernels want aligned rows."
         )
-    sparse = SparseArch(schema, config.embedding_dim, torch.device("meta"))
+    sparse = SparseArch(
+        schema, config.embedding_dim, torch.device("meta"), embed_dense=config.embed_dense
+    )
     backbone = _builder(config.backbone)(config, sparse.widths)
     if config.hilomoe is not None:
         _inject(backbone, config.hilomoe, sparse.widths)

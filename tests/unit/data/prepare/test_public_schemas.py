@@ -1,0 +1,49 @@
+"""The public sets' schemas: with the benchmark's DIN they have its published parameter counts."""
+
+import pytest
+
+from torchrec_hilomoe.config import DINConfig, ModelConfig
+from torchrec_hilomoe.data.prepare.amazon_electronics import amazon_electronics_schema
+from torchrec_hilomoe.data.prepare.kuaivideo import kuaivideo_schema
+from torchrec_hilomoe.data.prepare.microvideo import microvideo_schema
+from torchrec_hilomoe.data.prepare.taobao_ad import taobao_ad_schema
+from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.models.flops import count_cost
+
+
+def din(schema: Schema, *, dim=64, head=(1024, 512, 256), norm=False, attention, hidden) -> int:
+    config = ModelConfig(
+        backbone="din",
+        embedding_dim=dim,
+        embed_dense=True,
+        head=head,
+        batch_norm=norm,
+        hilomoe=None,
+        din=DINConfig(
+            attention_units=(512, 256), attention_activation=attention, head_activation=hidden
+        ),
+    )
+    return count_cost(build_task(config, schema), schema, dim).parameters["total"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "options", "published"),
+    [
+        (
+            amazon_electronics_schema(),
+            {"norm": True, "attention": "dice", "hidden": "dice"},
+            5_403_522,
+        ),
+        (
+            taobao_ad_schema(),
+            {"dim": 32, "head": (512, 256, 128), "attention": "relu", "hidden": "relu"},
+            42_263_682,
+        ),
+        (kuaivideo_schema(), {"attention": "relu", "hidden": "dice"}, 43_032_835),
+        (microvideo_schema(), {"norm": True, "attention": "relu", "hidden": "relu"}, 2_127_234),
+    ],
+    ids=["amazon-electronics", "taobao-ad", "kuaivideo", "microvideo"],
+)
+def test_din_has_the_published_number_of_parameters(schema, options, published):
+    assert din(schema, **options) == published
