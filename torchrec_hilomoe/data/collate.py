@@ -2,31 +2,21 @@
 
 Shape legend:
     B  rows of the batch
-    N  rows of a block
-    K  keys
+    K  keys of both jagged tensors, the unpooled ones first
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_hilomoe.data.batch import CTRBatch, Position
-from torchrec_hilomoe.data.decode import DecodedBlock, IdColumns
+from torchrec_hilomoe.data.decode import Rows
 from torchrec_hilomoe.data.schema import Schema
 
-__all__ = ["Rows", "collate"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows ``[start, stop)`` of a block, in the order it was decoded in."""
-
-    block: DecodedBlock
-    start: int
-    stop: int
+__all__ = ["collate"]
 
 
 def collate(
@@ -37,7 +27,7 @@ def collate(
     A schema without pooled features gets a ``pooled`` with no keys and stride ``B``.
 
     Args:
-        schema: What the blocks were decoded with.
+        schema: What the rows were decoded with.
         parts: At least one row in all.
         mean_rows: See :class:`~torchrec_hilomoe.data.batch.CTRBatch`.
         position: See :class:`~torchrec_hilomoe.data.batch.CTRBatch`.
@@ -45,66 +35,52 @@ def collate(
     Returns:
         The batch, on the CPU, in memory of its own.
     """
-    unpooled = [part.block.unpooled for part in parts]
-    lengths_KB = _lengths(parts, unpooled)
-    history_lengths = lengths_KB[len(schema.candidate) :]
-    pooled = [part.block.pooled for part in parts]
+    lengths_KB = np.concatenate([part.lengths for part in parts], axis=1)
+    per_key = lengths_KB.sum(axis=1).tolist()
+    # All ids of the batch, key by key, are copied at once into one buffer.
+    columns = list(zip(*(part.ids for part in parts), strict=True))
+    ids = torch.from_numpy(
+        np.concatenate([piece for column in columns for piece in column], dtype=np.int64)
+    )
+    unpooled, keys = len(schema.unpooled_keys), len(per_key)
+    border, end = sum(per_key[:unpooled]), sum(per_key)
+    floats_2B = _joined([part.floats for part in parts], axis=1)
+    integers_2B = _joined([part.integers for part in parts], axis=1)
     return CTRBatch(
-        pooled=_jagged(schema.pooled_keys, parts, pooled, _lengths(parts, pooled)),
-        unpooled=_jagged(schema.unpooled_keys, parts, unpooled, lengths_KB),
-        dense=_joined([part.block.dense[part.start : part.stop] for part in parts]),
-        labels=_joined([part.block.labels[part.start : part.stop] for part in parts]),
-        weights=_joined([part.block.weights[part.start : part.stop] for part in parts]),
-        groups=_joined([part.block.groups[part.start : part.stop] for part in parts]),
-        longest=int(history_lengths.max(initial=1)),
+        pooled=_jagged(
+            schema.pooled_keys, ids[border:end], lengths_KB[unpooled:], per_key[unpooled:]
+        ),
+        unpooled=_jagged(
+            schema.unpooled_keys, ids[:border], lengths_KB[:unpooled], per_key[:unpooled]
+        ),
+        dense=_joined([part.dense for part in parts], axis=0),
+        labels=floats_2B[0],
+        weights=floats_2B[1],
+        groups=integers_2B[0],
+        longest=int(lengths_KB[len(schema.candidate) : unpooled].max(initial=1)),
         mean_rows=mean_rows,
         position=position,
-        time=(
-            _joined([part.block.time[part.start : part.stop] for part in parts])
-            if schema.time is not None
-            else None
-        ),
-        times=tuple(_event_times(parts, group) for group in range(len(schema.event_times))),
+        time=integers_2B[1] if schema.time is not None else None,
+        times=_split(ids[end:], [sum(map(len, column)) for column in columns[keys:]]),
     )
-
-
-def _lengths(parts: Sequence[Rows], columns: Sequence[IdColumns]) -> np.ndarray:
-    pieces = [
-        ids.lengths[:, part.start : part.stop] for part, ids in zip(parts, columns, strict=True)
-    ]
-    return np.concatenate(pieces, axis=1)
 
 
 def _jagged(
-    keys: Sequence[str],
-    parts: Sequence[Rows],
-    columns: Sequence[IdColumns],
-    lengths_KB: np.ndarray,
+    keys: Sequence[str], values: Tensor, lengths_KB: np.ndarray, per_key: list[int]
 ) -> KeyedJaggedTensor:
-    pieces = [
-        ids.values[key][ids.offsets[key][part.start] : ids.offsets[key][part.stop]]
-        for key in range(len(keys))
-        for part, ids in zip(parts, columns, strict=True)
-    ]
-    values = np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, dtype=np.int64)
     return KeyedJaggedTensor(
         keys=list(keys),
-        values=torch.from_numpy(values),
+        values=values,
         lengths=torch.from_numpy(lengths_KB.reshape(-1)),
         stride=lengths_KB.shape[1],
         # Known here for nothing; asking the tensor later would wait for the device.
-        length_per_key=lengths_KB.sum(axis=1).tolist(),
+        length_per_key=per_key,
     )
 
 
-def _event_times(parts: Sequence[Rows], group: int) -> torch.Tensor:
-    columns = [part.block.times[group] for part in parts]
-    pieces = [
-        column.values[column.offsets[part.start] : column.offsets[part.stop]]
-        for part, column in zip(parts, columns, strict=True)
-    ]
-    return torch.from_numpy(np.concatenate(pieces, dtype=np.int64))
+def _split(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    return values.split(list(sizes)) if sizes else ()
 
 
-def _joined(pieces: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(pieces))
+def _joined(pieces: Sequence[np.ndarray], axis: int) -> Tensor:
+    return torch.from_numpy(np.concatenate(pieces, axis=axis))

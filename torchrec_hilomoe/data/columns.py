@@ -5,43 +5,30 @@ No step loops over rows, except to describe bad ones.
 Shape legend:
     N  rows of the block
     V  ids of a column, all rows together
+    F  dense features
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from torchrec_hilomoe.data.column_types import is_list
+from torchrec_hilomoe.data.ragged import Ragged
 from torchrec_hilomoe.data.schema import SequenceGroup
 
 __all__ = [
     "Faults",
-    "Ragged",
     "check_parallel",
-    "dense_column",
+    "dense_columns",
     "flat_column",
-    "id_column",
     "label_column",
-    "times_column",
+    "many_ids",
+    "many_integers",
+    "single_ids",
     "weight_column",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ragged:
-    """A column of ids as stored: row ``n`` is ``values[offsets[n]:offsets[n + 1]]``.
-
-    Attributes:
-        values: ``(V,)``, of any integer type; the memory may be Arrow's, so nobody writes to it.
-        offsets: ``(N + 1,)`` int64, from 0.
-    """
-
-    values: np.ndarray
-    offsets: np.ndarray
 
 
 class Faults:
@@ -68,63 +55,65 @@ class Faults:
         return f"row {row}: {'; '.join(dict.fromkeys(faults))}"
 
 
-def id_column(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ragged:
-    """Return a column of ids, one or many a row; nulls and ids outside the table are bad."""
-    column = _stored(table, name, faults)
+def single_ids(table: pa.Table, name: str, table_rows: int, faults: Faults) -> np.ndarray:
+    """Return a column of one id a row; nulls and ids outside the table are bad."""
+    array = table.column(name).combine_chunks()
+    values_N = _integers(_without_nulls(array, faults, lambda row: f"{name} is null"))
+    if _any_outside(values_N, table_rows):
+        wrong_N = (values_N < 0) | (values_N >= table_rows)
+        faults.add(wrong_N, lambda row: _outside(name, values_N[row], table_rows))
+    return values_N
+
+
+def many_ids(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ragged:
+    """Return a column of many ids a row; nulls and ids outside the table are bad."""
+    column = many_integers(table, name, faults)
     values, offsets = column.values, column.offsets
-    # Seen as unsigned, a negative id is a huge one: one pass finds both.
-    if len(values) and values.view(f"u{values.itemsize}").max() >= table_rows:
+    if _any_outside(values, table_rows):
         wrong_V = (values < 0) | (values >= table_rows)
 
         def describe(row: int) -> str:
             mine = slice(offsets[row], offsets[row + 1])
-            first = values[mine][wrong_V[mine]][0]
-            return f"{name} has id {first}, outside its table's 0 to {table_rows - 1}"
+            return _outside(name, values[mine][wrong_V[mine]][0], table_rows)
 
         faults.add(_rows_with(wrong_V, offsets), describe)
     return column
 
 
-def times_column(table: pa.Table, name: str, faults: Faults) -> Ragged:
-    """Return a column of whole seconds, many a row; nulls are bad."""
-    return _stored(table, name, faults)
-
-
-def _stored(table: pa.Table, name: str, faults: Faults) -> Ragged:
-    """Return a column of integers, one or many a row; nulls are bad."""
+def many_integers(table: pa.Table, name: str, faults: Faults) -> Ragged:
+    """Return a column of many integers a row; nulls are bad."""
     array = table.column(name).combine_chunks()
-    many = is_list(array.type)
-    if many:
-        offsets = array.offsets.to_numpy().astype(np.int64)
-        base, end = int(offsets[0]), int(offsets[-1])
-        flat, offsets = array.values.slice(base, end - base), offsets - base
-        if array.null_count:
-            faults.add(_mask(array.is_null()), lambda row: f"{name} is null")
-    else:
-        flat, offsets = array, np.arange(len(array) + 1)
+    offsets = array.offsets.to_numpy()
+    flat = array.values
+    if len(flat) != offsets[-1] or offsets[0]:
+        flat = flat.slice(offsets[0], offsets[-1] - offsets[0])
+        offsets = offsets - offsets[0]
+    if array.null_count:
+        faults.add(_mask(array.is_null()), lambda row: f"{name} is null")
     if flat.null_count:
         null_N = _rows_with(_mask(flat.is_null()), offsets)
-        faults.add(null_N, lambda row: f"{name} {'has a null id' if many else 'is null'}")
+        faults.add(null_N, lambda row: f"{name} has a null id")
         flat = pc.fill_null(flat, 0)
-    # Arrow's own numpy view is read-only, which PyTorch warns of; nothing here writes to it.
-    return Ragged(values=torch.from_dlpack(flat).numpy(), offsets=offsets)
+    return Ragged(values=_integers(flat), offsets=offsets)
 
 
 def flat_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
     """Return a column of numbers; nulls become 0 and are bad."""
     array = table.column(name).combine_chunks()
-    if array.null_count:
-        faults.add(_mask(array.is_null()), lambda row: f"{name} is null")
-        array = pc.fill_null(array, pa.scalar(0).cast(array.type))
+    array = _without_nulls(array, faults, lambda row: f"{name} is null")
     return array.to_numpy(zero_copy_only=False)
 
 
-def dense_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
-    """Return a float column; what is not finite as float32 is bad."""
+def dense_columns(table: pa.Table, names: Sequence[str], faults: Faults) -> np.ndarray:
+    """Return float columns as ``(N, F)``; what is not finite as float32 is bad."""
+    dense_NF = np.empty((table.num_rows, len(names)), dtype=np.float32)
     with np.errstate(over="ignore"):
-        values_N = flat_column(table, name, faults).astype(np.float32)
-    faults.add(~np.isfinite(values_N), lambda row: f"{name} is {values_N[row]}")
-    return values_N
+        for index, name in enumerate(names):
+            dense_NF[:, index] = flat_column(table, name, faults)
+    if not np.isfinite(dense_NF).all():
+        for index, name in enumerate(names):
+            _check_finite(dense_NF[:, index], name, faults)
+    return dense_NF
 
 
 def label_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
@@ -137,7 +126,9 @@ def label_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
 
 def weight_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
     """Return the rows' weights as float32; what is negative or not finite is bad."""
-    weights_N = dense_column(table, name, faults)
+    with np.errstate(over="ignore"):
+        weights_N = flat_column(table, name, faults).astype(np.float32)
+    _check_finite(weights_N, name, faults)
     faults.add(weights_N < 0, lambda row: f"{name} is {weights_N[row]}, which is below 0")
     return weights_N
 
@@ -145,6 +136,9 @@ def weight_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
 def check_parallel(group: SequenceGroup, columns: Mapping[str, Ragged], faults: Faults) -> None:
     """Mark rows whose fields of one sequence group have different numbers of events."""
     names = [field.name for field in group.fields] + ([group.time] if group.time else [])
+    first, *others = (columns[name].offsets for name in names)
+    if all(np.array_equal(first, offsets) for offsets in others):
+        return
     counts = {name: np.diff(columns[name].offsets) for name in names}
     first_N, *others = counts.values()
     unequal_N = np.zeros(len(first_N), dtype=bool)
@@ -156,6 +150,31 @@ def check_parallel(group: SequenceGroup, columns: Mapping[str, Ragged], faults: 
         return f"the fields of sequence group {group.name!r} have unequal lengths ({lengths})"
 
     faults.add(unequal_N, describe)
+
+
+def _without_nulls(array: pa.Array, faults: Faults, describe: Callable[[int], str]) -> pa.Array:
+    if not array.null_count:
+        return array
+    faults.add(_mask(array.is_null()), describe)
+    return pc.fill_null(array, pa.scalar(0).cast(array.type))
+
+
+def _integers(array: pa.Array) -> np.ndarray:
+    # Arrow's own numpy view is read-only, which PyTorch warns of; nothing here writes to it.
+    return torch.from_dlpack(array).numpy()
+
+
+def _any_outside(values: np.ndarray, table_rows: int) -> bool:
+    # Seen as unsigned, a negative id is a huge one: one pass finds both.
+    return bool(len(values) and values.view(f"u{values.itemsize}").max() >= table_rows)
+
+
+def _outside(name: str, id_: int, table_rows: int) -> str:
+    return f"{name} has id {id_}, outside its table's 0 to {table_rows - 1}"
+
+
+def _check_finite(values_N: np.ndarray, name: str, faults: Faults) -> None:
+    faults.add(~np.isfinite(values_N), lambda row: f"{name} is {values_N[row]}")
 
 
 def _mask(array: pa.Array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A block becomes buffers that a batch can be sliced from: checked, cut and in epoch order.
+"""A block becomes arrays that a batch can be sliced from: checked, cut and in epoch order.
 
 Everything that can be done once a block is done here, so that a batch costs slices only. A bad
 row stays in its place, with weight 0 and nothing in it: who reads which row is arithmetic on
@@ -8,46 +8,52 @@ Shape legend:
     N  rows of the block
     V  ids of a column, all rows together
     F  dense features
-    K  keys of the pooled or of the unpooled features
+    K  keys of both jagged tensors, the unpooled ones first
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-import fbgemm_gpu  # noqa: F401 - registers torch.ops.fbgemm
 import numpy as np
 import pyarrow as pa
-import torch
 
 from torchrec_hilomoe.data.columns import (
     check_parallel,
-    dense_column,
+    dense_columns,
     Faults,
     flat_column,
-    id_column,
     label_column,
-    Ragged,
-    times_column,
+    many_ids,
+    many_integers,
+    single_ids,
     weight_column,
 )
+from torchrec_hilomoe.data.ragged import Cut, Ragged
 from torchrec_hilomoe.data.schema import Schema
 
-__all__ = ["DecodedBlock", "IdColumns", "decode_block", "padding_block"]
+__all__ = ["DecodedBlock", "Rows", "decode_block", "padding_block"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class IdColumns:
-    """The columns of one jagged tensor, one entry a key.
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a block, as arrays that may be views of the block's.
 
     Attributes:
-        values: ``(V,)`` of each key, of any integer type.
-        offsets: ``(N + 1,)`` int64 of each key: where a row's ids begin in ``values``.
-        lengths: ``(K, N)`` int32.
+        ids: ``(V,)`` of each key, then the events' times of each group that has them; of any
+            integer types.
+        lengths: ``(K, N)`` int32: how many ids each row has of each key.
+        dense: ``(N, F)`` float32.
+        floats: ``(2, N)`` float32: labels and weights; the weight is 0 for a bad row, else what the
+            schema's weight says, or 1.
+        integers: ``(2, N)`` int64: groups and request times; 0 if the schema names no time.
     """
 
-    values: tuple[np.ndarray, ...]
-    offsets: tuple[np.ndarray, ...]
+    ids: Sequence[np.ndarray]
     lengths: np.ndarray
+    dense: np.ndarray
+    floats: np.ndarray
+    integers: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,102 +61,147 @@ class DecodedBlock:
     """A block, checked, cut to the schema's lengths and in the epoch's order.
 
     Attributes:
-        pooled: The columns of ``Schema.pooled_keys``.
-        unpooled: The columns of ``Schema.unpooled_keys``.
-        dense: ``(N, F)`` float32.
-        labels: ``(N,)`` float32.
-        weights: ``(N,)`` float32: 0 for a bad row, else what the schema's weight says, or 1.
-        groups: ``(N,)`` int64.
-        time: ``(N,)`` int64, of zeros if the schema names no time.
-        times: The events' times of each group that has them, cut like its ids.
+        rows: All of it.
+        offsets: ``(N + 1,)`` for each of ``rows.ids``: where a row's begin. ``None`` is one a row.
         bad: Place in this order to a description: the stored row's number and its faults.
     """
 
-    pooled: IdColumns
-    unpooled: IdColumns
-    dense: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    groups: np.ndarray
-    time: np.ndarray
-    times: tuple[Ragged, ...]
+    rows: Rows
+    offsets: Sequence[np.ndarray | None]
     bad: Mapping[int, str]
 
+    def pieces(self, borders: Sequence[int]) -> list[Rows]:
+        """Return the rows between each border and the next, as views."""
+        cuts = list(pairwise(borders))
+        ids = [
+            [array[start:stop] for start, stop in pairwise(_at(offsets, borders))]
+            for array, offsets in zip(self.rows.ids, self.offsets, strict=True)
+        ]
+        whole = self.rows
+        return [
+            Rows(
+                of_piece,
+                whole.lengths[:, start:stop],
+                whole.dense[start:stop],
+                whole.floats[:, start:stop],
+                whole.integers[:, start:stop],
+            )
+            for of_piece, (start, stop) in zip(zip(*ids, strict=True), cuts, strict=True)
+        ]
 
-def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray) -> DecodedBlock:
+
+def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray | None) -> DecodedBlock:
     """Check, cut and reorder a block.
 
     Args:
         table: Columns that ``column_types.check_columns`` accepts.
         schema: What they mean.
-        order_N: The stored row at each place of the result.
+        order_N: The stored row at each place of the result; ``None`` is the stored order.
 
     Returns:
         The block, in that order.
     """
     rows = table.num_rows
     faults = Faults(rows)
-    columns = {
-        feature.name: id_column(table, feature.name, schema.tables[feature.table], faults)
-        for feature in schema.id_features
-    }
-    for name in schema.event_times:
-        columns[name] = times_column(table, name, faults)
-    for group in schema.sequences:
-        check_parallel(group, columns, faults)
-    dense_NF = np.empty((rows, len(schema.dense)), dtype=np.float32)
-    for index, name in enumerate(schema.dense):
-        dense_NF[:, index] = dense_column(table, name, faults)
-    labels_N = label_column(table, schema.label, faults)
-    groups_N = flat_column(table, schema.group, faults).astype(np.int64)
-    weights_N = np.ones(rows, dtype=np.float32)
+    columns = _columns(table, schema, faults)
+    dense_NF = dense_columns(table, schema.dense, faults)
+    floats_2N = np.ones((2, rows), dtype=np.float32)
+    floats_2N[0] = label_column(table, schema.label, faults)
     if schema.weight is not None:
-        weights_N = weight_column(table, schema.weight, faults)
-    time_N = np.zeros(rows, dtype=np.int64)
+        floats_2N[1] = weight_column(table, schema.weight, faults)
+    integers_2N = np.zeros((2, rows), dtype=np.int64)
+    integers_2N[0] = flat_column(table, schema.group, faults)
     if schema.time is not None:
-        time_N = flat_column(table, schema.time, faults).astype(np.int64)
+        integers_2N[1] = flat_column(table, schema.time, faults)
 
-    cutter = _Cutter(columns, faults.bad_N, order_N)
-    ordered_bad_N = faults.bad_N[order_N]
-    dense_NF, labels_N, groups_N = dense_NF[order_N], labels_N[order_N], groups_N[order_N]
-    weights_N, time_N = weights_N[order_N], time_N[order_N]
-    for array in (dense_NF, labels_N, groups_N, weights_N, time_N):
-        array[ordered_bad_N] = 0
+    bad: dict[int, str] = {}
+    if faults.bad_N.any():
+        bad_N = faults.bad_N if order_N is None else faults.bad_N[order_N]
+        for place in np.flatnonzero(bad_N).tolist():
+            bad[place] = faults.of(place if order_N is None else int(order_N[place]))
+        for array in (dense_NF, floats_2N.T, integers_2N.T):
+            array[faults.bad_N] = 0
+    if order_N is not None:
+        dense_NF = dense_NF.take(order_N, axis=0)
+        floats_2N = floats_2N.take(order_N, axis=1)
+        integers_2N = integers_2N.take(order_N, axis=1)
+    taken = _taken(schema, _Cutter(columns, order_N, faults.bad_N if bad else None))
     return DecodedBlock(
-        pooled=_pooled(schema, cutter),
-        unpooled=_unpooled(schema, cutter),
-        dense=dense_NF,
-        labels=labels_N,
-        weights=weights_N,
-        groups=groups_N,
-        time=time_N,
-        times=_times(schema, cutter),
-        bad={int(at): faults.of(int(order_N[at])) for at in np.flatnonzero(ordered_bad_N)},
+        rows=Rows(
+            ids=[column.ids for column in taken],
+            lengths=_lengths(schema, taken),
+            dense=dense_NF,
+            floats=floats_2N,
+            integers=integers_2N,
+        ),
+        offsets=[column.offsets for column in taken],
+        bad=bad,
     )
 
 
 def padding_block(schema: Schema) -> DecodedBlock:
     """Return one row of weight 0, with the padding id wherever a row must have an id."""
-
-    def column(single: bool) -> Ragged:
-        return Ragged(values=np.zeros(int(single), np.int64), offsets=np.array([0, int(single)]))
-
-    columns = {field.name: column(True) for field in schema.candidate}
-    columns |= {field.name: column(False) for field in schema.sequence_fields}
-    columns |= {name: column(False) for name in schema.event_times}
-    columns |= {feature.name: column(feature.max_length == 1) for feature in schema.pooled}
-    cutter = _Cutter(columns, np.zeros(1, dtype=bool), np.zeros(1, dtype=np.int64))
+    nothing = Ragged(values=np.zeros(0, np.int64), offsets=np.zeros(2, np.int64))
+    names = [*schema.pooled_keys, *schema.unpooled_keys, *schema.event_times]
+    columns = _Columns(
+        single=dict.fromkeys(names, np.zeros(1, np.int64)), many=dict.fromkeys(names, nothing)
+    )
+    taken = _taken(schema, _Cutter(columns, None, None))
     return DecodedBlock(
-        pooled=_pooled(schema, cutter),
-        unpooled=_unpooled(schema, cutter),
-        dense=np.zeros((1, len(schema.dense)), dtype=np.float32),
-        labels=np.zeros(1, dtype=np.float32),
-        weights=np.zeros(1, dtype=np.float32),
-        groups=np.zeros(1, dtype=np.int64),
-        time=np.zeros(1, dtype=np.int64),
-        times=_times(schema, cutter),
+        rows=Rows(
+            ids=[column.ids for column in taken],
+            lengths=_lengths(schema, taken),
+            dense=np.zeros((1, len(schema.dense)), dtype=np.float32),
+            floats=np.zeros((2, 1), dtype=np.float32),
+            integers=np.zeros((2, 1), dtype=np.int64),
+        ),
+        offsets=[column.offsets for column in taken],
         bad={},
     )
+
+
+def _at(offsets: np.ndarray | None, borders: Sequence[int]) -> Sequence[int]:
+    return borders if offsets is None else offsets.take(borders).tolist()
+
+
+def _lengths(schema: Schema, taken: Sequence["_Taken"]) -> np.ndarray:
+    keys = len(schema.unpooled_keys) + len(schema.pooled_keys)
+    return np.stack([column.lengths for column in taken[:keys]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Columns:
+    """Columns of ids as stored, by name: one id a row, or many."""
+
+    single: Mapping[str, np.ndarray]
+    many: Mapping[str, Ragged]
+
+
+def _columns(table: pa.Table, schema: Schema, faults: Faults) -> _Columns:
+    single: dict[str, np.ndarray] = {}
+    many: dict[str, Ragged] = {}
+    lists = {feature.name for feature in schema.pooled if feature.max_length > 1}
+    lists |= {field.name for field in schema.sequence_fields}
+    for feature in schema.id_features:
+        table_rows = schema.tables[feature.table]
+        if feature.name in lists:
+            many[feature.name] = many_ids(table, feature.name, table_rows, faults)
+        else:
+            single[feature.name] = single_ids(table, feature.name, table_rows, faults)
+    for name in schema.event_times:
+        many[name] = many_integers(table, name, faults)
+    for group in schema.sequences:
+        check_parallel(group, many, faults)
+    return _Columns(single=single, many=many)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A column in the epoch's order; ``offsets`` of ``None`` is one id a row."""
+
+    ids: np.ndarray
+    offsets: np.ndarray | None
+    lengths: np.ndarray
 
 
 class _Cutter:
@@ -158,83 +209,58 @@ class _Cutter:
 
     Args:
         columns: What is stored, by name.
-        bad_N: Rows that keep nothing.
-        order_N: The stored row at each place.
+        order_N: The stored row at each place; ``None`` keeps the order.
+        bad_N: Stored rows that keep nothing; ``None`` if there are none.
     """
 
     def __init__(
-        self, columns: Mapping[str, Ragged], bad_N: np.ndarray, order_N: np.ndarray
+        self, columns: _Columns, order_N: np.ndarray | None, bad_N: np.ndarray | None
     ) -> None:
         self._columns = columns
-        self._bad_N = bad_N
         self._order_N = order_N
-        self.rows = len(order_N)
+        self._bad_N = bad_N
 
-    def single(self, name: str) -> Ragged:
+    def single(self, name: str) -> _Taken:
         """Take a column of one id a row; a bad row gets the padding id."""
-        values_N = self._columns[name].values[self._order_N]
-        values_N[self._bad_N[self._order_N]] = 0
-        return Ragged(values=values_N, offsets=np.arange(self.rows + 1))
+        ids_N = self._columns.single[name]
+        if self._bad_N is not None:
+            ids_N = np.where(self._bad_N, 0, ids_N)
+        if self._order_N is not None:
+            ids_N = ids_N.take(self._order_N)
+        return _Taken(ids_N, None, np.ones(len(ids_N), dtype=np.int32))
 
-    def many(self, name: str, max_length: int, keep: str) -> Ragged:
-        """Take a column of many ids a row, cut to ``max_length``; a bad row gets none.
-
-        A row is seen as two segments, of which one is kept. FBGEMM copies the kept segments
-        into their order by blocks of memory, several times faster than numpy by ids.
-        """
-        column = self._columns[name]
-        stored_N = np.diff(column.offsets)
-        kept_N = np.minimum(stored_N, max_length)
-        kept_N[self._bad_N] = 0
-        last = int(keep == "last")
-        lengths_N2 = np.empty((self.rows, 2), dtype=np.int32)
-        lengths_N2[:, last] = kept_N
-        lengths_N2[:, 1 - last] = stored_N - kept_N
-        values = column.values
-        if values.dtype not in (np.int32, np.int64):
-            values = values.astype(np.int64)
-        lengths_N, taken, _ = torch.ops.fbgemm.permute_1D_sparse_data(
-            torch.from_numpy((2 * self._order_N + last).astype(np.int32)),
-            torch.from_numpy(lengths_N2.reshape(-1)),
-            torch.from_numpy(values),
-            None,
-            int(kept_N.sum()),
-        )
-        offsets = np.concatenate([[0], np.cumsum(lengths_N.numpy())])
-        return Ragged(values=taken.numpy(), offsets=offsets)
+    def many(self, names: Sequence[str], max_length: int, keep: str) -> list[_Taken]:
+        """Take columns of many ids a row, cut to ``max_length``; a bad row gets none."""
+        taken: list[_Taken] = []
+        cut = None
+        for name in names:
+            column = self._columns.many[name]
+            # Parallel columns are cut alike, so what to keep is worked out once for all of them.
+            if cut is None or not np.array_equal(cut.stored, column.offsets):
+                cut = Cut(
+                    column.offsets,
+                    order_N=self._order_N,
+                    bad_N=self._bad_N,
+                    max_length=max_length,
+                    keep=keep,
+                )
+            taken.append(_Taken(cut.take(column.values), cut.offsets, cut.lengths))
+        return taken
 
 
-def _id_columns(cuts: list[Ragged], rows: int) -> IdColumns:
-    lengths_KN = np.empty((len(cuts), rows), dtype=np.int32)
-    for lengths_N, cut in zip(lengths_KN, cuts, strict=True):
-        lengths_N[:] = np.diff(cut.offsets)
-    return IdColumns(
-        values=tuple(cut.values for cut in cuts),
-        offsets=tuple(cut.offsets for cut in cuts),
-        lengths=lengths_KN,
-    )
-
-
-def _pooled(schema: Schema, cutter: _Cutter) -> IdColumns:
-    cuts = [
-        cutter.single(feature.name)
-        if feature.max_length == 1
-        else cutter.many(feature.name, feature.max_length, "last")
-        for feature in schema.pooled
-    ]
-    return _id_columns(cuts, cutter.rows)
-
-
-def _unpooled(schema: Schema, cutter: _Cutter) -> IdColumns:
-    cuts = [cutter.single(field.name) for field in schema.candidate]
+def _taken(schema: Schema, cutter: _Cutter) -> list[_Taken]:
+    """Return every key's column, then the times'."""
+    keys = [cutter.single(field.name) for field in schema.candidate]
+    times = []
     for group in schema.sequences:
-        cuts += [cutter.many(field.name, group.max_length, group.keep) for field in group.fields]
-    return _id_columns(cuts, cutter.rows)
-
-
-def _times(schema: Schema, cutter: _Cutter) -> tuple[Ragged, ...]:
-    return tuple(
-        cutter.many(group.time, group.max_length, group.keep)
-        for group in schema.sequences
-        if group.time is not None
-    )
+        names = [field.name for field in group.fields]
+        names += [group.time] if group.time is not None else []
+        columns = cutter.many(names, group.max_length, group.keep)
+        keys += columns[: len(group.fields)]
+        times += columns[len(group.fields) :]
+    for feature in schema.pooled:
+        if feature.max_length == 1:
+            keys.append(cutter.single(feature.name))
+        else:
+            keys += cutter.many([feature.name], feature.max_length, "last")
+    return keys + times

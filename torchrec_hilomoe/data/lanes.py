@@ -6,8 +6,11 @@ neighbouring lanes. So the rows of a global batch do not depend on the number of
 block is decoded by one rank, or by two where the border of their lanes falls inside it.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import merge
+from operator import itemgetter
 
 import numpy as np
 
@@ -111,6 +114,9 @@ class Epoch:
         lanes: Number of lanes.
         epoch: Which epoch, from 0.
         seed: Fixes the order together with ``epoch``; ``None`` keeps the order of the files.
+
+    Attributes:
+        rows: Rows of the epoch, over all lanes.
     """
 
     def __init__(
@@ -124,14 +130,16 @@ class Epoch:
             self._blocks = self._generator(BLOCK_ORDER, 0).permutation(len(block_rows))
         # Where each block, in this epoch's order, begins among the epoch's rows.
         self._begins = np.concatenate([[0], np.cumsum(np.asarray(block_rows)[self._blocks])])
+        self.rows = int(self._begins[-1])
+        self._lane_lengths = tuple(map(self.lane_length, range(lanes)))
 
     def _generator(self, stream: int, block: int) -> np.random.Generator:
         return np.random.default_rng([self._seed or 0, self._epoch, stream, block])
 
     @property
-    def rows(self) -> int:
-        """Rows of the epoch, over all lanes."""
-        return int(self._begins[-1])
+    def number(self) -> int:
+        """Which epoch, from 0."""
+        return self._epoch
 
     @property
     def longest_lane(self) -> int:
@@ -144,24 +152,55 @@ class Epoch:
 
     def batch_rows(self, lane_rows: int, rows_per_lane: int) -> int:
         """Rows of the global batch that starts when ``lane_rows`` of each lane are consumed."""
-        lefts = (self.lane_length(lane) - lane_rows for lane in range(self._lanes))
+        lefts = (length - lane_rows for length in self._lane_lengths)
         return sum(min(max(left, 0), rows_per_lane) for left in lefts)
 
     def segments(self, lane: int, skip: int) -> Iterator[Segment]:
         """Yield the segments of ``lane`` in order, without its first ``skip`` rows."""
         at, end = self._border(lane) + skip, self._border(lane + 1)
         while at < end:
-            # "right" steps over empty blocks, which begin where their successor does.
-            index = int(np.searchsorted(self._begins, at, side="right")) - 1
+            index = self._index_of(at)
             begin, stop = int(self._begins[index]), min(end, int(self._begins[index + 1]))
             yield Segment(block=int(self._blocks[index]), start=at - begin, stop=stop - begin)
             at = stop
 
-    def row_order(self, block: int, rows: int) -> np.ndarray:
-        """Return the stored row at each place of a block."""
+    def openings(self, lanes: Sequence[int], skip: int, rows_per_lane: int) -> Iterator[Segment]:
+        """Yield the segments of several lanes in the order in which batches come to them.
+
+        Args:
+            lanes: A rank's.
+            skip: Rows of each lane that are consumed already.
+            rows_per_lane: Rows that a batch takes of each lane.
+        """
+
+        def numbered(lane: int) -> Iterator[tuple[tuple[int, int], Segment]]:
+            lane_rows = 0
+            for segment in self.segments(lane, skip):
+                yield (lane_rows // rows_per_lane, lane), segment
+                lane_rows += segment.stop - segment.start
+
+        # merge() keeps the order within a lane where one batch comes to several segments of it.
+        for _, segment in merge(*map(numbered, lanes), key=itemgetter(0)):
+            yield segment
+
+    def shared_blocks(self, lanes: Sequence[int], skip: int) -> dict[int, int]:
+        """Count the segments of blocks that hold a border between two of ``lanes``."""
+        uses: Counter[int] = Counter()
+        for lane in lanes:
+            at, end = self._border(lane) + skip, self._border(lane + 1)
+            if at < end:
+                uses.update({int(self._blocks[self._index_of(row)]) for row in (at, end - 1)})
+        return {block: count for block, count in uses.items() if count > 1}
+
+    def row_order(self, block: int, rows: int) -> np.ndarray | None:
+        """Return the stored row at each place of a block; ``None`` is the order of the file."""
         if self._seed is None:
-            return np.arange(rows)
+            return None
         return self._generator(ROW_ORDER, block).permutation(rows)
+
+    def _index_of(self, row: int) -> int:
+        # "right" steps over empty blocks, which begin where their successor does.
+        return int(np.searchsorted(self._begins, row, side="right")) - 1
 
     def _border(self, lane: int) -> int:
         return lane * self.rows // self._lanes

@@ -1,27 +1,25 @@
 """``Loader``: the blocks of a source become this rank's batches, at an exact position.
 
 The order of rows and their sharing over ranks is arithmetic (:mod:`.lanes`); decoding happens
-once a block (:mod:`.decode`), joining once a batch (:mod:`.collate`), both ahead of training in
-a thread (:mod:`.prefetch`).
+once a block (:mod:`.decode`, :mod:`.blocks`), joining once a batch (:mod:`.collate`), both ahead of
+training in threads (:mod:`.prefetch`).
 """
 
-import logging
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from weakref import WeakValueDictionary
+from contextlib import closing
+from itertools import count
 
 from torchrec_hilomoe.data.batch import CTRBatch, Position
-from torchrec_hilomoe.data.collate import collate, Rows
-from torchrec_hilomoe.data.decode import decode_block, DecodedBlock, padding_block
+from torchrec_hilomoe.data.blocks import needed_blocks, OpenBlocks
+from torchrec_hilomoe.data.collate import collate
+from torchrec_hilomoe.data.decode import decode_block, DecodedBlock, padding_block, Rows
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.lanes import choose_lanes, Epoch, Segment, World
-from torchrec_hilomoe.data.prefetch import prefetch
+from torchrec_hilomoe.data.prefetch import map_ahead, prefetch
 from torchrec_hilomoe.data.source import BlockSource
 
 __all__ = ["Loader", "World", "choose_lanes"]
-
-logger = logging.getLogger(__name__)
-
-REPORTED_BAD_ROWS = 3  # of each block; the rest are counted
 
 
 class Loader:
@@ -41,7 +39,8 @@ class Loader:
         start: Where to begin; the position of the last batch that was trained on. ``None`` is
             the beginning of epoch 0.
         epochs: The epoch to stop before, counted from 0 whatever ``start``; ``None`` never stops.
-        prefetch: Batches made ahead in a thread; 0 has no thread.
+        workers: Threads that read and decode blocks ahead; 0 leaves it to who makes batches.
+        prefetch: Batches made ahead in a thread; 0 makes each when it is asked for.
         max_bad_rows: Bad rows that this rank accepts in one epoch. They are reported, and keep
             their place with weight 0.
 
@@ -61,13 +60,14 @@ class Loader:
         shuffle: bool = True,
         start: Position | None = None,
         epochs: int | None = None,
+        workers: int = 0,
         prefetch: int = 4,
         max_bad_rows: int = 100,
     ) -> None:
-        if min(seed, prefetch, max_bad_rows) < 0:
+        if min(seed, workers, prefetch, max_bad_rows) < 0:
             raise ValueError(
-                "seed, data.prefetch and data.max_bad_rows must not be negative, got "
-                f"{seed}, {prefetch} and {max_bad_rows}."
+                "seed, data.workers, data.prefetch and data.max_bad_rows must not be negative, "
+                f"got {seed}, {workers}, {prefetch} and {max_bad_rows}."
             )
         if not sum(source.block_rows):
             raise DataError("the source has no rows, so there is nothing to read.")
@@ -75,9 +75,12 @@ class Loader:
         self.lanes = choose_lanes(batch_size, self.world.size, start.lanes if start else None)
         self.start = start or Position(epoch=0, lane_rows=0, lanes=self.lanes)
         self._source = source
+        share = self.lanes // self.world.size
+        self._lanes = range(self.world.rank * share, (self.world.rank + 1) * share)
         self._rows_per_lane = batch_size // self.lanes
         self._seed = seed if shuffle else None
-        self._epochs = epochs
+        self._epochs_end = epochs
+        self._workers = workers
         self._prefetch = prefetch
         self._max_bad_rows = max_bad_rows
         if self.start.lane_rows > self._epoch(0).longest_lane:
@@ -98,94 +101,93 @@ class Loader:
     def _epoch(self, number: int) -> Epoch:
         return Epoch(self._source.block_rows, self.lanes, epoch=number, seed=self._seed)
 
-    def _batches(self) -> Iterator[CTRBatch]:
-        at, lane_rows = self.start.epoch, self.start.lane_rows
-        while self._epochs is None or at < self._epochs:
-            yield from self._epoch_batches(at, lane_rows)
-            at, lane_rows = at + 1, 0
+    def _epochs(self) -> Iterator[tuple[Epoch, int]]:
+        """Yield the epochs to read, each with the rows of a lane that are consumed already."""
+        for number in count(self.start.epoch):
+            if self._epochs_end is not None and number >= self._epochs_end:
+                return
+            yield self._epoch(number), self.start.lane_rows if number == self.start.epoch else 0
 
-    def _epoch_batches(self, number: int, lane_rows: int) -> Iterator[CTRBatch]:
-        epoch = self._epoch(number)
-        blocks = _Blocks(self._source, number, epoch, self._max_bad_rows)
-        share = self.lanes // self.world.size
-        first = self.world.rank * share
+    def _needed(self) -> Iterator[tuple[Epoch, int]]:
+        """Yield the blocks to decode, over all epochs."""
+        for epoch, skip in self._epochs():
+            for block in needed_blocks(epoch, self._lanes, skip, self._rows_per_lane):
+                yield epoch, block
+
+    def _decode(self, needed: tuple[Epoch, int]) -> DecodedBlock:
+        epoch, block = needed
+        table = self._source.read(epoch.number, block)
+        return decode_block(table, self._source.schema, epoch.row_order(block, table.num_rows))
+
+    def _batches(self) -> Generator[CTRBatch, None, None]:
+        # Lanes may come to a next block all at once.
+        ahead = max(len(self._lanes), self._workers)
+        with closing(
+            map_ahead(self._decode, self._needed(), workers=self._workers, ahead=ahead)
+        ) as decoded:
+            for epoch, skip in self._epochs():
+                yield from self._epoch_batches(epoch, skip, decoded)
+
+    def _epoch_batches(
+        self, epoch: Epoch, lane_rows: int, decoded: Iterator[DecodedBlock]
+    ) -> Iterator[CTRBatch]:
+        shared = epoch.shared_blocks(self._lanes, lane_rows)
+        blocks = OpenBlocks(self._source, decoded, shared, self._max_bad_rows)
         lanes = [
-            _Lane(epoch.segments(lane, lane_rows), blocks.open)
-            for lane in range(first, first + share)
+            _Lane(epoch.segments(lane, lane_rows), blocks.open, self._rows_per_lane)
+            for lane in self._lanes
         ]
+        schema = self._source.schema
         while lane_rows < epoch.longest_lane:
             rows = epoch.batch_rows(lane_rows, self._rows_per_lane)
-            parts = [part for lane in lanes for part in lane.take(self._rows_per_lane)]
+            parts = [part for lane in lanes for part in lane.take()]
             lane_rows += self._rows_per_lane
             over = lane_rows >= epoch.longest_lane
             yield collate(
-                self._source.schema,
-                parts or [Rows(block=padding_block(self._source.schema), start=0, stop=1)],
+                schema,
+                parts or [padding_block(schema).rows],
                 mean_rows=rows / self.world.size,
                 position=Position(
-                    epoch=number + 1 if over else number,
+                    epoch=epoch.number + 1 if over else epoch.number,
                     lane_rows=0 if over else lane_rows,
                     lanes=self.lanes,
                 ),
             )
 
 
-class _Blocks:
-    """Decodes blocks, and counts the bad rows of the segments that are read of them."""
-
-    def __init__(self, source: BlockSource, number: int, epoch: Epoch, max_bad_rows: int) -> None:
-        self._source = source
-        self._number = number
-        self._epoch = epoch
-        self._max_bad_rows = max_bad_rows
-        self._bad_rows = 0
-        # Lanes that stand in the same block share one decoding; nothing else keeps a block.
-        self._open: WeakValueDictionary[int, DecodedBlock] = WeakValueDictionary()
-
-    def open(self, segment: Segment) -> Rows:
-        """Return the rows of ``segment``, and report the bad ones among them."""
-        block = self._open.get(segment.block)
-        if block is None:
-            table = self._source.read(self._number, segment.block)
-            order_N = self._epoch.row_order(segment.block, table.num_rows)
-            block = self._open[segment.block] = decode_block(table, self._source.schema, order_N)
-        bad = [text for at, text in block.bad.items() if segment.start <= at < segment.stop]
-        if bad:
-            self._report(self._source.describe(segment.block), bad)
-        return Rows(block=block, start=segment.start, stop=segment.stop)
-
-    def _report(self, where: str, bad: list[str]) -> None:
-        for text in bad[:REPORTED_BAD_ROWS]:
-            logger.warning("%s, %s; the row is skipped", where, text)
-        self._bad_rows += len(bad)
-        logger.warning(
-            "%s: %d bad rows skipped, %d in this epoch so far", where, len(bad), self._bad_rows
-        )
-        if self._bad_rows > self._max_bad_rows:
-            raise DataError(
-                f"{self._bad_rows} bad rows in one epoch, more than data.max_bad_rows "
-                f"{self._max_bad_rows}; the last are in {where}, for example {bad[0]}. "
-                "Repair and prepare the data again, or raise the limit."
-            )
-
-
 class _Lane:
-    """The rows of one lane, from its segments."""
+    """The rows of one lane, a batch's share at a time.
 
-    def __init__(self, segments: Iterator[Segment], open_rows: Callable[[Segment], Rows]) -> None:
-        self._rows = map(open_rows, segments)
-        self._at: Rows | None = next(self._rows, None)
+    Args:
+        segments: Where the rows are.
+        open_block: Called for each segment when its first row is needed.
+        rows: How many are taken at a time.
+    """
 
-    def take(self, count: int) -> list[Rows]:
-        """Return the next ``count`` rows, or what is left of them."""
-        taken = []
-        while count and self._at is not None:
-            head = min(count, self._at.stop - self._at.start)
-            stop = self._at.start + head
-            taken.append(Rows(block=self._at.block, start=self._at.start, stop=stop))
-            count -= head
-            if stop < self._at.stop:
-                self._at = Rows(block=self._at.block, start=stop, stop=self._at.stop)
-            else:
-                self._at = next(self._rows, None)
+    def __init__(
+        self,
+        segments: Iterator[Segment],
+        open_block: Callable[[Segment], DecodedBlock],
+        rows: int,
+    ) -> None:
+        self._segments = segments
+        self._open_block = open_block
+        self._rows = rows
+        self._pieces: deque[Rows] = deque()
+
+    def take(self) -> list[Rows]:
+        """Return the next rows, or what is left of them."""
+        taken: list[Rows] = []
+        missing = self._rows
+        while missing:
+            if not self._pieces:
+                segment = next(self._segments, None)
+                if segment is None:
+                    break
+                # The whole segment is sliced at once, where the batches to come will want it.
+                inner = range(segment.start + missing, segment.stop, self._rows)
+                borders = [segment.start, *inner, segment.stop]
+                self._pieces.extend(self._open_block(segment).pieces(borders))
+            taken.append(self._pieces.popleft())
+            missing -= taken[-1].lengths.shape[1]
         return taken

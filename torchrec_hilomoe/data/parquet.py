@@ -1,4 +1,4 @@
-"""``ParquetSource``: the row groups of a prepared folder's split, as blocks.
+"""``ParquetSource``: the row groups of a prepared folder's split, a few together as a block.
 
 A prepared folder holds ``schema.json``, ``report.json``, a folder of ``*.parquet`` files for each
 split, and ``_SUCCESS``, which is written last: without it the folder is half made.
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from torchrec_hilomoe.data.column_types import check_columns
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.open_files import OpenFiles
+from torchrec_hilomoe.data.remedies import how_to_prepare
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
@@ -21,14 +22,15 @@ from torchrec_hilomoe.runtime.paths import open_binary, path_manager
 __all__ = ["SUCCESS_FILE", "ParquetSource", "check_folder", "load_schema"]
 
 SUCCESS_FILE = "_SUCCESS"
+BLOCK_BYTES = 4 << 20
 # What pyarrow raises for files that are broken; the last for a broken column name.
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 AGAIN = "Copy the file again from a whole copy, or prepare the data again."
-REMEDY = "Make it with: python apps/prepare.py movielens --raw RAW --out DIR"
+REMEDY = how_to_prepare()
 
 
 class ParquetSource(BlockSource):
-    """Reads the needed columns of one row group at a time, from any number of threads.
+    """Reads the needed columns of a few row groups at a time, from any number of threads.
 
     Keeps the footers and a few open files, no rows.
 
@@ -37,17 +39,26 @@ class ParquetSource(BlockSource):
         split: ``train``, ``valid`` or ``test``.
         schema: Which columns, and their meaning; by default the folder's own. It may leave
             columns out and cut histories further.
+        block_bytes: Neighbouring row groups of a file are one block while they have no more than
+            this, before decoding, in all columns: each block costs some time whatever its size.
 
     Raises:
         DataError: If something of the folder is missing, unreadable or unlike the schema.
     """
 
-    def __init__(self, folder: str, split: str, schema: Schema | None = None) -> None:
+    def __init__(
+        self,
+        folder: str,
+        split: str,
+        schema: Schema | None = None,
+        *,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
         folder = folder.rstrip("/") or "/"
         check_folder(folder)
         self._schema = schema or load_schema(folder)
         paths = _split_files(f"{folder}/{split}")
-        self._files = tuple(_File(path, self._schema) for path in paths)
+        self._files = tuple(_File(path, self._schema, block_bytes) for path in paths)
         self._open_files = OpenFiles()
         # The number of the first block of each file.
         self._firsts = (0, *accumulate(len(file.block_rows) for file in self._files))
@@ -62,16 +73,18 @@ class ParquetSource(BlockSource):
 
     @property
     def block_rows(self) -> tuple[int, ...]:
-        """Rows of each row group, file by file."""
+        """Rows of each block, file by file."""
         return self._block_rows
 
     def describe(self, block: int) -> str:
-        """Name the file and the row group."""
+        """Name the file and the row groups."""
         index = self._file_of(block)
-        return f"{self._files[index].path} row group {block - self._firsts[index]}"
+        file = self._files[index]
+        first, *rest = file.groups[block - self._firsts[index]]
+        return f"{file.path} row group{f's {first} to {rest[-1]}' if rest else f' {first}'}"
 
     def read(self, epoch: int, block: int) -> pa.Table:
-        """Return the needed columns of a row group; every epoch has the same."""
+        """Return the needed columns of a block; every epoch has the same."""
         index = self._file_of(block)
         try:
             table = self._files[index].read(block - self._firsts[index], self._open_files)
@@ -90,17 +103,22 @@ class ParquetSource(BlockSource):
         return bisect_right(self._firsts, block) - 1
 
 
-def check_folder(folder: str) -> None:
+def check_folder(folder: str, dataset: str | None = None) -> None:
     """Refuse a folder that is missing or that ``prepare`` has not finished.
+
+    Args:
+        folder: Local, or under a registered prefix.
+        dataset: What it should hold, if that is known.
 
     Raises:
         DataError: Naming what is missing, and how to make it.
     """
+    remedy = how_to_prepare(dataset)
     if not path_manager.isdir(folder):
-        raise DataError(f"there is no data folder {folder}. {REMEDY}")
+        raise DataError(f"there is no data folder {folder}. {remedy}")
     for name in (SCHEMA_FILE, SUCCESS_FILE):
         if not path_manager.isfile(f"{folder}/{name}"):
-            raise DataError(f"{folder} is not a whole data folder: {name} is missing. {REMEDY}")
+            raise DataError(f"{folder} is not a whole data folder: {name} is missing. {remedy}")
 
 
 def load_schema(folder: str) -> Schema:
@@ -127,9 +145,15 @@ def _split_files(folder: str) -> list[str]:
 
 
 class _File:
-    """One Parquet file: its footer, parsed once, and reading by row group."""
+    """One Parquet file: its footer, parsed once, and reading by blocks.
 
-    def __init__(self, path: str, schema: Schema) -> None:
+    Attributes:
+        path: Where it is.
+        groups: The row groups of each block.
+        block_rows: Rows of each block.
+    """
+
+    def __init__(self, path: str, schema: Schema, block_bytes: int) -> None:
         self.path = path
         self._columns = list(schema.columns)
         try:
@@ -140,19 +164,36 @@ class _File:
                 f"{path} is not a whole Parquet file ({_one_line(error)}). {AGAIN}"
             ) from error
         check_columns(columns, schema, path)
-        groups = range(self._footer.num_row_groups)
-        self.block_rows = tuple(self._footer.row_group(group).num_rows for group in groups)
+        groups = [self._footer.row_group(group) for group in range(self._footer.num_row_groups)]
+        self.groups = _runs([group.total_byte_size for group in groups], block_bytes)
+        self.block_rows = tuple(sum(groups[at].num_rows for at in run) for run in self.groups)
         if sum(self.block_rows) != self._footer.num_rows:
             raise DataError(
                 f"{path} has a footer that says {self._footer.num_rows} rows in all and "
                 f"{sum(self.block_rows)} in its row groups. {AGAIN}"
             )
 
-    def read(self, group: int, files: OpenFiles) -> pa.Table:
+    def read(self, block: int, files: OpenFiles) -> pa.Table:
+        """Return the needed columns of a block."""
         # On this thread alone: Arrow's own threads are as many as OMP_NUM_THREADS, which launchers
         # set to 1, so workers that shared them would wait for each other.
         with files.lend(self.path, self._footer) as file:
-            return file.read_row_group(group, columns=self._columns, use_threads=False)
+            return file.read_row_groups(
+                self.groups[block], columns=self._columns, use_threads=False
+            )
+
+
+def _runs(sizes: list[int], most: int) -> list[range]:
+    """Cut the indices of ``sizes`` into runs of at most ``most`` in all, or of one."""
+    runs: list[range] = []
+    filled = 0
+    for index, size in enumerate(sizes):
+        if not runs or filled + size > most:
+            runs.append(range(index, index))
+            filled = 0
+        runs[-1] = range(runs[-1].start, index + 1)
+        filled += size
+    return runs
 
 
 def _one_line(error: Exception) -> str:

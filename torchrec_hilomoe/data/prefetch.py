@@ -1,21 +1,27 @@
-"""An iterator that works ahead in a thread of its own."""
+"""Iterators that work ahead in threads of their own.
+
+Threads, not processes: reading, decoding and copying happen in Arrow, FBGEMM and numpy, which
+release Python's lock, and a thread hands over a batch for nothing.
+"""
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
-__all__ = ["prefetch"]
+__all__ = ["map_ahead", "prefetch"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
-def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, None]:
     """Yield ``items``, up to ``depth`` of them made ahead in a background thread.
 
     An error of ``items`` is raised here, after the items before it. When the consumer stops
-    early, the thread finishes the item it is at and ends before the generator's ``close``
-    returns.
+    early, the thread finishes the item it is at and ends, and ``items`` is closed, before the
+    generator's ``close`` returns.
 
     Args:
         items: Advanced in the background, one call at a time.
@@ -24,15 +30,58 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
     Yields:
         The same items, in the same order.
     """
-    if depth == 0:
-        yield from items
-        return
     exhausted = object()
-    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
-        waiting: deque[Future] = deque(worker.submit(next, items, exhausted) for _ in range(depth))
-        while (item := waiting.popleft().result()) is not exhausted:
-            waiting.append(worker.submit(next, items, exhausted))
-            yield item
+        if depth == 0:
+            yield from items
+            return
+        with _pool(1, "prefetch") as pool:
+            waiting: deque[Future] = deque(
+                pool.submit(next, items, exhausted) for _ in range(depth)
+            )
+            while (item := waiting.popleft().result()) is not exhausted:
+                waiting.append(pool.submit(next, items, exhausted))
+                yield item
     finally:
-        worker.shutdown(wait=True, cancel_futures=True)
+        items.close()
+
+
+def map_ahead(
+    function: Callable[[S], T], items: Iterable[S], *, workers: int, ahead: int
+) -> Generator[T, None, None]:
+    """Yield ``function`` of each item, in order, made ahead by a number of threads.
+
+    An error is raised here, after the results before it. When the consumer stops early, the
+    threads finish what they are at and end before the generator's ``close`` returns.
+
+    Args:
+        function: Called from several threads at once.
+        items: Advanced by the consumer's thread.
+        workers: Threads; 0 makes each result when it is asked for, without one.
+        ahead: Results that may wait beside the one that is asked for; at least ``workers``.
+
+    Yields:
+        The results, in the order of the items.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    assert ahead >= workers, f"{workers} workers, but room for {ahead} results"
+    with _pool(workers, "decode") as pool:
+        waiting: deque[Future[T]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def _pool(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """Threads that are asked for nothing more once the block is left."""
+    pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix=name)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

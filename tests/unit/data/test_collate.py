@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.datasets import replace_column, SCHEMA, toy_table, without
 from torchrec_hilomoe.data.batch import Position
-from torchrec_hilomoe.data.collate import collate, Rows
+from torchrec_hilomoe.data.collate import collate
 from torchrec_hilomoe.data.decode import decode_block, padding_block
 
 POSITION = Position(epoch=0, lane_rows=0, lanes=1)
@@ -119,13 +119,13 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
     parts = [stored[at : at + size] for at in range(0, len(stored), size)]
     table = pa.concat_tables([pa.Table.from_pylist(part, schema=TYPES) for part in parts])
     order = data.draw(st.permutations(range(len(stored))))
-    block = decode_block(table, SCHEMA, np.array(order))
-    ordered = [stored[n] for n in order]
+    in_order = data.draw(st.booleans())
+    block = decode_block(table, SCHEMA, None if in_order else np.array(order))
+    ordered = stored if in_order else [stored[n] for n in order]
     assert sorted(block.bad) == [n for n, row in enumerate(ordered) if not is_good(row)]
 
     cut = data.draw(st.integers(0, len(stored)))
-    slices = [Rows(block=block, start=0, stop=cut), Rows(block=block, start=cut, stop=len(stored))]
-    batch = collate(SCHEMA, slices, mean_rows=3.5, position=POSITION)
+    batch = collate(SCHEMA, block.pieces([0, cut, len(stored)]), mean_rows=3.5, position=POSITION)
     expected = [expected_row(row) for row in ordered]
     assert actual_rows(batch) == expected
     histories = [field.name for field in SCHEMA.sequence_fields]
@@ -134,10 +134,8 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
 
 
 def collated(table, schema=SCHEMA):
-    whole = Rows(
-        block=decode_block(table, schema, np.arange(table.num_rows)), start=0, stop=table.num_rows
-    )
-    return collate(schema, [whole], mean_rows=1.0, position=POSITION)
+    block = decode_block(table, schema, None)
+    return collate(schema, [block.rows], mean_rows=1.0, position=POSITION)
 
 
 def test_dtypes_are_what_torchrec_wants():
@@ -188,7 +186,7 @@ def test_tells_which_sequence_group_is_unequal():
     table = replace_column(toy_table(2), "clicks_item", [[1, 2], [3]])
     table = replace_column(table, "clicks_kind", [[1, 2], []])
     table = replace_column(table, "label", [1, 3])
-    assert decode_block(table, SCHEMA, np.arange(table.num_rows)).bad == {
+    assert decode_block(table, SCHEMA, None).bad == {
         1: "row 1: the fields of sequence group 'clicks' have unequal lengths "
         "(clicks_item 1, clicks_kind 0); label is 3, not 0 or 1"
     }
@@ -209,10 +207,10 @@ def test_reads_large_lists_and_slices_of_tables():
     assert actual_rows(collated(table.slice(3, 4))) == actual_rows(collated(table))[3:7]
 
 
-def test_a_batch_does_not_share_memory_with_its_block():
+@pytest.mark.parametrize("order", [None, np.arange(4)], ids=["stored", "shuffled"])
+def test_a_batch_does_not_share_memory_with_its_block(order):
     table = toy_table(4)
-    block = decode_block(table, SCHEMA, np.arange(table.num_rows))
-    part = Rows(block=block, start=0, stop=4)
+    part = decode_block(table, SCHEMA, order).rows
     batch = collate(SCHEMA, [part], mean_rows=1.0, position=POSITION)
     batch.unpooled.values().zero_()
     batch.dense.zero_()
@@ -221,8 +219,7 @@ def test_a_batch_does_not_share_memory_with_its_block():
 
 
 def test_padding_has_an_id_wherever_a_row_must():
-    part = Rows(block=padding_block(SCHEMA), start=0, stop=1)
-    batch = collate(SCHEMA, [part], mean_rows=1.0, position=POSITION)
+    batch = collate(SCHEMA, [padding_block(SCHEMA).rows], mean_rows=1.0, position=POSITION)
     bad = {"label": 7} | {name: None for name in SCHEMA.columns if name != "label"}
     assert actual_rows(batch) == [expected_row(bad)]
 

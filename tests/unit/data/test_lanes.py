@@ -1,5 +1,7 @@
 """The arithmetic of lanes: who reads what, and that nothing is read twice or never."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -87,7 +89,10 @@ def test_orders_differ_by_epoch_seed_and_block():
     def orders(epoch, seed):
         order = Epoch([50] * 20, 4, epoch=epoch, seed=seed)
         blocks = [segment.block for lane in range(4) for segment in order.segments(lane, 0)]
-        return blocks, order.row_order(3, 50), order.row_order(4, 50)
+        rows, other_rows = order.row_order(3, 50), order.row_order(4, 50)
+        assert rows is not None
+        assert other_rows is not None
+        return blocks, rows, other_rows
 
     blocks, rows, other_rows = orders(epoch=0, seed=0)
     again_blocks, again_rows, _ = orders(epoch=0, seed=0)
@@ -103,4 +108,23 @@ def test_orders_differ_by_epoch_seed_and_block():
 def test_no_seed_keeps_the_stored_order():
     epoch = Epoch([5, 0, 3], 2, epoch=4, seed=None)
     assert [segment.block for lane in (0, 1) for segment in epoch.segments(lane, 0)] == [0, 0, 2]
-    assert epoch.row_order(0, 5).tolist() == [0, 1, 2, 3, 4]
+    assert epoch.row_order(0, 5) is None
+
+
+@given(BLOCKS, st.integers(1, 9), st.integers(1, 9), st.data())
+def test_openings_are_in_the_order_in_which_batches_need_them(block_rows, lanes, rows, data):
+    epoch = Epoch(block_rows, lanes, epoch=1, seed=data.draw(st.none() | st.integers(0, 3)))
+    mine = range(data.draw(st.integers(0, lanes - 1)), lanes)
+    skip = data.draw(st.integers(0, epoch.longest_lane))
+    lefts = {lane: list(epoch.segments(lane, skip)) for lane in mine}
+    needed = []
+    borders = dict.fromkeys(mine, 0)  # where the next segment of a lane begins
+    for start in range(0, epoch.longest_lane, rows):
+        for lane in mine:
+            while lefts[lane] and borders[lane] < start + rows:
+                needed.append(lefts[lane].pop(0))
+                borders[lane] += needed[-1].stop - needed[-1].start
+    assert list(epoch.openings(mine, skip, rows)) == needed
+    uses = Counter(segment.block for segment in needed)
+    shared = epoch.shared_blocks(mine, skip)
+    assert shared == {block: count for block, count in uses.items() if count > 1}

@@ -30,8 +30,13 @@ def epoch(source, **changed):
     return sorted(row for batch in loader for row in row_ids(batch))
 
 
+def by_row_group(folder, *schema):
+    """A source whose blocks are single row groups."""
+    return ParquetSource(str(folder), "train", *schema, block_bytes=1)
+
+
 def test_blocks_are_the_row_groups_of_all_files(folder):
-    source = ParquetSource(str(folder), "train")
+    source = by_row_group(folder)
     assert [rows for rows in source.block_rows if rows] == [10, 10, 5, 10, 4]
     whole = pa.concat_tables([toy_table(25, seed=1), toy_table(14, seed=2, first=25)])
     blocks = [source.read(0, block) for block in range(len(source.block_rows))]
@@ -49,7 +54,7 @@ def test_reads_only_the_schemas_columns(folder):
 
 
 def test_describes_file_and_row_group(folder):
-    source = ParquetSource(str(folder), "train")
+    source = by_row_group(folder)
     last = len(source.block_rows) - 1
     assert source.describe(1).endswith("train/part-00000.parquet row group 1")
     assert source.describe(last).endswith("train/part-00002.parquet row group 1")
@@ -119,7 +124,7 @@ def test_a_truncated_file_is_named(folder, kept):
 
 
 def test_a_file_that_shrinks_after_opening_is_named(folder):
-    source = ParquetSource(str(folder), "train")
+    source = by_row_group(folder)
     path = folder / "train" / "part-00000.parquet"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match=r"part-00000\.parquet row group 1 cannot be read"):
@@ -131,7 +136,7 @@ def test_a_file_that_shrinks_after_opening_is_named(folder):
 
 @pytest.mark.parametrize("prefetch", [0, 3])
 def test_an_unreadable_block_ends_the_epoch_with_its_name(folder, prefetch):
-    source = ParquetSource(str(folder), "train")
+    source = by_row_group(folder)
     path = folder / "train" / "part-00002.parquet"
     raw = bytearray(path.read_bytes())
     raw[10:60] = bytes(50)

@@ -7,13 +7,17 @@ import pytest
 from torchrec_hilomoe.data.prefetch import prefetch
 
 
+def numbers(count):
+    yield from range(count)
+
+
 def prefetch_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 50])
 def test_yields_the_same_items_in_order(depth):
-    assert list(prefetch(iter(range(20)), depth)) == list(range(20))
+    assert list(prefetch(numbers(20), depth)) == list(range(20))
     assert not prefetch_threads()
 
 
@@ -46,15 +50,17 @@ def test_is_bounded():
 
 
 def test_closing_early_ends_the_thread():
-    ahead = prefetch(iter(range(1000)), 2)
+    items = numbers(1000)
+    ahead = prefetch(items, 2)
     next(ahead)
     assert len(prefetch_threads()) == 1
     ahead.close()
     assert not prefetch_threads()
+    assert list(items) == []  # closed too, so what it holds is let go
 
 
 def test_breaking_out_of_a_loop_ends_the_thread():
-    for item in prefetch(iter(range(1000)), 2):
+    for item in prefetch(numbers(1000), 2):
         if item == 3:
             break
     assert not prefetch_threads()
