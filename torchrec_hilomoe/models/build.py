@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 import torch
@@ -56,9 +57,18 @@ def _inject(backbone: Backbone, config: InjectionConfig, widths: FeatureWidths) 
 
 
 def site_patterns(backbone: Backbone, config: InjectionConfig) -> tuple[str, ...]:
-    """Resolve groups of sites, and ``all``, to name patterns; other entries are patterns."""
+    """Resolve groups of sites, and ``all``, to name patterns; other entries are patterns.
+
+    A group that these options leave without a map, such as DIEN's plain attention, is none of all.
+    """
     groups = dict(backbone.SITES)
-    groups["all"] = tuple(pattern for group in backbone.SITES.values() for pattern in group)
+    linears = [name for name, m in backbone.named_modules() if isinstance(m, torch.nn.Linear)]
+    groups["all"] = tuple(
+        pattern
+        for group in backbone.SITES.values()
+        for pattern in group
+        if any(fnmatchcase(name, pattern) for name in linears)
+    )
     return tuple(pattern for site in config.sites for pattern in groups.get(site, (site,)))
 
 

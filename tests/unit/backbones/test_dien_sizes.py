@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from torchrec_hilomoe.backbones.dien import DIEN
-from torchrec_hilomoe.config import DIENConfig, ModelConfig
+from torchrec_hilomoe.backbones.dien import Attention, DIEN
+from torchrec_hilomoe.config import DIENConfig, InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 from torchrec_hilomoe.embeddings.features import FeatureWidths, HistoryWidths
+from torchrec_hilomoe.hilomoe.sites import sites_of
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import Cost, count_cost
 
@@ -50,6 +51,18 @@ def test_amazon_electronics():
     cost = cost_of(PUBLISHED)
     assert cost.parameters["total"] == 5_369_602
     assert cost.parameters["tables"] == (63_003 + 803) * 64
+
+
+@pytest.mark.parametrize("attention", ["mlp", "bilinear", "dot"])
+def test_experts_on_all_sites_whatever_the_attention(attention: Attention):
+    config = replace(
+        PUBLISHED,
+        dien=DIENConfig(attention=attention),
+        hilomoe=InjectionConfig(num_experts=2, sites=("all",)),
+    )
+    found = sites_of(build_task(config, AMAZON).model.backbone)
+    assert any("attention" in name for name in found) == (attention != "dot")
+    assert {"head.hidden.0", "interests.0.extraction.input"} <= set(found)
 
 
 @dataclass(frozen=True, kw_only=True)
