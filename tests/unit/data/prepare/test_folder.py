@@ -34,7 +34,6 @@ def test_rows_come_back_in_order(tmp_path, monkeypatch):
     split = write(tmp_path / "out")
     assert split.rows == 50
     assert split.label_rate == sum(TABLE["label"].to_pylist()) / 50
-    source = ParquetSource(str(tmp_path / "out"), "train")
     paths = sorted((tmp_path / "out" / "train").iterdir())
     footers = [pq.read_metadata(path) for path in paths]
     groups = [
