@@ -5,10 +5,8 @@ python apps/evaluate.py runs/NAME/checkpoints/step_1500 --split valid --data.pat
 """
 
 import argparse
-import json
 import os
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 try:
@@ -27,7 +25,7 @@ from torchrec_hilomoe.training.evaluation import evaluate_checkpoint, Evaluation
 
 def show(found: Evaluation, arguments: argparse.Namespace) -> None:
     """Print the evaluation, and write and draw it where the arguments say."""
-    report = json.dumps({"split": arguments.split, **asdict(found)}, indent=2)
+    report = found.to_json(arguments.split)
     print(report)
     if arguments.out:
         arguments.out.write_text(report + "\n")
@@ -45,13 +43,15 @@ def main() -> int:
     parser.add_argument("checkpoint", help="a folder step_N of a run")
     parser.add_argument("--split", choices=["valid", "test"], default="test")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--slice", metavar="FEATURE", help="also by each value of this column")
     parser.add_argument("--out", type=Path, help="also write the result, as JSON, to this file")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the routing there, as PNG")
     arguments, overrides = parser.parse_known_args(drop_launcher_residue(sys.argv[1:], __file__))
     try:
         with join(arguments.device) as job:
+            path, split = arguments.checkpoint.rstrip("/"), arguments.split
             found = evaluate_checkpoint(
-                arguments.checkpoint.rstrip("/"), arguments.split, tuple(overrides), job
+                path, split, tuple(overrides), job, slice_by=arguments.slice
             )
         if job.is_main:
             show(found, arguments)

@@ -2,26 +2,26 @@
 
 import json
 import logging
-import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from torchrec_hilomoe.training.checkpoint import Saved
+from torchrec_hilomoe.training.curves import Curves, finite
 from torchrec_hilomoe.training.metrics import Metrics
+from torchrec_hilomoe.training.routing_log import LayerLoad
 
-__all__ = ["RunLog"]
+__all__ = ["METRICS_FILE", "ROUTING_FILE", "RunLog"]
 
 logger = logging.getLogger(__name__)
 
-
-class _Scalars(Protocol):
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-    def close(self) -> None: ...
+METRICS_FILE = "metrics.jsonl"
+ROUTING_FILE = "routing.jsonl"
+SHOWN = ("auc", "gauc", "logloss", "ne", "calibration")
 
 
 class RunLog:
@@ -43,11 +43,12 @@ class RunLog:
             total=total_steps,
             initial=start,
             unit="step",
+            dynamic_ncols=True,
             disable=not (enabled and sys.stderr.isatty()),
         )
         self._total = total_steps
         self._start = start
-        self._scalars = _tensorboard(folder, start) if enabled else None
+        self._curves = Curves(folder / "tensorboard", start) if enabled else None
 
     def cut_back(self) -> None:
         """Drop lines of steps that are to be trained again, and of a test that is.
@@ -55,20 +56,27 @@ class RunLog:
         A run that was killed wrote them after its last checkpoint. A line that was cut short by
         the kill goes too.
         """
-        file = self._folder / "metrics.jsonl"
-        if not (self._enabled and file.exists()):
-            return
-        lines = file.read_text().splitlines()
-        kept = [line for line in lines if _is_before(line, self._start)]
-        if kept != lines:
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(partial, file)
+        for name in (METRICS_FILE, ROUTING_FILE) if self._enabled else ():
+            file = self._folder / name
+            if not file.exists():
+                continue
+            lines = file.read_text().splitlines()
+            kept = [line for line in lines if _is_before(line, self._start)]
+            if kept != lines:
+                partial = file.with_suffix(".partial")
+                partial.write_text("".join(f"{line}\n" for line in kept))
+                os.replace(partial, file)
 
     def step(self, stage: str) -> None:
         """Count one optimizer step."""
         self._bar.set_description(stage, refresh=False)
         self._bar.update()
+
+    def enter(self, stage: str, step: int, until: int) -> None:
+        """Tell of a stage."""
+        if self._curves is not None:
+            self._curves.text("stage", stage, step)
+        self.say(f"stage {stage}: steps {step + 1} to {until}")
 
     def record(
         self, *, step: int, stage: str, split: str, metrics: Metrics, **more: float | None
@@ -82,27 +90,41 @@ class RunLog:
             metrics: Over all ranks.
             more: Further numbers under their names.
         """
-        if not self._enabled:
+        if self._curves is None:
             return
-        values = {name: _finite(value) for name, value in {**asdict(metrics), **more}.items()}
-        row = {"step": step, "stage": stage, "split": split, **values}
-        with (self._folder / "metrics.jsonl").open("a") as sink:
-            sink.write(json.dumps(row) + "\n")
-        if self._scalars is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._scalars.add_scalar(f"{split}/{name}", value, step)
-        shown = " ".join(
-            f"{name} {values[name]:.4f}"
-            for name in ("auc", "gauc", "logloss", "ne")
-            if values[name] is not None
-        )
+        values = {name: finite(value) for name, value in {**asdict(metrics), **more}.items()}
+        self._append(METRICS_FILE, [{"step": step, "stage": stage, "split": split, **values}])
+        self._curves.numbers(split, values, step)
+        shown = " ".join(f"{name} {values[name]:.4f}" for name in SHOWN if values[name] is not None)
         speed = values.get("samples_per_second")
-        speed_shown = f" {speed:,.0f} samples/s" if speed else ""
-        self.say(f"step {step}/{self._total} {stage} {split}: {shown}{speed_shown}")
+        speed_shown = f"{speed:,.0f} samples/s" if speed else ""
+        if split == "train":
+            loss, auc = (f"{metrics.logloss:.4f}", f"{metrics.auc:.4f}")
+            self._bar.set_postfix_str(f"loss {loss}, auc {auc}, {speed_shown}", refresh=False)
+        self.say(f"step {step}/{self._total} {stage} {split}: {shown} {speed_shown}".rstrip())
+
+    def routing(self, step: int, stage: str, loads: Iterable[LayerLoad]) -> None:
+        """Write where the routers sent their rows, a line of ``routing.jsonl`` a layer."""
+        if self._curves is None:
+            return
+        found = list(loads)
+        where = {"step": step, "stage": stage, "split": "train"}
+        self._append(ROUTING_FILE, [{**where, **asdict(load)} for load in found])
+        for load in found:
+            self._curves.load(load, step)
 
     def saved(self, found: Saved) -> None:
         """Tell of a checkpoint."""
+        if self._curves is not None:
+            self._curves.numbers(
+                "checkpoint",
+                {
+                    "stall_seconds": found.stall_seconds,
+                    "write_seconds": found.write_seconds,
+                    "megabytes": found.bytes / 1e6,
+                },
+                found.step,
+            )
         self.say(
             f"saved {found.path}: {found.bytes / 1e6:,.1f} MB in {found.write_seconds:.2f} s; "
             f"training waited for {found.stall_seconds:.2f} s"
@@ -118,8 +140,12 @@ class RunLog:
     def close(self) -> None:
         """Finish the bar and the files."""
         self._bar.close()
-        if self._scalars is not None:
-            self._scalars.close()
+        if self._curves is not None:
+            self._curves.close()
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        with (self._folder / name).open("a") as sink:
+            sink.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _is_before(line: str, step: int) -> bool:
@@ -128,20 +154,3 @@ def _is_before(line: str, step: int) -> bool:
     except ValueError:
         return False
     return row["step"] <= step and row["split"] != "test"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _tensorboard(folder: Path, start: int) -> _Scalars | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        logger.warning(
-            "tensorboard is not installed, so %s is not written; "
-            "pip install 'torchrec-hilomoe[tensorboard]'",
-            folder / "tensorboard",
-        )
-        return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=start)

@@ -65,6 +65,8 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
     progress = checkpoint.read_progress(resumed) if resumed else None
     if progress:
         _refuse_to_go_back(progress.step, checkpoints)
+    if resumed:
+        checkpoint.check_schema(resumed, schema)
     loader = loader_of(config, "train", job.world, start=progress.position if progress else None)
     total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
     course = Course(

@@ -1,7 +1,7 @@
 """The training loop: step, log, evaluate, save, stage by stage."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +14,8 @@ from torchrec_hilomoe.data.batch import CTRBatch, Position
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.hilomoe.collapse import CollapseWatch
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
-from torchrec_hilomoe.models.train_task import TrainTask
+from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
+from torchrec_hilomoe.runtime.memory import peak_memory_gib
 from torchrec_hilomoe.runtime.stopping import StopSignal
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
@@ -23,6 +24,7 @@ from torchrec_hilomoe.training.logging import RunLog
 from torchrec_hilomoe.training.metrics import Metrics, Predictions
 from torchrec_hilomoe.training.optimizers import Learners
 from torchrec_hilomoe.training.pipeline import Pipeline, PipelineOptions, predict
+from torchrec_hilomoe.training.routing_log import RoutingLog
 from torchrec_hilomoe.training.stages import Course, Plateau, StageSpan
 from torchrec_hilomoe.training.staging import (
     activate_layers,
@@ -109,6 +111,7 @@ class Trainer:
         self._window = Window()
         # Counts are of all ranks, so one of them is enough to warn.
         self._watch = CollapseWatch(task) if torch.distributed.get_rank() == 0 else None
+        self._routing = RoutingLog(task) if torch.distributed.get_rank() == 0 else None
         self._span = course.spans[0]
         self._saved_step: int | None = None
         self._logged_step = 0
@@ -208,7 +211,7 @@ class Trainer:
         if self._pipeline is not None:
             self._pipeline.detach()
         share_statistics(self.model.module)
-        metrics = evaluate(self.model, self._learners, loader, self._watchdog.beat)
+        metrics = evaluate(self.model, self._learners, loader, lambda _: self._watchdog.beat())
         set_training_mode(self.model, self._span.stage)
         self._log.record(step=self.step, stage=self._span.stage.name, split=split, metrics=metrics)
         return metrics
@@ -256,7 +259,7 @@ class Trainer:
         self._pipeline = Pipeline(
             self.model, self._learners.stepping, self.model.device, self._pipelining
         )
-        self._log.say(f"stage {span.stage.name}: steps {span.start + 1} to {span.stop}")
+        self._log.enter(span.stage.name, span.start, span.stop)
         return self._pipeline
 
     def _count(self, pipeline: Pipeline, batches: Iterator[CTRBatch]) -> None:
@@ -268,6 +271,8 @@ class Trainer:
         self._watchdog.beat()
         if self._watch is not None:
             self._watch.observe()
+        if self._routing is not None:
+            self._routing.observe()
         self._log.step(self._span.stage.name)
 
     def _due(self, every: int | None) -> bool:
@@ -287,24 +292,27 @@ class Trainer:
             samples_per_second=speed,
             auxiliary_loss=_mean_over_ranks(auxiliary_loss(self.model)),
             learning_rate=self._learners.rate,
+            memory_gib=peak_memory_gib(),
         )
+        if self._routing is not None:
+            self._log.routing(self.step, self._span.stage.name, self._routing.flush())
 
 
 def evaluate(
     model: DistributedModelParallel,
     learners: Learners,
-    loader: Loader,
-    beat: Callable[[], None] = lambda: None,
+    batches: Iterable[CTRBatch],
+    each: Callable[[TaskOutput], None] = lambda _: None,
 ) -> Metrics:
-    """Return the metrics of one pass over ``loader``, over all ranks; a collective call.
+    """Return the metrics of ``batches``, over all ranks; a collective call.
 
-    The model, detached from a training pipeline, is left in evaluation mode; ``beat`` is called
-    after every batch.
+    The model, detached from a training pipeline, is left in evaluation mode; ``each`` is called
+    with the output of every batch, in their order.
     """
     predictions = Predictions()
-    for output in predict(model, learners.combined, iter(loader)):
+    for output in predict(model, learners.combined, iter(batches)):
         predictions.add(output.logits, output.labels, output.groups, output.weights)
-        beat()
+        each(output)
     return predictions.metrics()
 
 

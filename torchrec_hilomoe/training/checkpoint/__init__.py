@@ -11,7 +11,7 @@ say what it is of, and ``progress.json``, which is written last and makes it who
 from torchrec_hilomoe.training.checkpoint.audit import audit
 from torchrec_hilomoe.training.checkpoint.errors import CheckpointError
 from torchrec_hilomoe.training.checkpoint.index import Reader
-from torchrec_hilomoe.training.checkpoint.loading import load, read_document
+from torchrec_hilomoe.training.checkpoint.loading import check_schema, load, read_document
 from torchrec_hilomoe.training.checkpoint.marker import Best, Progress, read_progress
 from torchrec_hilomoe.training.checkpoint.saver import Saved, Saver
 from torchrec_hilomoe.training.checkpoint.storage import latest
@@ -24,6 +24,7 @@ __all__ = [
     "Saved",
     "Saver",
     "audit",
+    "check_schema",
     "latest",
     "load",
     "read_document",

@@ -1,5 +1,6 @@
 """A checkpoint, read into a model and its optimizers."""
 
+import json
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.runtime.paths import open_text
 from torchrec_hilomoe.training.checkpoint.audit import audit
 from torchrec_hilomoe.training.checkpoint.errors import cause_of, CheckpointError
@@ -21,9 +23,11 @@ from torchrec_hilomoe.training.checkpoint.saver import device_rng
 from torchrec_hilomoe.training.checkpoint.state import flatten, sizes_over_ranks
 from torchrec_hilomoe.training.checkpoint.storage import find_damage
 
-__all__ = ["load", "read_document"]
+__all__ = ["check_schema", "load", "read_document"]
 
 logger = logging.getLogger(__name__)
+
+SCHEMA = "schema.json"
 
 
 def load(
@@ -89,6 +93,44 @@ def read_document(path: str | Path, name: str) -> str:
         raise CheckpointError(
             f"checkpoint {path} is incomplete: {name} cannot be read ({error.strerror or error})."
         ) from error
+
+
+def check_schema(path: str | Path, schema: Schema) -> None:
+    """Refuse a checkpoint of other columns.
+
+    Raises:
+        CheckpointError: Listing what differs.
+    """
+    saved, wanted = (
+        _leaves(json.loads(it)) for it in (read_document(path, SCHEMA), schema.to_json())
+    )
+    names = sorted(saved.keys() | wanted.keys(), key=str)
+    differences = [
+        f"{name}: {saved.get(name, 'nothing')} in the checkpoint, {wanted.get(name, 'nothing')} now"
+        for name in names
+        if saved.get(name) != wanted.get(name) and name != "dataset"
+    ]
+    if differences:
+        shown = "\n  ".join(differences)
+        raise CheckpointError(
+            f"checkpoint {path} is of another schema: {len(differences)} differences.\n  {shown}\n"
+            "Give the data that it was trained on, or prepared in the same way (--data.path)."
+        )
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Every value of nested JSON, by a path in which entries of a list go by their names."""
+    if isinstance(value, Mapping):
+        entries = list(value.items())
+    elif isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
+        entries = [(entry.get("name", at), entry) for at, entry in enumerate(value)]
+    else:
+        return {name: value}
+    prefix = f"{name}." if name else ""
+    found: dict[str, Any] = {}
+    for key, entry in entries:
+        found |= _leaves(entry, f"{prefix}{key}")
+    return found
 
 
 def _of_this_rank(metadata: Metadata) -> dict[str, Tensor]:
