@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["build_fuxictr", "fuxictr_layers", "fuxictr_model"]
+__all__ = ["build_fuxictr", "fuxictr_layers", "fuxictr_model", "fuxictr_preprocessing"]
 
 # What its preprocessing imports of ray, a cluster's worth of packages that no model needs.
 RAY = {
@@ -74,3 +74,31 @@ def _imported(module: str) -> ModuleType:
         sys.modules.setdefault(name, empty)
     with warnings.catch_warnings(action="ignore"):  # its own, at import
         return import_module(module)
+
+
+def fuxictr_preprocessing(
+    path: Any, features: list[dict[str, Any]], min_count: int
+) -> dict[str, int]:
+    """Return the vocabulary sizes that its preprocessing finds in a CSV file.
+
+    Args:
+        path: The file; its label is the first column.
+        features: Its own descriptions of the columns.
+        min_count: Rarer values are unknown.
+    """
+    preprocess = _imported("fuxictr.preprocess")
+    import polars
+
+    processor = preprocess.FeatureProcessor(
+        feature_cols=features,
+        label_col=[],
+        dataset_id="parity",
+        data_root=str(path.parent / "fuxictr"),
+    )
+    processor.save_pickle = lambda path: None  # it leaves its files open
+    processor.save_vocab = lambda path: None
+    processor.feature_map.save = lambda path: None
+    # Its own reading names an argument that polars has renamed.
+    frame = polars.scan_csv(path, schema_overrides=processor.dtype_dict)
+    processor.fit(processor.preprocess(frame), min_categr_count=min_count)
+    return {name: spec["vocab_size"] for name, spec in processor.feature_map.features.items()}

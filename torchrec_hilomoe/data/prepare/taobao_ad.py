@@ -181,6 +181,8 @@ def _from_raw_layout(table: pa.Table) -> pa.Table:
     for name, start in RAW_HISTORIES.items():
         events = [table[f"f{start + step}"] for step in range(HISTORY)]
         there = [call("if_else", call("equal", event, "0"), None, event) for event in events]
-        columns[name] = call("binary_join_element_wise", *there, "^", options=NO_EVENT)
+        # Arrow leaves a row without any event out, so that each is given one that is cut off again.
+        joined = call("binary_join_element_wise", "", *there, "^", options=NO_EVENT)
+        columns[name] = call("utf8_slice_codeunits", joined, options=pc.SliceOptions(1))
     columns["btag"] = pa.array(["1"] * table.num_rows, pa.string())
     return pa.table(columns)
