@@ -52,7 +52,7 @@ class Counted:
         """Return a table's values, the most frequent first.
 
         A value is known if it is frequent enough in one of the table's columns; columns do not
-        add up.
+        add up. Where it is too rare it does not count towards the order either.
         """
         found = [
             counts.at_least(min_count) for (name, _), counts in self.values.items() if name == table
