@@ -122,7 +122,7 @@ class _HiLoMoE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, query, weight, bias, down, up, keys, config, plan, loss_weights):
-        run = _compiled()[0] if plan.compiled else _forward
+        run = _runs(plan.backend)[0]
         y_NO, counts_LE, memory, *tensors = run(
             x, query, weight, bias, down, up, keys, config, plan
         )
@@ -136,7 +136,7 @@ class _HiLoMoE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NO, *_):
-        run = _compiled()[1] if ctx.plan.compiled else _backward
+        run = _runs(ctx.plan.backend)[1]
         needs = ctx.needs_input_grad[:4]
         grads = run(grad_NO, ctx.saved_tensors, ctx.config, ctx.plan, ctx.loss_weights, needs)
         return *grads, None, None, None
@@ -191,8 +191,15 @@ class _Mix(torch.autograd.Function):
 
 
 @cache
-def _compiled() -> tuple[Callable, Callable]:
-    return torch.compile(_forward, fullgraph=True), torch.compile(_backward, fullgraph=True)
+def _runs(backend: str) -> tuple[Callable, Callable]:
+    """What computes forward and backward."""
+    if backend == "triton":
+        from torchrec_hilomoe.hilomoe import fused  # triton is there only if it was asked for
+
+        return fused.forward, fused.backward
+    if backend == "compiled":
+        return torch.compile(_forward, fullgraph=True), torch.compile(_backward, fullgraph=True)
+    return _forward, _backward
 
 
 def _forward(

@@ -2,7 +2,8 @@
 
 ``"auto"`` means eager. The compiled form of the same function fuses the work between the products,
 which pays where they are small (``benchmarks/LOG.md``), but takes a compiler and a minute of it at
-the first batch, so it is for the user to ask for.
+the first batch; the Triton kernels give up bit-identity with ``nn.Linear`` at the start. So both
+are for the user to ask for.
 """
 
 import importlib.util
@@ -20,6 +21,8 @@ from torchrec_hilomoe.hilomoe.experts import gathering_pays
 
 __all__ = ["Plan", "plan_for"]
 
+MOST_VECTORS = 256  # a kernel keeps a row's hidden values of all experts in registers
+
 _log = logging.getLogger(__name__)
 
 
@@ -28,12 +31,13 @@ class Plan:
     """How a site computes.
 
     Attributes:
-        compiled: Whether its function goes through ``torch.compile``.
+        backend: ``eager``; ``compiled``, its function going through ``torch.compile``; or
+            ``triton``, by the kernels of `fused`, for which the other two are no questions.
         experts: How rows meet the vectors that they chose; see `experts`.
         space: Where the layers' recursion runs; see `routing` and `query_space`.
     """
 
-    compiled: bool
+    backend: Literal["eager", "compiled", "triton"]
     space: Literal["scores", "queries"]
     experts: Literal["dense", "gathered", "indexed"]
 
@@ -44,19 +48,20 @@ def plan_for(config: HiLoMoEConfig, width: int) -> Plan:
     Raises:
         ValueError: If the configuration asks for a backend that cannot be had here.
     """
+    backend = "eager" if config.backend == "auto" else config.backend
     reasons = {"compiled": _against_compiling, "triton": _against_triton}
-    against = reasons[config.backend]() if config.backend in reasons else ()
+    against = reasons[backend](config) if backend in reasons else ()
     if against:
         raise ValueError(
             f"HiLoMoEConfig.backend = {config.backend!r} cannot be used here: "
             f"{'; '.join(against)}. Use backend='auto' or 'eager'."
         )
-    compiled = config.backend == "compiled"
-    gathered = gathering_pays(config.num_experts, config.top_k, width)
+    gathered = backend == "eager" and gathering_pays(config.num_experts, config.top_k, width)
+    moving = backend == "eager" and _moving_queries_pays(config, width)
     plan = Plan(
-        compiled=compiled,
-        experts="indexed" if compiled else "gathered" if gathered else "dense",
-        space="queries" if not compiled and _moving_queries_pays(config, width) else "scores",
+        backend=backend,
+        experts="indexed" if backend == "compiled" else "gathered" if gathered else "dense",
+        space="queries" if moving else "scores",
     )
     _say(config.backend, plan)
     return plan
@@ -71,11 +76,11 @@ def _moving_queries_pays(config: HiLoMoEConfig, width: int) -> bool:
 @cache
 def _say(asked: str, plan: Plan) -> None:
     """Once per decision, not once per site."""
-    backend = "compiled" if plan.compiled else "eager"
-    _log.info("HiLoMoE backend %r: %s, experts %s, %s", asked, backend, plan.experts, plan.space)
+    way = "Triton kernels" if plan.backend == "triton" else f"experts {plan.experts}, {plan.space}"
+    _log.info("HiLoMoE backend %r: %s, %s", asked, plan.backend, way)
 
 
-def _against_compiling() -> tuple[str, ...]:
+def _against_compiling(config: HiLoMoEConfig) -> tuple[str, ...]:
     against = []
     if torch.cuda.is_available():
         if importlib.util.find_spec("triton") is None:
@@ -85,10 +90,16 @@ def _against_compiling() -> tuple[str, ...]:
     return tuple(against)
 
 
-def _against_triton() -> tuple[str, ...]:
-    against = ["this version has no Triton kernels"]
-    if not torch.cuda.is_available():
-        against.append("there is no CUDA device")
+def _against_triton(config: HiLoMoEConfig) -> tuple[str, ...]:
+    against = []
     if importlib.util.find_spec("triton") is None:
         against.append("the package triton is not installed")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        against.append("there is no CUDA device")
+    vectors = config.num_layers * config.num_experts * config.rank
+    if vectors > MOST_VECTORS:
+        against.append(
+            f"num_layers x num_experts x rank is {vectors}, and a block of rows holds no more than "
+            f"{MOST_VECTORS} values a row"
+        )
     return tuple(against)

@@ -62,6 +62,11 @@ class SampleRouter(nn.Module):
                 "HiLoMoEConfig.tie_keys = True needs a router for each site, because its keys are "
                 "the site's own down-vectors. Use tie_keys=False to share a router."
             )
+        if config.backend == "triton":
+            raise ValueError(
+                "HiLoMoEConfig.backend = 'triton' routes and computes in one kernel, so it cannot "
+                "share a router. Use backend='auto', 'eager' or 'compiled'."
+            )
         self.width, self.config, self.plan = width, config, plan_for(config, width)
         L, E, Q = config.num_layers, config.num_experts, config.query_dim or width
         self.expert_keys = nn.Parameter(torch.empty(L, E, Q, device=device, dtype=dtype))
