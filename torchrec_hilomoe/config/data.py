@@ -19,7 +19,12 @@ class DataConfig:
         eval_rows: Generated rows of the validation split and of the test split.
         data_schema: The schema, for a dry run without files; a folder's own must equal it.
         max_history: Cut histories to this many events; null keeps the schema's length.
-        prefetch: Batches made ahead in the background; 0 reads in the training thread.
+        workers: Threads of each rank that read and decode ahead; 0 leaves it to the thread that
+            makes batches.
+        prefetch: Batches made ahead in a thread of their own; 0 makes each when training asks.
+        pin_memory: Whether batches come in page-locked memory; null does so for a GPU.
+        bucket_by_length: Batches in a window within which rows are sorted by the length of their
+            longest history, to pad less; 0 sorts nothing.
         max_bad_rows: Bad records of a rank that are skipped before it is fatal.
     """
 
@@ -29,5 +34,8 @@ class DataConfig:
     eval_rows: int = 131_072
     data_schema: Schema | None = None
     max_history: int | None = None
+    workers: int = 1
     prefetch: int = 4
+    pin_memory: bool | None = None
+    bucket_by_length: int = 0
     max_bad_rows: int = 100

@@ -27,11 +27,14 @@ class Position:
         epoch: The epoch being read, from 0.
         lane_rows: Rows consumed from each lane of that epoch.
         lanes: Number of lanes.
+        window_rows: Rows of each lane that are sorted by length together; 0 where none are. Inside
+            a window, training resumes only with the same.
     """
 
     epoch: int
     lane_rows: int
     lanes: int
+    window_rows: int = 0
 
 
 @dataclass

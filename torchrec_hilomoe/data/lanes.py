@@ -17,8 +17,8 @@ import numpy as np
 __all__ = ["Epoch", "Segment", "World", "choose_lanes"]
 
 PREFERRED_LANES = 8
-# Streams of random numbers: one for the order of blocks, one for the rows inside each.
-BLOCK_ORDER, ROW_ORDER = 1, 2
+# Streams of random numbers: for the order of blocks, of rows inside each, of sorted windows.
+BLOCK_ORDER, ROW_ORDER, WINDOW_ORDER = 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +197,13 @@ class Epoch:
         if self._seed is None:
             return None
         return self._generator(ROW_ORDER, block).permutation(rows)
+
+    def descending(self, window: int) -> bool:
+        """Say whether the longest rows come first in a window that is sorted by length.
+
+        Every step of a window then sees long and short rows equally often.
+        """
+        return self._seed is not None and self._generator(WINDOW_ORDER, window).random() < 0.5
 
     def _index_of(self, row: int) -> int:
         # "right" steps over empty blocks, which begin where their successor does.

@@ -10,8 +10,11 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from itertools import count
 
+import torch
+
 from torchrec_hilomoe.data.batch import CTRBatch, Position
 from torchrec_hilomoe.data.blocks import needed_blocks, OpenBlocks
+from torchrec_hilomoe.data.bucketing import SortedLane
 from torchrec_hilomoe.data.collate import collate
 from torchrec_hilomoe.data.decode import decode_block, DecodedBlock, padding_block, Rows
 from torchrec_hilomoe.data.errors import DataError
@@ -43,6 +46,10 @@ class Loader:
         prefetch: Batches made ahead in a thread; 0 makes each when it is asked for.
         max_bad_rows: Bad rows that this rank accepts in one epoch. They are reported, and keep
             their place with weight 0.
+        bucket_by_length: Batches in a window within which rows are sorted by their longest history,
+            so that batches need less padding; 0 and 1 sort nothing.
+        pin_memory: Whether batches come in page-locked memory, from which a GPU copies while it
+            computes.
 
     Raises:
         ValueError: If no lanes suit ``batch_size`` and the world, or ``start`` cannot be resumed.
@@ -63,31 +70,58 @@ class Loader:
         workers: int = 0,
         prefetch: int = 4,
         max_bad_rows: int = 100,
+        bucket_by_length: int = 0,
+        pin_memory: bool = False,
     ) -> None:
-        if min(seed, workers, prefetch, max_bad_rows) < 0:
+        counts = {
+            "seed": seed,
+            "data.workers": workers,
+            "data.prefetch": prefetch,
+            "data.max_bad_rows": max_bad_rows,
+            "data.bucket_by_length": bucket_by_length,
+        }
+        for name, value in counts.items():
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}.")
+        if pin_memory and not torch.cuda.is_available():
             raise ValueError(
-                "seed, data.workers, data.prefetch and data.max_bad_rows must not be negative, "
-                f"got {seed}, {workers}, {prefetch} and {max_bad_rows}."
+                "data.pin_memory is true, but PyTorch sees no GPU here, and only copies to a GPU "
+                "need page-locked memory; set it to false, or to null, which decides by the device."
             )
         if not sum(source.block_rows):
             raise DataError("the source has no rows, so there is nothing to read.")
         self.world = world or World()
         self.lanes = choose_lanes(batch_size, self.world.size, start.lanes if start else None)
-        self.start = start or Position(epoch=0, lane_rows=0, lanes=self.lanes)
         self._source = source
         share = self.lanes // self.world.size
         self._lanes = range(self.world.rank * share, (self.world.rank + 1) * share)
         self._rows_per_lane = batch_size // self.lanes
+        self._window_rows = bucket_by_length * self._rows_per_lane if bucket_by_length > 1 else 0
+        self.start = start or Position(
+            epoch=0, lane_rows=0, lanes=self.lanes, window_rows=self._window_rows
+        )
         self._seed = seed if shuffle else None
         self._epochs_end = epochs
         self._workers = workers
         self._prefetch = prefetch
         self._max_bad_rows = max_bad_rows
+        self._pin_memory = pin_memory
+        self._check_start()
+
+    def _check_start(self) -> None:
         if self.start.lane_rows > self._epoch(0).longest_lane:
             raise ValueError(
                 f"the position to resume has read {self.start.lane_rows} rows of each lane, but a "
                 f"lane has only {self._epoch(0).longest_lane}; the data set is not the one that "
                 "the position was saved with."
+            )
+        saved, window = self.start.window_rows, self._window_rows
+        if saved != window and any(self.start.lane_rows % rows for rows in (saved, window) if rows):
+            raise ValueError(
+                f"the position to resume is inside a window of {saved} rows of each lane (0 is no "
+                f"sorting by length), but data.bucket_by_length and train.batch_size now make "
+                f"{window}, so rows would be read twice or never; resume with the values that it "
+                "was saved with, at least until the next epoch."
             )
 
     @property
@@ -111,7 +145,8 @@ class Loader:
     def _needed(self) -> Iterator[tuple[Epoch, int]]:
         """Yield the blocks to decode, over all epochs."""
         for epoch, skip in self._epochs():
-            for block in needed_blocks(epoch, self._lanes, skip, self._rows_per_lane):
+            at_once = self._window_rows or self._rows_per_lane
+            for block in needed_blocks(epoch, self._lanes, self._window_start(skip), at_once):
                 yield epoch, block
 
     def _decode(self, needed: tuple[Epoch, int]) -> DecodedBlock:
@@ -131,19 +166,14 @@ class Loader:
     def _epoch_batches(
         self, epoch: Epoch, lane_rows: int, decoded: Iterator[DecodedBlock]
     ) -> Iterator[CTRBatch]:
-        shared = epoch.shared_blocks(self._lanes, lane_rows)
-        blocks = OpenBlocks(self._source, decoded, shared, self._max_bad_rows)
-        lanes = [
-            _Lane(epoch.segments(lane, lane_rows), blocks.open, self._rows_per_lane)
-            for lane in self._lanes
-        ]
+        lanes = self._open_lanes(epoch, lane_rows, decoded)
         schema = self._source.schema
         while lane_rows < epoch.longest_lane:
             rows = epoch.batch_rows(lane_rows, self._rows_per_lane)
             parts = [part for lane in lanes for part in lane.take()]
             lane_rows += self._rows_per_lane
             over = lane_rows >= epoch.longest_lane
-            yield collate(
+            batch = collate(
                 schema,
                 parts or [padding_block(schema).rows],
                 mean_rows=rows / self.world.size,
@@ -151,8 +181,35 @@ class Loader:
                     epoch=epoch.number + 1 if over else epoch.number,
                     lane_rows=0 if over else lane_rows,
                     lanes=self.lanes,
+                    window_rows=self._window_rows,
                 ),
             )
+            yield batch.pin_memory() if self._pin_memory else batch
+
+    def _open_lanes(
+        self, epoch: Epoch, lane_rows: int, decoded: Iterator[DecodedBlock]
+    ) -> "list[_Lane] | list[SortedLane]":
+        begin = self._window_start(lane_rows)
+        shared = epoch.shared_blocks(self._lanes, begin)
+        blocks = OpenBlocks(self._source, decoded, shared, self._max_bad_rows)
+        at_once = self._window_rows or self._rows_per_lane
+        lanes = [_Lane(epoch.segments(lane, begin), blocks.open, at_once) for lane in self._lanes]
+        if not self._window_rows:
+            return lanes
+        first = begin // self._window_rows
+        return [
+            SortedLane(
+                self._source.schema,
+                lane.take,
+                lambda window: epoch.descending(first + window),
+                rows=self._rows_per_lane,
+                skip=lane_rows - begin,
+            )
+            for lane in lanes
+        ]
+
+    def _window_start(self, lane_rows: int) -> int:
+        return lane_rows - lane_rows % self._window_rows if self._window_rows else lane_rows
 
 
 class _Lane:

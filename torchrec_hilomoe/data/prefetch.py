@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
+from threading import Event, Semaphore
 from typing import TypeVar
 
 __all__ = ["map_ahead", "prefetch"]
@@ -30,18 +32,31 @@ def prefetch(items: Generator[T, None, None], depth: int) -> Generator[T, None, 
     Yields:
         The same items, in the same order.
     """
-    exhausted = object()
     try:
         if depth == 0:
             yield from items
             return
+        room, ready, stopped = Semaphore(depth), SimpleQueue(), Event()
+
+        def produce() -> None:
+            for item in items:
+                ready.put(item)
+                room.acquire()
+                if stopped.is_set():
+                    return
+
         with _pool(1, "prefetch") as pool:
-            waiting: deque[Future] = deque(
-                pool.submit(next, items, exhausted) for _ in range(depth)
-            )
-            while (item := waiting.popleft().result()) is not exhausted:
-                waiting.append(pool.submit(next, items, exhausted))
-                yield item
+            finished = object()
+            producing = pool.submit(produce)
+            producing.add_done_callback(lambda _: ready.put(finished))
+            try:
+                while (item := ready.get()) is not finished:
+                    room.release()
+                    yield item
+                producing.result()
+            finally:
+                stopped.set()
+                room.release()
     finally:
         items.close()
 

@@ -206,10 +206,10 @@ def test_the_limit_is_for_an_epoch():
 
 
 def test_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match=r"must not be negative, got 0, 0, -1 and 100"):
-        Loader(SOURCE, batch_size=16, prefetch=-1)
-    with pytest.raises(ValueError, match=r"data.workers.*must not be negative, got 0, -2, 4"):
-        Loader(SOURCE, batch_size=16, workers=-2)
+    for name in ("prefetch", "workers", "bucket_by_length"):
+        negative: dict[str, Any] = {name: -1}
+        with pytest.raises(ValueError, match=rf"data\.{name} must be at least 0, got -1"):
+            Loader(SOURCE, batch_size=16, **negative)
     with pytest.raises(DataError, match="no rows"):
         Loader(toy_source(0), batch_size=16)
     beyond = replace(batches(1)[0][0].position, lane_rows=11)
