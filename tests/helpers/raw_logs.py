@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -35,7 +36,7 @@ def x1_rows(
     seed: int = 0,
     longest: int = 12,
     extra: Mapping[str, object] | None = None,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Rows of skewed ids.
 
     Args:
@@ -55,7 +56,7 @@ def x1_rows(
     rows = []
     for number in range(count):
         length = int(rng.integers(0, longest + 1))
-        row: dict[str, object] = {label: int(rng.random() < 0.4)}
+        row: dict[str, Any] = {label: int(rng.random() < 0.4)}
         row |= {name: ids(values, 1)[0] for name, values in columns.items()}
         joined = {name: "^".join(map(str, ids(n, length))) for name, n in histories.items()}
         rows.append({**row, **joined, "timestamp": 1000 + 3 * number, **(extra or {})})

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -255,12 +256,12 @@ def test_wrong_vectors_are_named(kuai, tmp_path, content, message):
 
 
 def test_a_vector_that_is_not_finite_is_named(kuai, tmp_path):
-    import h5py
-
     path = kuai / "item_visual_emb_dim64.h5"
-    write_vectors(path, range(100, 170))
-    with h5py.File(path, "a") as file:
-        file["value"][3, 2] = float("nan")
+    vectors = np.zeros((70, 8), dtype=np.float32)
+    vectors[3, 2] = np.nan
+    with h5py.File(path, "w") as file:
+        file.create_dataset("key", data=list(range(100, 170)))
+        file.create_dataset("value", data=vectors)
     with pytest.raises(DataError, match="the vector of 103 is not finite"):
         prepare_kuaivideo(raw=str(kuai), out=str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
