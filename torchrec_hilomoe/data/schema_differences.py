@@ -48,5 +48,5 @@ def _is_named(items: Any) -> bool:
     )
 
 
-def _by_name(items: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _by_name(items: Any) -> dict[str, Mapping[str, Any]]:
     return {item["name"]: {k: v for k, v in item.items() if k != "name"} for item in items}
