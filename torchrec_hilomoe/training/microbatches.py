@@ -80,7 +80,8 @@ def _jagged(ids: KeyedJaggedTensor, start: int, stop: int) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         keys=keys,
         values=torch.cat(parts),
-        lengths=ids.lengths().view(len(keys), rows)[:, start:stop].flatten(),
+        # Of one row, flattening would be a view with gaps, which collectives refuse.
+        lengths=ids.lengths().view(len(keys), rows)[:, start:stop].flatten().contiguous(),
         stride=stop - start,
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import get_args, Literal
 
 import torch
@@ -21,6 +22,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.models.train_task import TaskOutput
+from torchrec_hilomoe.training.buckets import settle_buckets
 from torchrec_hilomoe.training.microbatches import cut_all
 
 __all__ = ["Pipeline", "PipelineKind", "PipelineOptions", "predict"]
@@ -82,6 +84,8 @@ class Pipeline:
             # here. A run that is resumed would then differ from one that was not by a rounding.
             wrapper.set_step(options.accumulate)
             self._driven = wrapper
+        self._model = model
+        self._settled = False
         self._detached = False
         self._source: Iterator[CTRBatch] | None = None
         self._pieces: Iterator[CTRBatch] = iter(())
@@ -115,6 +119,11 @@ class Pipeline:
         self._source = self._pieces = batches
         if options.accumulate > 1:
             self._pieces = cut_all(batches, options.accumulate, options.event_keys)
+        if not self._settled:
+            first = next(self._pieces)
+            settle_buckets(self._model, first)
+            self._pieces = chain([first], self._pieces)
+            self._settled = True
         if isinstance(self._pipeline, TrainPipelineBase):
             self._pipeline.reset()  # it would remember that the iterator before has ended
 

@@ -39,6 +39,8 @@ def test_pieces_are_the_rows_in_order(rows, pieces):
             assert torch.equal(torch.cat([it.lengths() for it in split]), jagged[key].lengths())
     for part in parts:
         assert part.mean_rows == whole.mean_rows
+        assert part.pooled.lengths().is_contiguous()
+        assert part.unpooled.lengths().is_contiguous()
         assert part.position == whole.position
         assert part.pooled.stride() == part.unpooled.stride() == len(part.labels)
 
