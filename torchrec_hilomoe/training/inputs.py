@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import Position
 from torchrec_hilomoe.data.loader import Loader, World
@@ -17,6 +19,8 @@ __all__ = ["Split", "best_auc_of", "loader_of", "pipelining_of", "schedule_of", 
 
 Split = Literal["train", "valid", "test"]
 
+SHOWN_DIFFERENCES = 10
+
 
 def schema_of(config: RunConfig) -> Schema:
     """Return the columns; of a folder, without reading its rows.
@@ -29,12 +33,14 @@ def schema_of(config: RunConfig) -> Schema:
         if data.data_schema is not None:
             return data.data_schema
         return SyntheticSource(world=data.world, split="train", rows=1, seed=config.seed).schema
-    check_folder(data.path)
+    check_folder(data.path, None if data.data_schema is None else data.data_schema.dataset)
     schema = load_schema(data.path)
-    if data.data_schema is not None and data.data_schema != schema:
+    if data.data_schema is not None and (found := data.data_schema.differences(schema)):
+        shown = "\n  ".join(found[:SHOWN_DIFFERENCES])
         raise ValueError(
-            f"data.data_schema differs from the schema of {data.path}; set data.data_schema to "
-            "null to train on that folder, or give the folder that the recipe was written for."
+            f"data.data_schema differs from the schema of {data.path} in {len(found)} places (here "
+            f"is the recipe, there the folder):\n  {shown}\nSet data.data_schema to null to train "
+            "on that folder, or give the folder that the recipe was written for."
         )
     if data.max_history is None:
         return schema
@@ -52,6 +58,7 @@ def loader_of(
 ) -> Loader:
     """Return an endless loader of the training split, or one pass over another."""
     training = split == "train"
+    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
     return Loader(
         _source(config, split),
         batch_size=config.train.batch_size,
@@ -60,8 +67,11 @@ def loader_of(
         shuffle=training and config.data.path is not None,  # generated rows have no order
         start=start,
         epochs=None if training else 1,
+        workers=config.data.workers,
         prefetch=config.data.prefetch,
         max_bad_rows=config.data.max_bad_rows,
+        bucket_by_length=config.data.bucket_by_length,
+        pin_memory=on_gpu if config.data.pin_memory is None else config.data.pin_memory,
     )
 
 
