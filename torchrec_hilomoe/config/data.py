@@ -34,7 +34,7 @@ class DataConfig:
     eval_rows: int = 131_072
     data_schema: Schema | None = None
     max_history: int | None = None
-    workers: int = 1
+    workers: int = 2
     prefetch: int = 4
     pin_memory: bool | None = None
     bucket_by_length: int = 0

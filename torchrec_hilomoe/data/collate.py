@@ -36,22 +36,22 @@ def collate(
         The batch, on the CPU, in memory of its own.
     """
     lengths_KB = np.concatenate([part.lengths for part in parts], axis=1)
-    per_key = lengths_KB.sum(axis=1).tolist()
     # All ids of the batch, key by key, are copied at once into one buffer.
     columns = list(zip(*(part.ids for part in parts), strict=True))
     ids = torch.from_numpy(
         np.concatenate([piece for column in columns for piece in column], dtype=np.int64)
     )
-    unpooled, keys = len(schema.unpooled_keys), len(per_key)
-    border, end = sum(per_key[:unpooled]), sum(per_key)
+    sizes = [sum(map(len, column)) for column in columns]
+    unpooled, keys = len(schema.unpooled_keys), len(lengths_KB)
+    border, end = sum(sizes[:unpooled]), sum(sizes[:keys])
     floats_2B = _joined([part.floats for part in parts], axis=1)
     integers_2B = _joined([part.integers for part in parts], axis=1)
     return CTRBatch(
         pooled=_jagged(
-            schema.pooled_keys, ids[border:end], lengths_KB[unpooled:], per_key[unpooled:]
+            schema.pooled_keys, ids[border:end], lengths_KB[unpooled:], sizes[unpooled:keys]
         ),
         unpooled=_jagged(
-            schema.unpooled_keys, ids[:border], lengths_KB[:unpooled], per_key[:unpooled]
+            schema.unpooled_keys, ids[:border], lengths_KB[:unpooled], sizes[:unpooled]
         ),
         dense=_joined([part.dense for part in parts], axis=0),
         labels=floats_2B[0],
@@ -61,7 +61,7 @@ def collate(
         mean_rows=mean_rows,
         position=position,
         time=integers_2B[1] if schema.time is not None else None,
-        times=_split(ids[end:], [sum(map(len, column)) for column in columns[keys:]]),
+        times=ids[end:].split(sizes[keys:]) if sizes[keys:] else (),
     )
 
 
@@ -76,10 +76,6 @@ def _jagged(
         # Known here for nothing; asking the tensor later would wait for the device.
         length_per_key=per_key,
     )
-
-
-def _split(values: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
-    return values.split(list(sizes)) if sizes else ()
 
 
 def _joined(pieces: Sequence[np.ndarray], axis: int) -> Tensor:
