@@ -97,7 +97,8 @@ class BST(Backbone):
             for events without positions.
         num_layers: Transformer layers over each history; at least 1.
         num_heads: Attention heads; must divide the width of a token.
-        dropout: Inside the transformer and the head.
+        dropout: Inside the transformer.
+        head_dropout: Inside the head.
         residual: Whether attention and feed-forward add to their inputs.
         layer_norm: Whether they are normalised.
         pooling: ``"target"`` keeps the target's token, ``"mean"`` averages all of them.
@@ -124,6 +125,7 @@ class BST(Backbone):
         num_layers: int = 1,
         num_heads: int = 4,
         dropout: float = 0.0,
+        head_dropout: float = 0.0,
         residual: bool = True,
         layer_norm: bool = False,
         pooling: Literal["target", "mean"] = "target",
@@ -164,7 +166,7 @@ class BST(Backbone):
         self.head = MLP(
             widths.candidate + widths.context + sum(token_widths),
             head,
-            dropout=dropout,
+            dropout=head_dropout,
             batch_norm=batch_norm,
         )
         self.reset_positions()

@@ -20,6 +20,7 @@ class BSTConfig:
         layer_norm: Whether they are normalised.
         positions: Whether a token says how far it is from the target.
         pooling: ``target`` or ``mean``.
+        dropout: Inside the transformer; null is the model's.
     """
 
     num_layers: int = 1
@@ -28,6 +29,7 @@ class BSTConfig:
     layer_norm: bool = False
     positions: bool = True
     pooling: Literal["target", "mean"] = "target"
+    dropout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
