@@ -18,7 +18,7 @@ from torchrec_hilomoe.runtime.paths import open_binary
 
 __all__ = ["CsvFile", "ParquetFile", "Piece", "RawFile"]
 
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 22  # Arrow reads up to 32 blocks ahead
 UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile)
 
 

@@ -1,0 +1,140 @@
+"""The two passes on many pieces and shards: every row once, in an order that nothing changes."""
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare import shards, split_rules
+from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
+from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
+from torchrec_hilomoe.data.prepare.raw import CsvFile
+from torchrec_hilomoe.data.prepare.two_pass import Options, prepare_tables
+from torchrec_hilomoe.data.schema import IdFeature, Schema, VocabularyRule
+
+SCHEMA = Schema(
+    dataset="log",
+    tables={"item": 2},
+    candidate=(IdFeature(name="item", table="item"),),
+    dense=("place",),
+    group="user",
+    vocabularies={"item": VocabularyRule(kind="counted", file="vocabularies/item.parquet")},
+)
+COLUMNS = "item,place,label,user\n"
+HELD = HoldOut(valid_percent=10, by="rows")
+
+
+def write(path: Path, rows: range) -> CsvFile:
+    path.write_text(COLUMNS + "".join(f"{r % 97},{r},{r % 2},{r % 11}\n" for r in rows))
+    return CsvFile(str(path), block_bytes=4096)
+
+
+def prepare(inputs: Inputs, out: Path, *, workers=2, hold_out=HELD, **options) -> Report:
+    settings = Options(
+        hold_out=hold_out, seed=3, workers=workers, max_bad_rows=options.pop("max_bad_rows", 0)
+    )
+    with prepared_folder(str(out), overwrite=False) as folder:
+        return prepare_tables(
+            folder, inputs, Plan(schema=SCHEMA), settings, vectors={}, named=options
+        )
+
+
+def places(out: Path, split: str) -> list[int]:
+    return [int(row) for row in pq.read_table(out / split)["place"].to_pylist()]
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of some hundred rows, so that a log of a few thousand has many."""
+    monkeypatch.setattr(split_rules, "shard_rows", lambda bytes_per_row: 300)
+    monkeypatch.setattr(split_rules, "OPEN_SHARDS", 4)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_every_row_is_somewhere_once_in_an_order_of_its_own(tmp_path):
+    inputs = Inputs(
+        train=(write(tmp_path / "a", range(3000)), write(tmp_path / "b", range(3000, 5000))),
+        test=(write(tmp_path / "t", range(5000, 5700)),),
+    )
+    found = []
+    for workers in (1, 4):
+        out = tmp_path / f"out{workers}"
+        report = prepare(inputs, out, workers=workers)
+        found.append({split: places(out, split) for split in ("train", "valid", "test")})
+        assert report.rows_kept == 5700
+    assert found[0] == found[1]
+    train, valid, test = found[0].values()
+    assert sorted(train + valid) == list(range(5000))
+    assert test == list(range(5000, 5700))
+    assert valid == sorted(valid)
+    assert 400 < len(valid) < 600
+    # Four shards share a part of the log, so a file has rows of a whole part, mixed.
+    files = sorted((tmp_path / "out1" / "train").iterdir())
+    assert len(files) == 16
+    first = [int(row) for row in pq.read_table(files[0])["place"].to_pylist()]
+    assert max(first) - min(first) > 1000
+    assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.25
+
+
+def test_a_split_may_be_empty_and_keeps_its_columns(tmp_path):
+    inputs = Inputs(train=(write(tmp_path / "a", range(50)),))
+    report = prepare(inputs, tmp_path / "out", hold_out=HoldOut(valid_percent=0, by="rows"))
+    assert [split.rows for split in report.splits.values()] == [50, 0, 0]
+    assert report.splits["test"].label_rate is None
+    kinds = [pq.read_schema(next((tmp_path / "out" / s).iterdir())) for s in ("train", "test")]
+    assert kinds[0] == kinds[1]
+
+
+def test_bad_lines_are_told_and_counted(tmp_path, caplog):
+    file = write(tmp_path / "a", range(1000))
+    lines = (tmp_path / "a").read_text().splitlines()
+    lines[500] = "1,2"
+    lines[20] = "x,1,0,1"
+    lines[900] = "1,1,7,1"
+    (tmp_path / "a").write_text("\n".join(lines) + "\n")
+    report = prepare(Inputs(train=(file,)), tmp_path / "out", workers=3, max_bad_rows=3)
+    told = [message for message in caplog.messages if "malformed" in message]
+    assert sorted(message.split(": ", 1)[0].split()[-1] for message in told) == ["21", "501", "901"]
+    for text in ("item is no whole number", "label is neither 0 nor 1", "1,2"):
+        assert sum(text in message for message in told) == 1
+    assert (report.rows_read, report.rows_kept, report.rows_bad) == (1000, 997, {"a": 3})
+
+
+def test_no_good_row_and_missing_columns_are_named(tmp_path):
+    (tmp_path / "a").write_text(COLUMNS)
+    with pytest.raises(DataError, match=r"a has no good row to train on"):
+        prepare(Inputs(train=(CsvFile(str(tmp_path / "a")),)), tmp_path / "out")
+    (tmp_path / "b").write_text("item,label,user\n1,1,1\n")
+    with pytest.raises(DataError, match=r"b lacks the columns place; it has item, label, user"):
+        prepare(Inputs(train=(CsvFile(str(tmp_path / "b")),)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scratch_files_go_where_they_are_told_and_vanish(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    inputs = Inputs(train=(write(tmp_path / "a", range(100)),))
+    options = Options(hold_out=HELD, seed=0, workers=1, max_bad_rows=0, scratch=str(scratch))
+    with prepared_folder(str(tmp_path / "out"), overwrite=False) as folder:
+        prepare_tables(folder, inputs, Plan(schema=SCHEMA), options, vectors={}, named={})
+    assert list(scratch.iterdir()) == []
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1 << 20)
+    peaks = []
+    for rows in (300_000, 1_200_000):
+        file = CsvFile(write(tmp_path / f"{rows}", range(rows)).path, block_bytes=1 << 16)
+        held = pa.total_allocated_bytes()
+        tracemalloc.start()
+        prepare(Inputs(train=(file,)), tmp_path / f"out{rows}")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert pa.total_allocated_bytes() - held < 1 << 22
+    assert peaks[1] < 1.3 * peaks[0]
