@@ -3,10 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torchrec.distributed.planner.types import ShardingOption, Topology
+
 from torchrec_hilomoe.config.sharding import ShardingConfig
 from torchrec_hilomoe.training.plan_report import shown_bytes
 
-__all__ = ["TableNeed", "why_not"]
+__all__ = ["NoPlanError", "TableNeed", "why_not"]
+
+
+class NoPlanError(ValueError):
+    """Tables do not fit; the message says which, by what limit, and what would help.
+
+    Args:
+        message: For the user.
+        ways: Every way of cutting every table that was allowed, with TorchRec's estimates.
+        topology: The machine, less what is reserved.
+    """
+
+    def __init__(self, message: str, *, ways: Sequence[ShardingOption], topology: Topology) -> None:
+        super().__init__(message)
+        self.ways = ways
+        self.topology = topology
 
 
 @dataclass(frozen=True, kw_only=True)

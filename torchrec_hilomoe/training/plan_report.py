@@ -88,11 +88,15 @@ class PlanReport:
         lists = {name: tuple(raw[name]) for name in ("rank_bytes", "rank_milliseconds")}
         return cls(**{**raw, **lists, "tables": tuple(map(_table, raw["tables"]))})
 
-    def text(self) -> str:
-        """Lines with a column for each figure, and one for each rank's load."""
+    def table_lines(self) -> list[str]:
+        """A line of headings, then one for each table, with a column for each figure."""
         cells = [COLUMNS, *(_cells(table) for table in self.tables)]
         widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+        return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+
+    def text(self) -> str:
+        """Lines with a column for each figure, and one for each rank's load."""
+        lines = self.table_lines()
         for rank, (held, busy) in enumerate(
             zip(self.rank_bytes, self.rank_milliseconds, strict=True)
         ):

@@ -17,6 +17,11 @@ from torchrec.distributed.model_parallel import get_default_sharders
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
+from torchrec.distributed.planner.proposers import (
+    GreedyProposer,
+    GridSearchProposer,
+    UniformProposer,
+)
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
     HardwareConfig,
@@ -36,15 +41,20 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from torchrec_hilomoe.config.sharding import parse_bytes, ShardingConfig, TableSharding
 from torchrec_hilomoe.training.capabilities import CAPABILITIES
-from torchrec_hilomoe.training.plan_failure import TableNeed, why_not
+from torchrec_hilomoe.training.plan_failure import NoPlanError, TableNeed, why_not
 from torchrec_hilomoe.training.plan_report import PlanReport, TablePlan
 
-__all__ = ["Machine", "Planned", "make_plan", "tables_by_module"]
+__all__ = ["Found", "Machine", "Planned", "find_plan", "make_plan", "tables_by_module"]
 
 # A table is only worth splitting by columns if each half still fills a few cache lines.
 NARROWEST_SPLIT = 64
 
 USUAL = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WISE)
+
+# Shards that the search through all plans may place: it takes time with their number, and TorchRec
+# limits only that of plans.
+SEARCHED = 500_000
+MOST_PLANS = 10_000  # TorchRec's own limit
 
 GIGABYTE = 2**30
 PER_MILLISECOND = 1e-3
@@ -73,9 +83,54 @@ class Planned:
     report: PlanReport
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A plan, with all that TorchRec knows of it.
+
+    Attributes:
+        planned: The plan.
+        chosen: How each table is cut, shard by shard, with TorchRec's estimates.
+        topology: The machine as TorchRec was told of it, less what is reserved.
+        constraints: Of each table.
+    """
+
+    planned: Planned
+    chosen: list[ShardingOption]
+    topology: Topology
+    constraints: Mapping[str, ParameterConstraints]
+
+    def estimated_for(self, module: nn.Module, batch_size: int) -> list[ShardingOption]:
+        """The same choice with the estimates for another batch, in the same order."""
+        enumerator = EmbeddingEnumerator(
+            self.topology, batch_size=batch_size, constraints=dict(self.constraints)
+        )
+        ways = {
+            (way.name, way.sharding_type, way.compute_kernel): way
+            for way in enumerator.enumerate(module, get_default_sharders())
+        }
+        return [ways[it.name, it.sharding_type, it.compute_kernel] for it in self.chosen]
+
+
 def make_plan(
-    module: nn.Module, machine: Machine, options: ShardingConfig, *, batch_size: int
+    module: nn.Module,
+    machine: Machine,
+    options: ShardingConfig,
+    *,
+    batch_size: int,
+    lengths: Mapping[str, float] | None = None,
 ) -> Planned:
+    """Plan all collections of a model together: :func:`find_plan`, and only the plan of it."""
+    return find_plan(module, machine, options, batch_size=batch_size, lengths=lengths).planned
+
+
+def find_plan(
+    module: nn.Module,
+    machine: Machine,
+    options: ShardingConfig,
+    *,
+    batch_size: int,
+    lengths: Mapping[str, float] | None = None,
+) -> Found:
     """Plan all collections of a model together; needs no process group and no such machine.
 
     Args:
@@ -83,15 +138,16 @@ def make_plan(
         machine: What the job runs on.
         options: What the user wants.
         batch_size: Rows of one rank in a batch, for the planner's estimates.
+        lengths: Ids of a row by feature, where there may be more than one.
 
     Raises:
-        ValueError: If an option names what is not there or cannot be, or the tables do not fit:
-            which table, which limit, and what would help.
+        NoPlanError: If the tables do not fit: which table, which limit, and what would help.
+        ValueError: If an option names what is not there or cannot be.
     """
     tables = _tables(module)
     _check_options(tables, machine, options)
     constraints = {
-        name: _constraints(table, machine, options.tables.get(name, TableSharding()))
+        name: _constraints(table, machine, options.tables.get(name, TableSharding()), lengths or {})
         for name, table in tables.items()
     }
     topology = _topology(machine, options)
@@ -102,6 +158,12 @@ def make_plan(
         batch_size=batch_size,
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(0.0),  # the topology is net of it
+        proposer=[
+            GridSearchProposer(min(MOST_PLANS, SEARCHED // machine.world_size)),
+            GreedyProposer(),
+            GreedyProposer(use_depth=False),
+            UniformProposer(),
+        ],
         partitioner=_Pinning(pinned),
         stats=recorder,
     )
@@ -110,9 +172,10 @@ def make_plan(
         plan = planner.plan(module, sharders)
     except PlannerError as error:
         enumerator = EmbeddingEnumerator(topology, batch_size=batch_size, constraints=constraints)
-        needs = _needs(enumerator.enumerate(module, sharders), tables)
+        ways = enumerator.enumerate(module, sharders)
         capacity = _bytes(topology.devices[0].storage)
-        raise ValueError(why_not(needs, capacity, machine.world_size, options)) from error
+        text = why_not(_needs(ways, tables), capacity, machine.world_size, options)
+        raise NoPlanError(text, ways=ways, topology=topology) from error
     planned = {table for tables in tables_by_module(plan).values() for table in tables}
     missing = sorted(set(tables) ^ planned)
     if missing:
@@ -120,7 +183,12 @@ def make_plan(
             f"sharding: tables {', '.join(missing)} are in the model or in the plan, not in both, "
             "so that they would not be sharded. Does TorchRec shard the module that they are in?"
         )
-    return Planned(plan, _report(recorder.best, topology, machine))
+    return Found(
+        planned=Planned(plan, _report(recorder.best, topology, machine)),
+        chosen=recorder.best,
+        topology=topology,
+        constraints=constraints,
+    )
 
 
 def tables_by_module(plan: ShardingPlan) -> dict[str, EmbeddingModuleShardingPlan]:
@@ -133,6 +201,7 @@ class _Table:
     pooled: bool
     rows: int
     width: int
+    features: tuple[str, ...]
 
 
 def _tables(module: nn.Module) -> dict[str, _Table]:
@@ -143,7 +212,9 @@ def _tables(module: nn.Module) -> dict[str, _Table]:
                 f"sharding: table {config.name!r} is in two collections, which are planned "
                 "together. Rename one."
             )
-        tables[config.name] = _Table(pooled, config.num_embeddings, config.embedding_dim)
+        tables[config.name] = _Table(
+            pooled, config.num_embeddings, config.embedding_dim, tuple(config.feature_names)
+        )
     return tables
 
 
@@ -193,7 +264,9 @@ def _check_ranks(where: str, wanted: TableSharding, table: _Table, machine: Mach
         )
 
 
-def _constraints(table: _Table, machine: Machine, wanted: TableSharding) -> ParameterConstraints:
+def _constraints(
+    table: _Table, machine: Machine, wanted: TableSharding, lengths: Mapping[str, float]
+) -> ParameterConstraints:
     capability = CAPABILITIES[machine.device]
     possible = capability.pooled if table.pooled else capability.unpooled
     wide = table.width >= NARROWEST_SPLIT
@@ -207,6 +280,7 @@ def _constraints(table: _Table, machine: Machine, wanted: TableSharding) -> Para
         sharding_types=[wanted.type] if wanted.type else chosen,
         compute_kernels=[wanted.kernel or EmbeddingComputeKernel.FUSED.value],
         min_partition=min_partition,
+        pooling_factors=[lengths.get(feature, 1.0) for feature in table.features],
     )
 
 

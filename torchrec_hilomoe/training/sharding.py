@@ -21,11 +21,12 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from torchrec_hilomoe.config import ShardingConfig, TrainConfig
+from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.planner import Machine, make_plan, Planned
 
-__all__ = ["fuse_table_optimizer", "plan_tables", "shard", "sharders_of"]
+__all__ = ["fuse_table_optimizer", "ids_of_a_row", "plan_tables", "shard", "sharders_of"]
 
 TABLE_OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = MappingProxyType(
     {
@@ -64,6 +65,13 @@ def sharders_of(train: TrainConfig) -> list[ModuleSharder[nn.Module]]:
     ]  # type: ignore[list-item]  # sharders of one module each, invariant in its type
 
 
+def ids_of_a_row(schema: Schema) -> dict[str, float]:
+    """The most ids of a row by feature, where there may be more than one: what must fit."""
+    lengths = {field.name: group.max_length for group in schema.sequences for field in group.fields}
+    pooled = {feature.name: feature.max_length for feature in schema.pooled}
+    return {name: float(length) for name, length in (lengths | pooled).items() if length > 1}
+
+
 def plan_tables(
     task: TrainTask, batch_size: int, device: torch.device, options: ShardingConfig
 ) -> Planned:
@@ -85,7 +93,8 @@ def plan_tables(
     found: list[Planned | str | None] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [make_plan(task, machine, options, batch_size=batch_size)]
+            lengths = ids_of_a_row(task.model.sparse.schema)
+            found = [make_plan(task, machine, options, batch_size=batch_size, lengths=lengths)]
         except ValueError as error:
             found = [str(error)]
     dist.broadcast_object_list(found, src=0)
