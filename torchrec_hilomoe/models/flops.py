@@ -18,7 +18,7 @@ from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchrec_hilomoe.backbones.base import Backbone
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
 from torchrec_hilomoe.hilomoe.experts import gathering_pays
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
@@ -40,20 +40,34 @@ class Cost:
 
     Attributes:
         parameters: Trainable numbers; frozen tables are none.
+        activated: Of those, what one sample uses: the rows that it looks up, and of each expert
+            layer the experts that it chooses.
         flops: Of one sample's forward pass.
         lookup_bytes: Read from tables for one sample, float32.
     """
 
     parameters: Mapping[str, int]
+    activated: Mapping[str, int]
     flops: Mapping[str, int]
     lookup_bytes: int
+
+    @property
+    def training_flops(self) -> dict[str, int]:
+        """Of one sample's forward and backward pass.
+
+        Each product of the forward pass has two in the backward, one for either factor: all
+        inputs are embeddings, which learn.
+        """
+        return {name: 3 * flops for name, flops in self.flops.items()}
 
 
 def count_cost(task: TrainTask, schema: Schema, embedding_dim: int) -> Cost:
     """Count a model that is not yet sharded; its dense part must be on CPU."""
     backbone, widths = task.model.backbone, task.model.sparse.widths
+    parameters = _parameters(task)
     return Cost(
-        parameters=_with_total(_parameters(task)),
+        parameters=_with_total(parameters),
+        activated=_with_total(_activated(task, parameters, schema, embedding_dim)),
         flops=_with_total(_flops(backbone, widths)),
         lookup_bytes=_lookup_bytes(schema, embedding_dim),
     )
@@ -61,19 +75,45 @@ def count_cost(task: TrainTask, schema: Schema, embedding_dim: int) -> Cost:
 
 def cost_table(cost: Cost) -> str:
     """Return the cost as text, a line a component."""
-    lines = [f"{'component':<10} {'parameters':>14} {'FLOPs/sample':>14}"]
+    titles = ("component", "parameters", "activated", "FLOPs", "training FLOPs")
+    lines = ["{:<10} {:>14} {:>14} {:>14} {:>15}".format(*titles)]
     for name, parameters in cost.parameters.items():
-        lines.append(f"{name:<10} {parameters:>14,} {cost.flops[name]:>14,}")
-    lines.append(f"lookups: {cost.lookup_bytes:,} bytes a sample")
+        lines.append(
+            f"{name:<10} {parameters:>14,} {cost.activated[name]:>14,} {cost.flops[name]:>14,} "
+            f"{cost.training_flops[name]:>15,}"
+        )
+    lines.append(f"FLOPs are a sample's; its lookups read {cost.lookup_bytes:,} bytes")
     return "\n".join(lines)
 
 
-def _lookup_bytes(schema: Schema, embedding_dim: int) -> int:
-    ids = [(field, 1) for field in schema.candidate]
+def _lookups(schema: Schema) -> list[tuple[IdFeature | PooledFeature, int]]:
+    """Each feature and the most ids that a sample has of it."""
+    ids: list[tuple[IdFeature | PooledFeature, int]] = [(field, 1) for field in schema.candidate]
     ids += [(feature, feature.max_length) for feature in schema.pooled]
     ids += [(field, group.max_length) for group in schema.sequences for field in group.fields]
+    return ids
+
+
+def _lookup_bytes(schema: Schema, embedding_dim: int) -> int:
     widths = {table: frozen.width for table, frozen in schema.frozen.items()}
+    ids = _lookups(schema)
     return 4 * sum(count * widths.get(feature.table, embedding_dim) for feature, count in ids)
+
+
+def _activated(
+    task: TrainTask, parameters: Mapping[str, int], schema: Schema, embedding_dim: int
+) -> dict[str, int]:
+    ids = sum(count for feature, count in _lookups(schema) if feature.table not in schema.frozen)
+    unused = sum(
+        parameter.numel() * (site.config.num_experts - site.config.top_k) // site.config.num_experts
+        for site in sites_of(task).values()
+        for parameter in (site.expert_in, site.expert_out)
+    )
+    return {
+        **parameters,
+        "tables": ids * embedding_dim,
+        "experts": parameters["experts"] - unused,
+    }
 
 
 def _with_total(parts: dict[str, int]) -> dict[str, int]:

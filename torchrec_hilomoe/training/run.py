@@ -214,7 +214,9 @@ def _refuse_to_go_back(step: int, folder: str) -> None:
 def _costs(cost: Cost) -> dict[str, object]:
     return {
         "parameters": dict(cost.parameters),
+        "activated_parameters": dict(cost.activated),
         "flops": dict(cost.flops),
+        "training_flops": cost.training_flops,
         "lookup_bytes": cost.lookup_bytes,
     }
 

@@ -4,13 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.attention import sdpa_kernel, SDPBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import MODEL
 from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
+from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
 from torchrec_hilomoe.hilomoe.experts import gathering_pays
-from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.models.build import build_task, BUILDERS
 from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
 
 BATCH = 1024  # what is computed once a batch is shared by so many samples
@@ -128,6 +132,52 @@ def test_components_add_up_and_lookups_count_every_id():
     assert cost.lookup_bytes == ids * MODEL.embedding_dim * 4
 
 
+def test_a_sample_uses_the_rows_that_it_looks_up_and_the_experts_that_it_chooses():
+    config = InjectionConfig(num_layers=2, num_experts=4, top_k=1, rank=2)
+    cost = cost_of(replace(MODEL, hilomoe=config))
+    assert cost.activated["tables"] * 4 == cost.lookup_bytes
+    assert cost.activated["experts"] * 4 == cost.parameters["experts"]
+    for component in ("backbone", "head", "routing"):
+        assert cost.activated[component] == cost.parameters[component]
+
+
+@pytest.mark.parametrize("backbone", BUILDERS)
+def test_training_costs_what_pytorch_counts(backbone: str):
+    """Forward and backward of real numbers, under PyTorch's own counter."""
+    config = replace(MODEL, backbone=backbone, hilomoe=None)
+    task = build_task(config, SCHEMA)
+    model, widths = task.model.backbone.eval(), task.model.sparse.widths
+    rows = 8
+    features = full_features(widths, rows)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(features).sum().backward()
+    cost = count_cost(task, SCHEMA, config.embedding_dim)
+    assert counter.get_total_flops() / rows == pytest.approx(cost.training_flops["total"], rel=0.02)
+
+
+def full_features(widths: FeatureWidths, rows: int) -> SequenceFeatures:
+    """Rows with as many events as there can be, all of whose vectors learn."""
+
+    def vectors(count: int, width: int) -> torch.Tensor:
+        return torch.randn(count, width, requires_grad=True)
+
+    longest = max(history.max_length for history in widths.histories)
+    return SequenceFeatures(
+        candidate=vectors(rows, widths.candidate),
+        context=vectors(rows, widths.context),
+        histories=tuple(
+            History(
+                events=vectors(rows * history.max_length, history.event),
+                lengths=torch.full((rows,), history.max_length),
+                target=vectors(rows, history.event),
+            )
+            for history in widths.histories
+        ),
+        longest=longest,
+        steps=rows * longest,
+    )
+
+
 def test_counting_leaves_the_model_as_it_was():
     task = build_task(MODEL, SCHEMA)
     before = {name: module.training for name, module in task.named_modules()}
@@ -140,4 +190,4 @@ def test_the_table_has_a_line_a_component():
     lines = cost_table(cost).splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == list(cost.flops)
     assert "5,301,057" in lines[-2]
-    assert lines[-1] == f"lookups: {cost.lookup_bytes:,} bytes a sample"
+    assert lines[-1].endswith(f"its lookups read {cost.lookup_bytes:,} bytes")
