@@ -45,7 +45,7 @@ def test_a_set_has_all_that_the_package_names_within_its_caps(device, line):
     assert requirement.specifier.contains(version)
 
 
-@pytest.mark.parametrize("line", [*EXTRAS["dev"], *EXTRAS["plots"]])
+@pytest.mark.parametrize("line", [*EXTRAS["dev"], *EXTRAS["plots"], *EXTRAS["sweep"]])
 def test_the_development_set_has_its_extras_within_their_caps(line):
     requirement = Requirement(line)
     assert requirement.specifier.contains(pins("dev.txt")[canonicalize_name(requirement.name)])
