@@ -71,5 +71,5 @@ def test_tables_are_where_they_are_wanted_and_every_rank_knows():
     assert second.loss > 0
     # A plan is made on one rank: the others must not wait for it for ever.
     assert first.told == second.told
-    assert "sharding: table 'user' (1,000 rows of 8) needs" in first.told
+    assert "sharding: table 'item' (20 rows of 8) needs" in first.told
     assert "sharding.ddr = 1KB" in first.told

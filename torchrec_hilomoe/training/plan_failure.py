@@ -64,7 +64,7 @@ def why_not(
     )
     help_by_memory = (
         "more ranks, more memory (sharding.hbm, sharding.ddr), a lower sharding.reserve, a smaller "
-        "model.embedding_dim or vocabulary"
+        "model.embedding_dim, vocabulary or train.batch_size"
     )
     largest = max(needs, key=lambda need: need.largest_shard)
     if largest.largest_shard > capacity:
