@@ -174,8 +174,11 @@ def jagged_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return inputs()[0], torch.randn(9, WIDTH, dtype=torch.float64), offsets
 
 
-def test_jagged_tokens_are_routed_as_each_sample_alone():
-    model, (user, tokens, offsets) = build_jagged(), jagged_inputs()
+# One sample has no token; and as many tokens as samples, but not one each.
+@pytest.mark.parametrize("starts", [[0, 3, 3, 4, 9], [0, 2, 2, 3, SAMPLES]])
+def test_jagged_tokens_are_routed_as_each_sample_alone(starts):
+    model, (user, _), offsets = build_jagged(), inputs(), torch.tensor(starts)
+    tokens = torch.randn(starts[-1], WIDTH, dtype=torch.float64)
     together = model(user, tokens, offsets)
     for b in range(SAMPLES):
         own = tokens[offsets[b] : offsets[b + 1]]

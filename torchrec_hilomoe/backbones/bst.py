@@ -173,8 +173,14 @@ class BST(Backbone):
 
     @property
     def tokens(self) -> Mapping[str, str]:
-        """See :class:`Backbone`."""
-        return {f"transformers.{i}.*": f"rows.{i}" for i in range(len(self.rows))}
+        """See :class:`Backbone`; a layer for targets alone sees all tokens as keys and values."""
+        found = {}
+        for i, transformer in enumerate(self.transformers):
+            for name, layer in transformer.named_modules():
+                if isinstance(layer, TransformerLayer):
+                    parts = ("attention.key", "attention.value") if layer.targets_only else ("*",)
+                    found |= {f"transformers.{i}.{name}.{part}": f"rows.{i}" for part in parts}
+        return found
 
     def reset_positions(self) -> None:
         """Start the learnable positions as sines and cosines of the distance to the target."""

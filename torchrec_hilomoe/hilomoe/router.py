@@ -195,7 +195,7 @@ def for_tokens(
 
     Args:
         routing: Of the samples.
-        x: ``(B, ..., D)``; or ``(N, D)``, the tokens of all samples in one list.
+        x: ``(B, ..., D)``; or, with offsets, ``(N, D)``: the tokens of all samples in one list.
         num_layers: Expert layers that compute.
         offsets: ``(B + 1,)``, where in that list each sample's tokens begin.
 
@@ -205,7 +205,7 @@ def for_tokens(
     """
     gates_LkB, chosen_LkB = routing.gates_LkN[:num_layers], routing.chosen_LkN[:num_layers]
     samples = gates_LkB.shape[2]
-    if x.dim() == 2 and x.shape[0] != samples and offsets is not None:
+    if offsets is not None:
         lengths_B = offsets[1:] - offsets[:-1]
         sample_B = torch.arange(samples, device=x.device)
         sample_N = torch.repeat_interleave(sample_B, lengths_B, output_size=x.shape[0])

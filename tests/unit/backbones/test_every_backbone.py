@@ -13,6 +13,7 @@ from torchrec_hilomoe import HiLoMoEConfig, inject_hilomoe
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig
 from torchrec_hilomoe.embeddings.features import FeatureWidths, HistoryWidths, SequenceFeatures
+from torchrec_hilomoe.hilomoe import share_routing, sites_of
 from torchrec_hilomoe.models.build import build_task, BUILDERS, site_patterns
 
 EMBEDDING = 4
@@ -51,6 +52,17 @@ def features_of(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> SequenceFeatu
 def with_experts(model: Backbone) -> Backbone:
     config = InjectionConfig(num_layers=2, num_experts=3, sites=("all",))
     inject_hilomoe(model, config, sites=site_patterns(model, config))
+    return model
+
+
+def routed_by_sample(model: Backbone, histories: int) -> Backbone:
+    widths = replace(WIDTHS, histories=HISTORIES[:histories])
+    config = InjectionConfig(num_layers=2, num_experts=3, sites=("all",), routing="sample")
+    width = widths.candidate + widths.context
+    patterns = site_patterns(model, config)
+    share_routing(model, config, patterns, "sample", width, tokens=model.tokens)
+    for site in sites_of(model).values():
+        nn.init.normal_(site.expert_out, std=0.3)
     return model
 
 
@@ -238,3 +250,14 @@ def test_a_schema_without_a_history_is_refused(name):
     config = ModelConfig(backbone=name, hilomoe=None)
     with pytest.raises(ValueError, match=re.escape(message)):
         build_task(config, without(SCHEMA, "sequences"))
+
+
+# As many events as rows, and as many tokens, are no reason to mistake one for the other.
+@pytest.mark.parametrize("lengths", [(LENGTHS[0],), ((2, 0, 1, 1, 1),)], ids=["any", "one a row"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_routed_by_sample_a_row_is_the_same_alone(name, lengths):
+    model = routed_by_sample(build(name, 1), 1).eval()
+    features = features_of(lengths)
+    together = model(features)
+    for row in range(ROWS):
+        torch.testing.assert_close(model(select(features, [row])), together[[row]])
