@@ -1,0 +1,102 @@
+"""The log of a run: one line a window, only of steps that count, on the first rank alone."""
+
+import json
+import math
+
+import pytest
+
+from torchrec_hilomoe.training.checkpoint import Saved
+from torchrec_hilomoe.training.logging import RunLog
+from torchrec_hilomoe.training.metrics import Metrics
+from torchrec_hilomoe.training.routing_log import LayerLoad
+
+METRICS = Metrics(auc=0.75, gauc=math.nan, logloss=0.5, ne=0.9, rows=64, calibration=1.25)
+
+
+def fill(log, *steps):
+    for step in steps:
+        log.record(step=step, stage="all", split="train", metrics=METRICS, samples_per_second=8.0)
+        log.routing(step, "all", [LayerLoad(site="a", layer=1, load=(0.5, 0.5), entropy=1.0)])
+
+
+def rows_of(folder, name="metrics.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Of the first rank, at the beginning."""
+    log = RunLog(tmp_path, 100, 0, enabled=True)
+    yield log
+    log.close()
+
+
+def test_a_line_has_every_metric_and_null_where_there_is_none(log, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="torchrec_hilomoe"):
+        fill(log, 10)
+    (row,) = rows_of(tmp_path)
+    assert row == {
+        "step": 10,
+        "stage": "all",
+        "split": "train",
+        "auc": 0.75,
+        "gauc": None,
+        "logloss": 0.5,
+        "ne": 0.9,
+        "rows": 64,
+        "calibration": 1.25,
+        "samples_per_second": 8.0,
+    }
+    assert "step 10/100 all train: auc 0.7500 logloss 0.5000 ne 0.9000 calibration" in caplog.text
+    (routed,) = rows_of(tmp_path, "routing.jsonl")
+    assert routed.items() >= {"step": 10, "site": "a", "layer": 1, "load": [0.5, 0.5]}.items()
+
+
+def test_lines_after_the_checkpoint_are_cut_away(log, tmp_path):
+    fill(log, 10, 20, 30)
+    log.record(step=30, stage="all", split="valid", metrics=METRICS)
+    log.record(step=30, stage="all", split="test", metrics=METRICS)
+    with (tmp_path / "metrics.jsonl").open("a") as sink:
+        sink.write('{"step": 40, "sta')  # killed while it wrote
+    again = RunLog(tmp_path, 100, 30, enabled=True)
+    again.cut_back()
+    again.close()
+    assert [(row["step"], row["split"]) for row in rows_of(tmp_path)] == [
+        (10, "train"),
+        (20, "train"),
+        (30, "train"),
+        (30, "valid"),
+    ]
+    earlier = RunLog(tmp_path, 100, 10, enabled=True)
+    earlier.cut_back()
+    earlier.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [10]
+    assert [row["step"] for row in rows_of(tmp_path, "routing.jsonl")] == [10]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = RunLog(tmp_path, 100, 0, enabled=False)
+    log.cut_back()
+    log.enter("all", 0, 100)
+    log.step("all")
+    fill(log, 10)
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_are_drawn_where_tensorboard_looks(log, tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    log.enter("all", 0, 100)
+    fill(log, 10, 20)
+    log.saved(Saved(path="x", step=20, bytes=2_000_000, stall_seconds=0.25, write_seconds=1.5))
+    log.close()
+    events = accumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/auc", "train/samples_per_second", "checkpoint/stall_seconds"} <= tags
+    assert {"router/a/layer1/entropy", "router/a/layer1/load/1"} <= tags
+    assert "train/gauc" not in tags
+    assert [event.step for event in events.Scalars("train/logloss")] == [10, 20]
+    assert "stage/text_summary" in events.Tags()["tensors"]

@@ -1,0 +1,56 @@
+"""Slices: each row goes with the value that its own batch had, although batches are read ahead."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.datasets import SCHEMA, toy_source
+from tests.helpers.models import in_memory
+from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.training.metrics import compute_metrics
+from torchrec_hilomoe.training.slices import Slicer
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("feature", ["item", "place", "user"])
+def test_slices_are_those_of_the_rows(feature):
+    slicer = Slicer(SCHEMA, feature)
+    task = in_memory().eval()
+    batches = list(slicer.watch(Loader(toy_source(90), batch_size=24, epochs=1, prefetch=0)))
+    outputs = []
+    for batch in batches:  # all were read before the first output
+        with torch.no_grad():
+            _, output = task(batch)
+        outputs.append(output)
+        slicer.take(output)
+    values = np.concatenate([values_of(batch, feature) for batch in batches])
+    columns = [
+        torch.cat([getattr(output, name) for output in outputs]).numpy()
+        for name in ("logits", "labels", "groups")
+    ]
+    found = slicer.predictions.metrics()
+    assert set(found) == set(values.tolist())
+    for value, metrics in found.items():
+        want = compute_metrics(*(column[values == value] for column in columns))
+        assert metrics.rows == want.rows
+        assert metrics.auc == pytest.approx(want.auc, nan_ok=True)
+        assert metrics.logloss == pytest.approx(want.logloss, rel=1e-6)
+
+
+def values_of(batch, feature):
+    if feature == "item":
+        return batch.unpooled["item"].values().numpy()
+    return batch.pooled[feature].values().numpy()
+
+
+@pytest.mark.parametrize("feature", ["tags", "clicks_item", "price", "nothing"])
+def test_what_is_no_column_of_one_id_is_refused(feature):
+    with pytest.raises(ValueError, match=f"slice is '{feature}'.*item, kind, place, user"):
+        Slicer(SCHEMA, feature)
+
+
+def test_the_group_may_be_no_feature():
+    schema = replace(SCHEMA, group="session")
+    assert Slicer(schema, "session").predictions is not None
