@@ -1,7 +1,7 @@
 """The blocks of a rank's lanes, in the order of need, each read once; and their bad rows.
 
-A border between two lanes that falls inside a block gives it to both. Where one rank has both,
-the block stays decoded from its first use to its last: at most one block for each border.
+A border between two lanes that falls inside a block gives it to both. Where one rank has both and
+blocks are few, it stays decoded from its first use to its last: at most one block for each border.
 """
 
 import logging
@@ -22,7 +22,7 @@ REPORTED_BAD_ROWS = 3  # of each block; the rest are counted
 def needed_blocks(
     epoch: Epoch, lanes: Sequence[int], skip: int, rows_per_lane: int
 ) -> Iterator[int]:
-    """Yield the blocks of an epoch in the order of need, each once.
+    """Yield the blocks of an epoch in the order of need, each once unless blocks are many.
 
     Args:
         epoch: The order of rows.

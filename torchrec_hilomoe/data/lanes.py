@@ -17,6 +17,7 @@ import numpy as np
 __all__ = ["Epoch", "Segment", "World", "choose_lanes"]
 
 PREFERRED_LANES = 8
+MANY_BLOCKS = 16  # a lane
 # Streams of random numbers: for the order of blocks, of rows inside each, of sorted windows.
 BLOCK_ORDER, ROW_ORDER, WINDOW_ORDER = 1, 2, 3
 
@@ -184,8 +185,14 @@ class Epoch:
             yield segment
 
     def shared_blocks(self, lanes: Sequence[int], skip: int) -> dict[int, int]:
-        """Count the segments of blocks that hold a border between two of ``lanes``."""
+        """Count the segments of blocks that hold a border between two of ``lanes``.
+
+        Where blocks are many, reading those few twice costs less than the memory to keep them:
+        then there are none.
+        """
         uses: Counter[int] = Counter()
+        if len(self._blocks) > MANY_BLOCKS * self._lanes:
+            return {}
         for lane in lanes:
             at, end = self._border(lane) + skip, self._border(lane + 1)
             if at < end:

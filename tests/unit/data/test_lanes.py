@@ -128,3 +128,9 @@ def test_openings_are_in_the_order_in_which_batches_need_them(block_rows, lanes,
     uses = Counter(segment.block for segment in needed)
     shared = epoch.shared_blocks(mine, skip)
     assert shared == {block: count for block, count in uses.items() if count > 1}
+
+
+def test_borders_are_not_kept_where_blocks_are_many():
+    few, many = (Epoch([3] * count, 2, epoch=0, seed=None) for count in (31, 33))
+    assert few.shared_blocks(range(2), 0) == {15: 2}
+    assert many.shared_blocks(range(2), 0) == {}

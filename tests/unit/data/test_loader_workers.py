@@ -91,8 +91,8 @@ def test_stopping_early_leaves_no_thread(workers, prefetch):
     assert threading.active_count() == before
 
 
-class SlowSource(TableSource):
-    """Counts how many blocks are being read at once, and how many were."""
+class NotingSource(TableSource):
+    """Notes which blocks were read."""
 
     def read(self, epoch, block):
         reads.append(block)
@@ -102,9 +102,19 @@ class SlowSource(TableSource):
 reads: list[int] = []
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_row_once_where_border_blocks_are_read_twice(workers):
+    reads.clear()
+    source = NotingSource(tuple(toy_table(5, first=5 * n, seed=n) for n in range(131)))
+    rows = [row for batch in loader(source=source, workers=workers) for row in row_ids(batch)]
+    assert sorted(rows) == list(range(5 * 131))
+    assert set(reads) == set(range(131))
+    assert 131 < len(reads) <= 131 + 7
+
+
 def test_reads_ahead_a_bounded_number_of_blocks():
     reads.clear()
-    source = SlowSource(tuple(toy_table(16, first=16 * n) for n in range(64)))
+    source = NotingSource(tuple(toy_table(16, first=16 * n) for n in range(64)))
     batches = iter(loader(source=source, workers=2, batch_size=8, shuffle=False))
     next(batches)
     assert len(reads) <= 8 + 8 + 1  # a block a lane, as many ahead, and the one being asked for
