@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
-from torchrec_hilomoe.data.prepare.log import check_least, EncodedLog, write_log
+from torchrec_hilomoe.data.prepare.folder import Report
+from torchrec_hilomoe.data.prepare.log import EncodedLog, history_group, prepare_log, ReadLog
 from torchrec_hilomoe.data.prepare.records import BadRecords, find_raw, read_json, read_records
 from torchrec_hilomoe.data.prepare.runs import runs
 from torchrec_hilomoe.data.prepare.timelines import Timelines
 from torchrec_hilomoe.data.prepare.vocabulary import Vocabulary
-from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
+from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 
 __all__ = ["prepare_amazon_sequences"]
 
@@ -62,24 +62,25 @@ def prepare_amazon_sequences(
         DataError: If raw files are missing or too malformed, or ``out`` is taken.
         ValueError: If an option is out of range.
     """
-    check_least(2, max_history=max_history)
-    check_least(0, seed=seed, max_bad_rows=max_bad_rows)
-    with prepared_folder(out, overwrite=overwrite) as folder:
-        bad = BadRecords(max_bad_rows)
+
+    def read(bad: BadRecords) -> ReadLog:
         path = find_raw(raw, f"{name}.txt", SOURCE)
         lines = list(read_records(path, PATTERN, bad, encoding="latin-1"))
         if not sum(table.num_rows for table in lines):
             raise DataError(f"{path} has no good line. {SOURCE}")
         attributes = _attributes(find_raw(raw, f"{name}_item2attributes.json", SOURCE))
         log = _Purchases(name, pa.concat_tables(lines), attributes, max_history, seed)
-        return write_log(
-            folder,
-            log,
-            seed=seed,
-            options={"name": name, "max_history": max_history},
-            rows_read=sum(table.num_rows for table in lines),
-            bad=bad,
-        )
+        return ReadLog(log=log, rows_read=sum(table.num_rows for table in lines))
+
+    return prepare_log(
+        read,
+        out=out,
+        lengths={"max_history": max_history},
+        seed=seed,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+        options={"name": name},
+    )
 
 
 def _attributes(path: str) -> dict[int, list[int]]:
@@ -210,13 +211,7 @@ def _schema(
         dataset=dataset,
         tables=tables,
         candidate=tuple(IdFeature(name=name, table=name) for name in fields),
-        sequences=(
-            SequenceGroup(
-                name="history",
-                fields=tuple(IdFeature(name=f"history_{name}", table=name) for name in fields),
-                max_length=max_history,
-            ),
-        ),
+        sequences=(history_group({name: name for name in fields}, max_history),),
         pooled=(PooledFeature(name="attributes", table="attribute", max_length=max_attributes),),
         label="label",
         group="user",

@@ -6,17 +6,18 @@ Shape legend:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from torchrec_hilomoe.data.prepare.folder import PreparedFolder, Report
+from torchrec_hilomoe.data.prepare.folder import prepared_folder, PreparedFolder, Report
 from torchrec_hilomoe.data.prepare.records import BadRecords
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
-__all__ = ["SPLITS", "EncodedLog", "check_least", "write_log"]
+__all__ = ["SPLITS", "EncodedLog", "ReadLog", "check_least", "history_group", "prepare_log"]
 
 SPLITS = ("train", "valid", "test")
 
@@ -42,6 +43,66 @@ class EncodedLog(ABC):
     @abstractmethod
     def rows(self, rows_M: np.ndarray) -> pa.Table:
         """Return rows by their numbers, in that order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadLog:
+    """A log that was read.
+
+    Attributes:
+        log: Its good records.
+        rows_read: How many those are.
+    """
+
+    log: EncodedLog
+    rows_read: int
+
+
+def prepare_log(
+    read: Callable[[BadRecords], ReadLog],
+    *,
+    out: str,
+    lengths: Mapping[str, int],
+    seed: int,
+    max_bad_rows: int,
+    overwrite: bool,
+    options: Mapping[str, Any] | None = None,
+) -> Report:
+    """Check what every such data set's options have in common, read, and write.
+
+    Args:
+        read: Reads the raw files; is given what counts malformed records.
+        out: Folder to make.
+        lengths: Options that limit lists, which a list of one would make plain columns.
+        seed: Of what is drawn, and of the order in which training rows are written.
+        max_bad_rows: Malformed raw records that are skipped before it is fatal.
+        overwrite: Replace prepared data that is in the way.
+        options: Further ones that change the result, for the report.
+    """
+    check_least(2, **lengths)
+    check_least(0, seed=seed, max_bad_rows=max_bad_rows)
+    with prepared_folder(out, overwrite=overwrite) as folder:
+        bad = BadRecords(max_bad_rows)
+        found = read(bad)
+        return write_log(
+            folder,
+            found.log,
+            seed=seed,
+            options={**(options or {}), **lengths},
+            rows_read=found.rows_read,
+            bad=bad,
+        )
+
+
+def history_group(tables: Mapping[str, str], max_length: int) -> SequenceGroup:
+    """Return the usual history: columns ``history_NAME`` of tables by name, oldest event first."""
+    return SequenceGroup(
+        name="history",
+        fields=tuple(
+            IdFeature(name=f"history_{name}", table=table) for name, table in tables.items()
+        ),
+        max_length=max_length,
+    )
 
 
 def check_least(least: int, **options: int) -> None:

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
-from torchrec_hilomoe.data.prepare.log import check_least, EncodedLog, write_log
+from torchrec_hilomoe.data.prepare.folder import Report
+from torchrec_hilomoe.data.prepare.log import EncodedLog, history_group, prepare_log, ReadLog
 from torchrec_hilomoe.data.prepare.records import BadRecords, find_raw, read_records
 from torchrec_hilomoe.data.prepare.runs import runs
 from torchrec_hilomoe.data.prepare.timelines import Timelines
 from torchrec_hilomoe.data.prepare.vocabulary import Vocabulary
-from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
+from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 
 __all__ = ["prepare_movielens"]
 
@@ -70,19 +70,22 @@ def prepare_movielens(
         DataError: If raw files are missing or too malformed, or ``out`` is taken.
         ValueError: If an option is out of range.
     """
-    check_least(2, max_history=max_history, max_liked=max_liked)
-    check_least(0, seed=seed, max_bad_rows=max_bad_rows)
-    with prepared_folder(out, overwrite=overwrite) as folder:
-        bad = BadRecords(max_bad_rows)
+
+    def read(bad: BadRecords) -> ReadLog:
         tables = {name: _read(raw, name, bad) for name in PATTERNS}
-        return write_log(
-            folder,
-            _Ratings(tables, max_history=max_history, max_liked=max_liked),
-            seed=seed,
-            options={"max_history": max_history, "max_liked": max_liked},
+        return ReadLog(
+            log=_Ratings(tables, max_history=max_history, max_liked=max_liked),
             rows_read=sum(table.num_rows for table in tables.values()),
-            bad=bad,
         )
+
+    return prepare_log(
+        read,
+        out=out,
+        lengths={"max_history": max_history, "max_liked": max_liked},
+        seed=seed,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+    )
 
 
 def _read(raw: str, name: str, bad: BadRecords) -> pa.Table:
@@ -240,16 +243,7 @@ def _schema(tables: dict[str, int], *, max_history: int, max_liked: int) -> Sche
             IdFeature(name="movie", table="movie"),
             IdFeature(name="genre_set", table="genre_set"),
         ),
-        sequences=(
-            SequenceGroup(
-                name="history",
-                fields=tuple(
-                    IdFeature(name=f"history_{name}", table=table)
-                    for name, table in history.items()
-                ),
-                max_length=max_history,
-            ),
-        ),
+        sequences=(history_group(history, max_history),),
         pooled=(
             *(
                 PooledFeature(name=name, table=name)

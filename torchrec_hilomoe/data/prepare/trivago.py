@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
-from torchrec_hilomoe.data.prepare.log import check_least, EncodedLog, write_log
+from torchrec_hilomoe.data.prepare.folder import Report
+from torchrec_hilomoe.data.prepare.log import EncodedLog, history_group, prepare_log, ReadLog
 from torchrec_hilomoe.data.prepare.records import BadRecords, find_raw, which
 from torchrec_hilomoe.data.prepare.runs import runs
 from torchrec_hilomoe.data.prepare.timelines import Timelines
 from torchrec_hilomoe.data.prepare.vocabulary import Vocabulary
-from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
+from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 from torchrec_hilomoe.runtime.paths import open_binary
 
 __all__ = ["prepare_trivago"]
@@ -80,19 +80,19 @@ def prepare_trivago(
         DataError: If the raw file is missing or too malformed, or ``out`` is taken.
         ValueError: If an option is out of range.
     """
-    check_least(2, max_history=max_history)
-    check_least(0, seed=seed, max_bad_rows=max_bad_rows)
-    with prepared_folder(out, overwrite=overwrite) as folder:
-        bad = BadRecords(max_bad_rows)
+
+    def read(bad: BadRecords) -> ReadLog:
         actions = _read(find_raw(raw, FILE, SOURCE), bad)
-        return write_log(
-            folder,
-            _Requests(actions, max_history),
-            seed=seed,
-            options={"max_history": max_history},
-            rows_read=actions.num_rows,
-            bad=bad,
-        )
+        return ReadLog(log=_Requests(actions, max_history), rows_read=actions.num_rows)
+
+    return prepare_log(
+        read,
+        out=out,
+        lengths={"max_history": max_history},
+        seed=seed,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+    )
 
 
 def _read(path: str, bad: BadRecords) -> pa.Table:
@@ -269,16 +269,7 @@ def _schema(tables: dict[str, int], *, max_history: int, max_filters: int) -> Sc
         dataset="trivago-2019",
         tables=tables,
         candidate=(IdFeature(name="item", table="item"),),
-        sequences=(
-            SequenceGroup(
-                name="history",
-                fields=tuple(
-                    IdFeature(name=f"history_{name}", table=table)
-                    for name, table in history.items()
-                ),
-                max_length=max_history,
-            ),
-        ),
+        sequences=(history_group(history, max_history),),
         pooled=(
             *(PooledFeature(name=name, table=name) for name in ("rank", *CONTEXT)),
             PooledFeature(name="filters", table="filter", max_length=max_filters),
