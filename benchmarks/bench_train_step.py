@@ -94,7 +94,7 @@ class Ready(Loader):
     def __init__(self, batches: list[CTRBatch]) -> None:
         self._ready = batches
 
-    def __iter__(self) -> Iterator[CTRBatch]:  # type: ignore[override]  # there is nothing to close
+    def __iter__(self) -> Iterator[CTRBatch]:
         return cycle(self._ready)
 
 
@@ -188,7 +188,7 @@ def _check_equal(state: Any, twin: Assembly, bare: Bare) -> None:
 
 def main() -> None:
     """Measure every case and append its lines."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="of each overhead case")
     parser.add_argument("--seconds", type=float, default=30, help="for the stages together")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[256, 1024, 4096])

@@ -42,7 +42,9 @@ def plan_and_train() -> Seen:
     for name, value in assembly.model.state_dict().items():
         if isinstance(value, ShardedTensor):
             shards = sorted(value.metadata().shards_metadata, key=lambda it: it.shard_offsets)
-            held[name.split(".")[-2]] = [shard.placement.rank() for shard in shards]
+            held[name.split(".")[-2]] = [
+                shard.placement.rank() for shard in shards if shard.placement
+            ]
     model = enter_stage(assembly.model, ALL)
     assembly.learners.enter(ALL)
     pipeline = Pipeline(model, assembly.learners.stepping, model.device)

@@ -29,7 +29,7 @@ from torchrec_hilomoe.training.stages import Course, Plateau, Stage, StageSchedu
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer, training_state
 
 STEPS, BATCH, ROWS, EVERY = 12, 16, 100, 2
-FROZEN = {"train_backbone": False, "train_tables": False}
+FROZEN: dict[str, Any] = {"train_backbone": False, "train_tables": False}
 STAGES = (
     # No metric gains 2: the second validation, after step 4, ends it.
     Stage(

@@ -6,6 +6,7 @@ a stage may change from one to the other without starting afresh.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,10 +80,10 @@ class DenseOptimizer:
         """Parameters that have a gradient now."""
         for parameter in self.keyed.params.values():
             if parameter.grad is not None:
-                yield parameter  # type: ignore[misc]  # dense parameters are never ShardedTensors
+                yield parameter
 
-    def _groups(self) -> list[dict]:
-        return self.keyed.param_groups  # type: ignore[return-value]  # TorchRec types it read-only
+    def _groups(self) -> list[dict[str, Any]]:
+        return cast(list[dict[str, Any]], self.keyed.param_groups)  # TorchRec: read-only
 
 
 def _optimizer(tensors: list, family: str, rate: float, momentum: float) -> torch.optim.Optimizer:

@@ -81,7 +81,8 @@ class Learners:
         self._layers = ExpertLayers(experts)
         self._backbones: dict[str, DenseOptimizer] = {}
         self._experts: dict[str, DenseOptimizer] = {}
-        optimizers = [("tables", self._tables)]
+        optimizers: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = []
+        optimizers.append(("tables", self._tables))
         own = family_of(options.optimizer)
         for family in dict.fromkeys([own, *map(family_of, options.others)]):
             suffix = "" if family == own else f"_{family}"

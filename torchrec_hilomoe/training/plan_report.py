@@ -114,8 +114,8 @@ def _table(raw: Mapping[str, Any]) -> TablePlan:
 
 
 def _cells(table: TablePlan) -> tuple[str, ...]:
-    ranks = table.ranks
-    consecutive = len(ranks) > 2 and ranks == tuple(range(ranks[0], ranks[0] + len(ranks)))
+    ranks = list(table.ranks)
+    consecutive = len(ranks) > 2 and ranks == list(range(ranks[0], ranks[0] + len(ranks)))
     return (
         f"{table.collection}.{table.table}",
         f"{table.rows:,}",

@@ -7,7 +7,6 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -43,6 +42,7 @@ from torchrec_hilomoe.config.sharding import parse_bytes, ShardingConfig, TableS
 from torchrec_hilomoe.training.capabilities import CAPABILITIES
 from torchrec_hilomoe.training.plan_failure import NoPlanError, TableNeed, why_not
 from torchrec_hilomoe.training.plan_report import PlanReport, TablePlan
+from torchrec_hilomoe.training.plan_wishes import check_tables, Machine, Table
 
 __all__ = ["Found", "Machine", "Planned", "find_plan", "make_plan", "tables_by_module"]
 
@@ -58,21 +58,6 @@ MOST_PLANS = 10_000  # TorchRec's own limit
 
 GIGABYTE = 2**30
 PER_MILLISECOND = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a job runs on.
-
-    Attributes:
-        world_size: Ranks.
-        local_world_size: Ranks of a host.
-        device: ``cpu`` or ``cuda``.
-    """
-
-    world_size: int
-    local_world_size: int
-    device: str
 
 
 @dataclass(frozen=True)
@@ -145,7 +130,7 @@ def find_plan(
         ValueError: If an option names what is not there or cannot be.
     """
     tables = _tables(module)
-    _check_options(tables, machine, options)
+    check_tables(tables, machine, options)
     constraints = {
         name: _constraints(table, machine, options.tables.get(name, TableSharding()), lengths or {})
         for name, table in tables.items()
@@ -196,23 +181,15 @@ def tables_by_module(plan: ShardingPlan) -> dict[str, EmbeddingModuleShardingPla
     return cast(dict[str, EmbeddingModuleShardingPlan], plan.plan)
 
 
-@dataclass(frozen=True)
-class _Table:
-    pooled: bool
-    rows: int
-    width: int
-    features: tuple[str, ...]
-
-
-def _tables(module: nn.Module) -> dict[str, _Table]:
-    tables: dict[str, _Table] = {}
+def _tables(module: nn.Module) -> dict[str, Table]:
+    tables: dict[str, Table] = {}
     for pooled, config in _table_configs(module):
         if config.name in tables:
             raise ValueError(
                 f"sharding: table {config.name!r} is in two collections, which are planned "
                 "together. Rename one."
             )
-        tables[config.name] = _Table(
+        tables[config.name] = Table(
             pooled, config.num_embeddings, config.embedding_dim, tuple(config.feature_names)
         )
     return tables
@@ -226,46 +203,8 @@ def _table_configs(module: nn.Module) -> Iterator[tuple[bool, BaseEmbeddingConfi
             yield from ((False, config) for config in collection.embedding_configs())
 
 
-def _check_options(tables: Mapping[str, _Table], machine: Machine, options: ShardingConfig) -> None:
-    capability = CAPABILITIES[machine.device]
-    for name, wanted in options.tables.items():
-        where = f"sharding.tables.{name}"
-        if name not in tables:
-            near = get_close_matches(name, tables, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(tables)}."
-            raise ValueError(f"{where}: the model has no table {name!r}. {hint}")
-        types = capability.pooled if tables[name].pooled else capability.unpooled
-        names = [kind.value for kind in types]
-        kind = "pooled" if tables[name].pooled else "sequence"
-        if wanted.type is not None and wanted.type not in names:
-            raise ValueError(
-                f"{where}: type {wanted.type!r} does not train a {kind} table on {machine.device}; "
-                f"use one of {', '.join(names)}, or null."
-            )
-        if wanted.kernel is not None and wanted.kernel not in capability.kernels:
-            raise ValueError(
-                f"{where}: kernel {wanted.kernel!r} does not exist on {machine.device}; use "
-                f"{' or '.join(capability.kernels)}, or null."
-            )
-        _check_ranks(where, wanted, tables[name], machine)
-
-
-def _check_ranks(where: str, wanted: TableSharding, table: _Table, machine: Machine) -> None:
-    ranks = wanted.ranks or ()
-    if ranks and max(ranks) >= machine.world_size:
-        raise ValueError(
-            f"{where}: ranks = {ranks} names rank {max(ranks)}, but the job has ranks 0 to "
-            f"{machine.world_size - 1}."
-        )
-    if wanted.type == "column_wise" and len(ranks) > 1 and table.width % (4 * len(ranks)):
-        raise ValueError(
-            f"{where}: width {table.width} cannot be cut into {len(ranks)} columns that are "
-            "multiples of 4, which FBGEMM's kernels want; name another number of ranks."
-        )
-
-
 def _constraints(
-    table: _Table, machine: Machine, wanted: TableSharding, lengths: Mapping[str, float]
+    table: Table, machine: Machine, wanted: TableSharding, lengths: Mapping[str, float]
 ) -> ParameterConstraints:
     capability = CAPABILITIES[machine.device]
     possible = capability.pooled if table.pooled else capability.unpooled
@@ -286,7 +225,7 @@ def _constraints(
 
 def _topology(machine: Machine, options: ShardingConfig) -> Topology:
     """Describe the machine, less what is reserved; TorchRec reserves of a GPU's memory only."""
-    given = {
+    given: dict[str, Any] = {
         name: value * GIGABYTE * PER_MILLISECOND
         for name, value in (
             ("hbm_mem_bw", options.hbm_bandwidth),
@@ -360,7 +299,7 @@ def _report(best: list[ShardingOption], topology: Topology, machine: Machine) ->
     )
 
 
-def _needs(options: list[ShardingOption], tables: Mapping[str, _Table]) -> list[TableNeed]:
+def _needs(options: list[ShardingOption], tables: Mapping[str, Table]) -> list[TableNeed]:
     """What each table needs at the least, in the way of cutting it that needs least of a rank."""
     needs = []
     for name, table in tables.items():

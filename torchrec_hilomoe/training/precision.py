@@ -9,11 +9,10 @@ dense part, and a rank whose gradient there is not finite hands its tables zeros
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, cast, Literal
 
 import torch
 from torch import Tensor
-from torchrec.optim.keyed import KeyedOptimizer
 
 from torchrec_hilomoe.embeddings.features import SequenceFeatures
 from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
@@ -55,15 +54,15 @@ class LossScale:
         """Multiply the task's losses, and unscale what reaches its tables."""
         self._task = task
         task.model.sparse.register_forward_hook(
-            lambda module, args, features: _unscale_for_tables(features, task)
+            lambda _, args, features: _unscale_for_tables(cast(SequenceFeatures, features), task)
         )
         self._apply()
 
-    def unscale(self, optimizer: KeyedOptimizer) -> None:
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the scale."""
         self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: KeyedOptimizer) -> None:
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Step if every gradient is finite; then adapt the scale."""
         self._scaler.step(optimizer)
         self._scaler.update()

@@ -24,7 +24,8 @@ from torchrec_hilomoe.config import ShardingConfig, TrainConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.planner import Machine, make_plan, Planned
+from torchrec_hilomoe.training.plan_wishes import Machine
+from torchrec_hilomoe.training.planner import make_plan, Planned
 
 __all__ = ["fuse_table_optimizer", "ids_of_a_row", "plan_tables", "shard", "sharders_of"]
 

@@ -12,8 +12,10 @@ from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import batches, in_memory, MODEL
 from tests.helpers.sharded import load_whole, parts
 from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
+from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.training import buckets
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.microbatches import cut
 from torchrec_hilomoe.training.pipeline import Pipeline, PipelineOptions
@@ -164,3 +166,15 @@ def test_tables_step_after_each_micro_batch(alone):
     once = train(alone, whole=whole, model=model, table_optimizer="sgd", steps=1)
     item = "model.model.sparse.unpooled.embeddings.item.weight"
     assert not torch.equal(once.state[item], got.state[item])
+
+
+def test_settling_buckets_leaves_no_trace(alone, monkeypatch):
+    """It is for more than two ranks; here for one, so that a run without it is at hand."""
+    want = train(alone, STAGES, model=RANDOM)
+    passes = []
+    monkeypatch.setattr(buckets, "ORDER_MATTERS_ABOVE", 0)
+    monkeypatch.setattr(
+        CTRBatch, "to", lambda batch, *args, **kwargs: passes.append(batch) or batch
+    )
+    assert_same(train(alone, STAGES, model=RANDOM), want)
+    assert len(passes) == len(want.losses) + len(STAGES) * buckets.PASSES

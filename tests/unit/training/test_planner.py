@@ -5,6 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -14,7 +17,8 @@ from torchrec_hilomoe.config import ShardingConfig, TableSharding, TrainConfig
 from torchrec_hilomoe.config.sharding import parse_bytes
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.training.plan_report import PlanReport
-from torchrec_hilomoe.training.planner import Machine, make_plan, tables_by_module
+from torchrec_hilomoe.training.plan_wishes import Machine
+from torchrec_hilomoe.training.planner import make_plan, tables_by_module
 from torchrec_hilomoe.training.sharding import sharders_of
 
 CPU = Machine(world_size=4, local_world_size=4, device="cpu")
@@ -242,8 +246,10 @@ def test_a_machine_that_is_not_there_can_be_planned_for(ranks, rows):
 def test_kernels_are_told_what_they_must_be_able_to_do():
     train = TrainConfig(pipeline="prefetch", table_weight_decay=0.1)
     for sharder in sharders_of(train):
+        assert isinstance(sharder, EmbeddingBagCollectionSharder | EmbeddingCollectionSharder)
         assert sharder.fused_params is not None
         assert sharder.fused_params["prefetch_pipeline"] is True
-        assert sharder.fused_params["weight_decay_mode"].name == "L2"
+        assert sharder.fused_params["weight_decay_mode"] is WeightDecayMode.L2
     for sharder in sharders_of(TrainConfig(pipeline="prefetch", debug=True)):
+        assert isinstance(sharder, EmbeddingBagCollectionSharder | EmbeddingCollectionSharder)
         assert not sharder.fused_params or "prefetch_pipeline" not in sharder.fused_params
