@@ -77,7 +77,7 @@ def many_ids(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Rag
             return _outside(name, values[mine][wrong_V[mine]][0], table_rows)
 
         faults.add(_rows_with(wrong_V, offsets), describe)
-    return column
+    return Ragged(values=_narrow(values, table_rows), offsets=offsets)
 
 
 def many_integers(table: pa.Table, name: str, faults: Faults) -> Ragged:
@@ -162,6 +162,14 @@ def _without_nulls(array: pa.Array, faults: Faults, describe: Callable[[int], st
 def _integers(array: pa.Array) -> np.ndarray:
     # Arrow's own numpy view is read-only, which PyTorch warns of; nothing here writes to it.
     return torch.from_dlpack(array).numpy()
+
+
+def _narrow(values: np.ndarray, table_rows: int) -> np.ndarray:
+    """Halve what is moved about where ids are stored wider than their table wants.
+
+    Ids outside the table come out as anything; their rows are bad and keep none.
+    """
+    return values.astype(np.int32) if values.itemsize > 4 and table_rows <= 2**31 else values
 
 
 def _any_outside(values: np.ndarray, table_rows: int) -> bool:
