@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from torchrec_hilomoe.data.hashing import hash64
 from torchrec_hilomoe.data.prepare.plan import Plan
 from torchrec_hilomoe.data.prepare.values import (
+    aligned,
     BadRows,
     Lists,
     numbers,
@@ -105,9 +106,12 @@ def _check_range(found: pa.Array | Lists, raw: str, rows: int, bad: BadRows) -> 
         bad.add(wrong, f"{raw} has an id outside its table's 0 to {rows - 1}")
 
 
-def _check_parallel(plan: Plan, many: Mapping[str, Lists], bad: BadRows) -> None:
+def _check_parallel(plan: Plan, many: dict[str, Lists], bad: BadRows) -> None:
     for group in plan.schema.sequences:
         names = [field.name for field in group.fields] + ([group.time] if group.time else [])
+        if plan.align:
+            many |= zip(names, aligned([many[name] for name in names]), strict=True)
+            continue
         first, *others = names
         for other in others:
             unequal_N = many[other].lengths != many[first].lengths

@@ -68,6 +68,8 @@ class Plan:
         text: Tables whose raw values are texts; those of others are whole numbers.
         numeric_group: Whether groups are whole numbers where all columns are read as text.
         separator: Between entries of a list that is stored as text.
+        align: Whether parallel lists of unequal lengths are made equal, as
+            :func:`~torchrec_hilomoe.data.prepare.values.aligned` does; else such a row is bad.
         missing_dense: Stands for a missing dense value; without it such a row is bad.
         constants: Columns of the schema that no raw column gives, and their value.
         dense: What a dense column's numbers become; as they are by default.
@@ -81,6 +83,7 @@ class Plan:
     text: frozenset[str] = frozenset()
     numeric_group: bool = True
     separator: str = "^"
+    align: bool = False
     missing_dense: float | None = None
     constants: Mapping[str, int] = field(default_factory=dict)
     dense: Callable[[pa.Array], pa.Array] | None = None

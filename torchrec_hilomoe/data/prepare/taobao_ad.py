@@ -2,6 +2,9 @@
 
 It reads the benchmark's ``train.csv`` and ``test.csv``, or the layout that those were made from:
 no header and 267 fields, of which the first 150 are histories of 50 events, 0 where there is none.
+Events without a brand, say, have left the lists of brands shorter: as in the benchmark the last
+entries of the lists belong together, and the brands that lack are unknown.
+
 The files tell no times, so a random share of the rows of ``train.csv`` validates.
 """
 
@@ -148,6 +151,7 @@ def prepare_taobao_ad(
     plan = Plan(
         schema=taobao_ad_schema(max_history=max_history),
         raw=RAW,
+        align=True,
         reshape=_from_raw_layout if raw_layout else None,
         reads=_raw_fields() if raw_layout else None,
     )

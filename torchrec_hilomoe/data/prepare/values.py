@@ -7,6 +7,7 @@ Shape legend:
     T  entries of a list column, all rows together
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 from torchrec_hilomoe.data.column_types import is_list
 from torchrec_hilomoe.data.prepare.arrow import call
 
-__all__ = ["BadRows", "Lists", "numbers", "real_numbers", "token_lists", "tokens"]
+__all__ = ["BadRows", "Lists", "aligned", "numbers", "real_numbers", "token_lists", "tokens"]
 
 NUMBER = "^-?[0-9]{1,18}$"
 
@@ -48,7 +49,7 @@ class Lists:
     """A list column: row ``n`` has entries ``[offsets[n], offsets[n + 1])``.
 
     Attributes:
-        values: ``(T,)``, without nulls.
+        values: ``(T,)``; a null is missing.
         offsets: ``(N + 1,)`` int64, from 0.
     """
 
@@ -147,6 +148,34 @@ def token_lists(
         wrong_N = before[offsets[1:]] > before[offsets[:-1]]
         bad.add(wrong_N, f"{name} has an entry that is no {'text' if text else 'whole number'}")
     return Lists(values=found, offsets=offsets)
+
+
+def aligned(columns: Sequence[Lists]) -> list[Lists]:
+    """Return lists of equal lengths: last entries stand together, what lacks is missing in front.
+
+    Example:
+        >>> short, _ = aligned(
+        ...     [
+        ...         Lists(values=pa.array([7]), offsets=np.array([0, 1])),
+        ...         Lists(values=pa.array([1, 2]), offsets=np.array([0, 2])),
+        ...     ]
+        ... )
+        >>> short.values.to_pylist()
+        [None, 7]
+    """
+    longest_N = np.maximum.reduce([column.lengths for column in columns])
+    offsets = np.concatenate([[0], np.cumsum(longest_N)])
+    row_T = np.repeat(np.arange(len(longest_N)), longest_N)
+    from_end_T = offsets[1:][row_T] - np.arange(offsets[-1])
+    found = []
+    for column in columns:
+        if np.array_equal(column.lengths, longest_N):
+            found.append(column)
+            continue
+        there_T = from_end_T <= column.lengths[row_T]
+        index_T = pa.array(column.offsets[1:][row_T] - from_end_T, mask=~there_T)
+        found.append(Lists(values=column.values.take(index_T), offsets=offsets))
+    return found
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

@@ -162,6 +162,24 @@ def test_the_raw_layout_gives_the_same_rows(tmp_path):
         assert read(tmp_path / "a", split)[0]["price"] == 0.25
 
 
+def test_lists_that_lack_entries_end_together(tmp_path):
+    found = taobao_rows(60, 0)
+    found[7] |= {"cate_his": "5^6^7", "brand_his": "8^9", "btag_his": ""}
+    write_csv(tmp_path / "train.csv", taobao_rows(ROWS, 0))
+    write_csv(tmp_path / "test.csv", found)
+    prepared = prepare_taobao_ad(raw=str(tmp_path), out=str(tmp_path / "out"))
+    assert prepared.rows_kept == ROWS + 60
+    tables = load_schema(str(tmp_path / "out")).tables
+    ids = {
+        row["value"]: row["id"]
+        for row in pq.read_table(tmp_path / "out" / "vocabularies" / "brand.parquet").to_pylist()
+    }
+    row, unknown = read(tmp_path / "out", "test")[7], tables["brand"] - 1
+    assert row["brand_his"] == [unknown, ids.get(8, unknown), ids.get(9, unknown)]
+    assert len(row["cate_his"]) == 3
+    assert row["btag_his"] == [tables["btag"] - 1] * 3
+
+
 def test_layouts_are_not_mixed(tmp_path):
     rows = taobao_rows(5, 0)
     write_csv(tmp_path / "train.csv", rows)
