@@ -1,0 +1,79 @@
+"""What one does with a run afterwards: evaluate a checkpoint of it, and look at it."""
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import sys
+
+import pytest
+
+from tests.helpers.processes import ROOT, run_ranks
+from tests.helpers.runs import train
+
+SPLIT_ROWS = 512  # of the small run
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(folder, "--checkpoint.every_steps=9", ranks=2)
+    return folder
+
+
+def use(app, *argv):
+    """Run an app in this process, which may be a rank; return its exit code and what it showed."""
+    sys.argv = [f"apps/{app}.py", *map(str, argv)]
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as shown,
+        contextlib.redirect_stderr(io.StringIO()) as told,
+    ):
+        try:
+            runpy.run_path(str(ROOT / "apps" / f"{app}.py"), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0), shown.getvalue() + told.getvalue()
+    raise AssertionError("the app did not end with an exit code")
+
+
+def evaluate(argv):
+    return use("evaluate", *argv)
+
+
+def test_a_checkpoint_evaluates_to_the_run_and_its_slices_add_up(out, tmp_path):
+    """On another number of ranks than it was trained on, from the checkpoint's own folder."""
+    path, file = out / "checkpoints" / "step_18", tmp_path / "result.json"
+    argv = [path, "--out", file, "--slice", "hour", "--device", "cpu"]
+    ((code, shown),) = run_ranks(evaluate, 1, argv, joined=False)
+    assert code == 0, shown
+    result = json.loads(file.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    summary = json.loads((out / "summary.json").read_text())
+    assert result["step"] == 18
+    assert result["metrics"] == pytest.approx(summary["test"], rel=1e-4)
+    slices = result["slices"].values()
+    assert sum(part["rows"] for part in slices) == SPLIT_ROWS
+    loss = sum(part["logloss"] * part["rows"] for part in slices) / SPLIT_ROWS
+    assert loss == pytest.approx(result["metrics"]["logloss"])
+    assert result["routing"]["sites"]
+
+
+def test_a_slice_of_lists_is_refused(out):
+    argv = [out / "checkpoints" / "step_18", "--device", "cpu", "--slice", "interest"]
+    ((code, shown),) = run_ranks(evaluate, 1, argv, joined=False)
+    assert code == 2
+    assert re.search(r"error: slice is 'interest', but .*hour", shown)
+
+
+def test_a_run_becomes_a_page(out, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, shown = use("report", out)
+    assert (code, shown.strip()) == (0, str(out / "report.html"))
+    page = (out / "report.html").read_text()
+    rows = map(json.loads, (out / "routing.jsonl").read_text().splitlines())
+    sites = {row["site"] for row in rows}
+    assert sites
+    assert page.count("<img") == 1 + len(sites)  # curves, and each site's routing
+    assert "expert_warmup[3]" in page
+    code, shown = use("report", tmp_path)
+    assert code == 2
+    assert shown.startswith("error: there is no run in")
