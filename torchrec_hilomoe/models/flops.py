@@ -65,10 +65,12 @@ def count_cost(task: TrainTask, schema: Schema, embedding_dim: int) -> Cost:
     """Count a model that is not yet sharded; its dense part must be on CPU."""
     backbone, widths = task.model.backbone, task.model.sparse.widths
     parameters = _parameters(task)
+    flops = _flops(backbone, widths)
+    flops["backbone"] += _projection_flops(schema, embedding_dim)
     return Cost(
         parameters=_with_total(parameters),
         activated=_with_total(_activated(task, parameters, schema, embedding_dim)),
-        flops=_with_total(_flops(backbone, widths)),
+        flops=_with_total(flops),
         lookup_bytes=_lookup_bytes(schema, embedding_dim),
     )
 
@@ -161,6 +163,16 @@ def _flops(backbone: Backbone, widths: FeatureWidths) -> dict[str, int]:
         "routing": sum(_routing_flops(site, rows[name]) for name, site in sites.items()),
     }
     return {name: round(flops / SAMPLES) for name, flops in batch.items()}
+
+
+def _projection_flops(schema: Schema, embedding_dim: int) -> int:
+    """FLOPs of the maps from given vectors to embeddings; a pooled feature has one a row."""
+    lengths = {field.name: group.max_length for group in schema.sequences for field in group.fields}
+    return sum(
+        2 * schema.frozen[feature.table].width * embedding_dim * lengths.get(feature.name, 1)
+        for feature in schema.id_features
+        if feature.table in schema.frozen
+    )
 
 
 def _note_rows(rows: dict[str, int], name: str, site: nn.Module, args: tuple[Tensor]) -> None:

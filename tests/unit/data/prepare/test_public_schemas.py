@@ -1,5 +1,7 @@
 """The public sets' schemas: with the benchmark's DIN they have its published parameter counts."""
 
+from dataclasses import replace
+
 import pytest
 
 from torchrec_hilomoe.config import DINConfig, ModelConfig
@@ -9,10 +11,10 @@ from torchrec_hilomoe.data.prepare.microvideo import microvideo_schema
 from torchrec_hilomoe.data.prepare.taobao_ad import taobao_ad_schema
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.models.build import build_task
-from torchrec_hilomoe.models.flops import count_cost
+from torchrec_hilomoe.models.flops import Cost, count_cost
 
 
-def din(schema: Schema, *, dim=64, head=(1024, 512, 256), norm=False, attention, hidden) -> int:
+def din(schema: Schema, *, dim=64, head=(1024, 512, 256), norm=False, attention, hidden) -> Cost:
     config = ModelConfig(
         backbone="din",
         embedding_dim=dim,
@@ -24,7 +26,7 @@ def din(schema: Schema, *, dim=64, head=(1024, 512, 256), norm=False, attention,
             attention_units=(512, 256), attention_activation=attention, head_activation=hidden
         ),
     )
-    return count_cost(build_task(config, schema), schema, dim).parameters["total"]
+    return count_cost(build_task(config, schema), schema, dim)
 
 
 @pytest.mark.parametrize(
@@ -46,4 +48,17 @@ def din(schema: Schema, *, dim=64, head=(1024, 512, 256), norm=False, attention,
     ids=["amazon-electronics", "taobao-ad", "kuaivideo", "microvideo"],
 )
 def test_din_has_the_published_number_of_parameters(schema, options, published):
-    assert din(schema, **options) == published
+    assert din(schema, **options).parameters["total"] == published
+
+
+def test_frozen_tables_cost_projections_instead_of_parameters():
+    schema = kuaivideo_schema()
+    frozen = din(schema, attention="relu", hidden="dice")
+    trained = din(replace(schema, frozen={}), attention="relu", hidden="dice")
+    projections = 3 * 64 * 64
+    assert frozen.parameters["tables"] == trained.parameters["tables"] - 64 * 3_242_317
+    assert frozen.parameters["backbone"] == trained.parameters["backbone"] + projections
+    # One candidate and a hundred events on either side.
+    extra = 2 * 64 * 64 * (1 + 100 + 100)
+    assert frozen.flops["backbone"] == trained.flops["backbone"] + extra
+    assert frozen.lookup_bytes == trained.lookup_bytes
