@@ -192,7 +192,6 @@ def bench_memory(folder: Path, args: argparse.Namespace) -> list[dict]:
                 about = {"case": "memory", "dataset": source_name(folder), "workers": workers}
                 size = {"file_mb": round(linked / 2**20), "batch_size": args.batch_size}
                 lines.append({**about, **size, **found, **stamp()})
-                print(json.dumps(lines[-1]), flush=True)
     return lines
 
 
