@@ -1,8 +1,10 @@
 """The public sets' schemas: with the benchmark's DIN they have its published parameter counts."""
 
 from dataclasses import replace
+from importlib.resources import files
 
 import pytest
+import yaml
 
 from torchrec_hilomoe.config import DINConfig, ModelConfig
 from torchrec_hilomoe.data.prepare.amazon_electronics import amazon_electronics_schema
@@ -12,6 +14,20 @@ from torchrec_hilomoe.data.prepare.taobao_ad import taobao_ad_schema
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import Cost, count_cost
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        ("amazon-electronics", amazon_electronics_schema()),
+        ("taobao-ad", taobao_ad_schema()),
+        ("kuaivideo", kuaivideo_schema()),
+        ("microvideo", microvideo_schema()),
+    ],
+)
+def test_recipes_carry_the_schemas_that_prepare_makes(name, schema):
+    text = files("torchrec_hilomoe").joinpath(f"recipes/schemas/{name}.yaml").read_text()
+    assert Schema.from_dict(yaml.safe_load(text)).differences(schema) == ()
 
 
 def din(schema: Schema, *, dim=64, head=(1024, 512, 256), norm=False, attention, hidden) -> Cost:
