@@ -58,7 +58,7 @@ def train(folder: str, schema: Schema) -> Trained:
     before = parts(training_state(model, assembly.learners))
     source = TableSource((toy_table(STEPS * BATCH),), schema)
     batches = iter(Loader(source, batch_size=BATCH, world=world, prefetch=0))
-    pipeline = Pipeline(model, assembly.learners.combined, model.device)
+    pipeline = Pipeline(model, assembly.learners.stepping, model.device)
     for _ in range(STEPS):
         pipeline.step(batches)
     pipeline.detach()
