@@ -1,11 +1,13 @@
 """What was trained since the last line of the log: metrics, speed, and that losses are finite."""
 
+from collections import deque
+
 import torch
 from torch import distributed as dist
 from torch import Tensor
 
 from torchrec_hilomoe.models.train_task import TaskOutput
-from torchrec_hilomoe.training.metrics import Metrics, Predictions
+from torchrec_hilomoe.training.metrics import Metrics, pack_rows, Predictions
 
 __all__ = ["NonFiniteLossError", "Window"]
 
@@ -14,11 +16,20 @@ class NonFiniteLossError(RuntimeError):
     """The loss became infinite or NaN; nothing was saved since."""
 
 
+# Of a rank. More would not make a line of the log more telling, but slow down large batches.
+METRIC_ROWS = 2**16
+
+
 class Window:
-    """Gathers steps until the next line of the log."""
+    """Gathers steps until the next line of the log.
+
+    Its metrics are of the last :data:`METRIC_ROWS` rows of each rank, and the batch that holds
+    the first of them: all of them, unless batches are large or lines are rare.
+    """
 
     def __init__(self) -> None:
-        self._predictions = Predictions()
+        self._kept: deque[Tensor] = deque()
+        self._kept_rows = 0
         self._losses: list[tuple[int, TaskOutput]] = []
         self._rows = self._all_rows = 0.0
         self._seconds = self._all_seconds = 0.0
@@ -26,17 +37,20 @@ class Window:
     def add(self, step: int, output: TaskOutput, seconds: float) -> None:
         """Take a step's output, and how long it took."""
         self._losses.append((step, output))
-        self._predictions.add(output.logits, output.labels, output.groups, output.weights)
+        self.restore(pack_rows(output.logits, output.labels, output.groups, output.weights))
         self._rows += output.mean_rows * dist.get_world_size()
         self._seconds += seconds
 
     def rows(self) -> Tensor:
         """Return this rank's predictions, to be saved with a checkpoint."""
-        return self._predictions.rows()
+        return self._predictions().rows()
 
     def restore(self, rows: Tensor) -> None:
         """Go on with what :meth:`rows` gave, on this rank or another."""
-        self._predictions.restore(rows)
+        self._kept.append(rows)
+        self._kept_rows += len(rows)
+        while self._kept_rows - len(self._kept[0]) >= METRIC_ROWS:
+            self._kept_rows -= len(self._kept.popleft())
 
     def speed(self, *, since_start: bool) -> float:
         """Return rows of all ranks per second of training steps."""
@@ -68,14 +82,21 @@ class Window:
 
     def metrics(self) -> Metrics:
         """Return the window's metrics over all ranks, and start a new one; collective."""
-        metrics = self._predictions.metrics()
-        self._predictions.clear()
+        metrics = self._predictions().metrics()
+        self._kept.clear()
+        self._kept_rows = 0
         self._all_rows, self._all_seconds = (
             self._all_rows + self._rows,
             self._all_seconds + self._seconds,
         )
         self._rows, self._seconds = 0.0, 0.0
         return metrics
+
+    def _predictions(self) -> Predictions:
+        predictions = Predictions()
+        for rows in self._kept:
+            predictions.restore(rows)
+        return predictions
 
     def _non_finite(self) -> str | None:
         if not self._losses:

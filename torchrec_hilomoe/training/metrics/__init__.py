@@ -12,7 +12,7 @@ from torchrec_hilomoe.training.metrics.definitions import (
     logloss,
     Metrics,
 )
-from torchrec_hilomoe.training.metrics.predictions import Predictions, SlicedPredictions
+from torchrec_hilomoe.training.metrics.predictions import pack_rows, Predictions, SlicedPredictions
 
 __all__ = [
     "Metrics",
@@ -22,4 +22,5 @@ __all__ = [
     "compute_metrics",
     "gauc",
     "logloss",
+    "pack_rows",
 ]

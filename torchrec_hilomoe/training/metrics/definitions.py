@@ -63,8 +63,10 @@ class Sums:
         logits_N = logits_N.astype(np.float64)
         weights_N = weights_N.astype(np.float64)
         with np.errstate(invalid="ignore"):  # what is no number stays none
-            loss_N = np.logaddexp(0.0, logits_N) - np.where(clicked_N, logits_N, 0.0)
-            chance_N = np.exp(-np.logaddexp(0.0, -logits_N))
+            small_N = np.exp(-np.abs(logits_N))
+            loss_N = np.maximum(logits_N, 0.0) + np.log1p(small_N)  # log(1 + exp(z))
+            loss_N = loss_N - np.where(clicked_N, logits_N, 0.0)
+            chance_N = np.where(logits_N >= 0, 1.0, small_N) / (1.0 + small_N)
         return cls(
             rows=float(len(logits_N)),
             weight=float(weights_N.sum()),

@@ -76,11 +76,11 @@ def count_over_ranks(
 
 def _borders(runs: list[Columns], capacity: int) -> list[Key]:
     """Keys between which there are at most about ``capacity`` rows of all ranks, if distinct."""
+    if dist.get_world_size() == 1 and sum(map(len, runs)) <= capacity // 2:
+        return []
     counts: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(counts, [len(run) for run in runs])
     lengths = [length for part in counts for length in part]
-    if sum(lengths) <= capacity // 2 and dist.get_world_size() == 1:
-        return []
     step = max(1, capacity // (8 * len(lengths)))
     samples: list[list[Key]] = [[]] * dist.get_world_size()
     dist.all_gather_object(samples, [key for run in runs for key in run.every(step)])

@@ -18,7 +18,7 @@ from torchrec_hilomoe.training.metrics.over_ranks import count_over_ranks
 from torchrec_hilomoe.training.metrics.pairs import Pairs
 from torchrec_hilomoe.training.metrics.runs import Columns, SortedRuns
 
-__all__ = ["CAPACITY", "Predictions", "SlicedPredictions", "TooManySlicesError"]
+__all__ = ["CAPACITY", "Predictions", "SlicedPredictions", "TooManySlicesError", "pack_rows"]
 
 # Rows that a rank holds in memory, at 16 bytes; more go to temporary files.
 CAPACITY = 2**22
@@ -29,6 +29,13 @@ MAX_SLICES = 10_000
 
 class TooManySlicesError(ValueError):
     """A feature has more values than metrics can be kept of."""
+
+
+def pack_rows(logits: Tensor, labels: Tensor, groups: Tensor, weights: Tensor) -> Tensor:
+    """Return a batch as :meth:`Predictions.restore` takes it: ``(N, 2)`` int64, where it is."""
+    signed = torch.where(labels > 0.5, weights, -weights)
+    numbers = torch.stack([logits.float(), signed.float()], dim=1).view(torch.int64)
+    return torch.cat([groups.long()[:, None], numbers], dim=1)
 
 
 class _Collected:
@@ -43,9 +50,7 @@ class _Collected:
 
     def add(self, logits: Tensor, labels: Tensor, groups: Tensor, weights: Tensor) -> bool:
         """Keep rows; return whether it is time to take them."""
-        signed = torch.where(labels > 0.5, weights, -weights)
-        numbers = torch.stack([logits.float(), signed.float()], dim=1).view(torch.int64)
-        return self.put(torch.cat([groups.long()[:, None], numbers], dim=1))
+        return self.put(pack_rows(logits, labels, groups, weights))
 
     def put(self, rows: Tensor) -> bool:
         self._waiting.append(rows)

@@ -53,10 +53,7 @@ class Columns:
 
     def sorted(self) -> "Columns":
         """By group and then by score."""
-        if len(self) and (self.groups == self.groups[0]).all():
-            order_N = np.argsort(self.scores)
-        else:
-            order_N = np.lexsort((self.scores, self.groups))
+        order_N = _order(self.groups, self.scores)
         return Columns(
             groups=self.groups[order_N], scores=self.scores[order_N], signed=self.signed[order_N]
         )
@@ -154,6 +151,19 @@ class SortedRuns:
         self._files.append(path)
         self._loose.clear()
         self._loose_rows = 0
+
+
+def _order(groups_N: NDArray[np.int64], scores_N: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Sort by one word of both where it holds both, which is many times as fast."""
+    if len(groups_N) == 0:
+        return np.zeros(0, dtype=np.int64)
+    first, last = int(groups_N.min()), int(groups_N.max())
+    if last - first >= 2**31:
+        return np.lexsort((scores_N, groups_N))
+    bits_N = np.ascontiguousarray(scores_N).view(np.int32)
+    # Floats are sorted as their bits are, but for the negative ones, which go the other way.
+    upwards_N = bits_N ^ ((bits_N >> 31) & 0x7FFFFFFF)
+    return np.argsort(((groups_N - first) << 32) + upwards_N)
 
 
 def _mapped(path: Path) -> Columns:
