@@ -25,6 +25,9 @@ class DataConfig:
         pin_memory: Whether batches come in page-locked memory; null does so for a GPU.
         bucket_by_length: Batches in a window within which rows are sorted by the length of their
             longest history, to pad less; 0 sorts nothing.
+        lanes: The parts of an epoch that every batch takes its rows from are a multiple of this. A
+            run goes on with any number of ranks that divides them, so an elastic one names a
+            common multiple of all that it may have; null is one of the ranks it starts with.
         max_bad_rows: Bad records of a rank that are skipped before it is fatal.
     """
 
@@ -38,4 +41,9 @@ class DataConfig:
     prefetch: int = 4
     pin_memory: bool | None = None
     bucket_by_length: int = 0
+    lanes: int | None = None
     max_bad_rows: int = 100
+
+    def __post_init__(self) -> None:
+        if self.lanes is not None and self.lanes < 1:
+            raise ValueError(f"data.lanes must be at least 1 or null, got {self.lanes}.")

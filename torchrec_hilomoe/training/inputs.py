@@ -1,13 +1,14 @@
 """Configuration -> what a run reads: schema, loaders of the splits, the schedule of stages."""
 
 from dataclasses import replace
+from math import lcm
 from typing import Literal
 
 import torch
 
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import Position
-from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.loader import choose_lanes, Loader, World
 from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSource
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.data.source import BlockSource
@@ -58,6 +59,8 @@ def loader_of(
 ) -> Loader:
     """Return an endless loader of the training split, or one pass over another."""
     training = split == "train"
+    if training and start is None and config.data.lanes is not None:
+        start = _start_in_lanes(config.train.batch_size, world, config.data.lanes)
     on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
     return Loader(
         _source(config, split),
@@ -106,6 +109,19 @@ def best_auc_of(config: RunConfig, split: Split) -> float | None:
     """Return the AUC of the true probabilities; None for real data, where nobody knows them."""
     source = _source(config, split)
     return best_auc(source) if isinstance(source, SyntheticSource) else None
+
+
+def _start_in_lanes(batch_size: int, world: World, lanes: int) -> Position:
+    """Return the beginning of a run that may come to have other numbers of ranks."""
+    multiple = lcm(world.size, lanes)
+    if batch_size % multiple:
+        lower = batch_size // multiple * multiple
+        nearest = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
+        raise ValueError(
+            f"data.lanes {lanes} and {world.size} ranks must divide train.batch_size, got "
+            f"{batch_size}. Take {nearest}."
+        )
+    return Position(epoch=0, lane_rows=0, lanes=choose_lanes(batch_size, multiple))
 
 
 def _source(config: RunConfig, split: Split) -> BlockSource:
