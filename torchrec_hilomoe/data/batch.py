@@ -58,6 +58,7 @@ class CTRBatch(Pipelineable):
         mean_rows: Rows of the global batch divided by the world size: the loss's denominator,
             which makes the average over ranks the mean over the global batch.
         position: Where training resumes once this batch has been trained on.
+        steps: Events of each row's longest history, summed over rows; known on the host, too.
         time: ``(B,)`` int64, when the candidate was shown, in seconds; None where the schema
             names no such column.
         times: ``(T,)`` int64 of each sequence group that has times, in the schema's order: when
@@ -73,6 +74,7 @@ class CTRBatch(Pipelineable):
     longest: int
     mean_rows: float
     position: Position
+    steps: int | None = None
     time: Tensor | None = None
     times: tuple[Tensor, ...] = ()
 
@@ -88,6 +90,7 @@ class CTRBatch(Pipelineable):
             longest=self.longest,
             mean_rows=self.mean_rows,
             position=self.position,
+            steps=self.steps,
             time=None if self.time is None else self.time.to(device, non_blocking=non_blocking),
             times=tuple(times.to(device, non_blocking=non_blocking) for times in self.times),
         )
@@ -113,6 +116,7 @@ class CTRBatch(Pipelineable):
             longest=self.longest,
             mean_rows=self.mean_rows,
             position=self.position,
+            steps=self.steps,
             time=None if self.time is None else self.time.pin_memory(),
             times=tuple(times.pin_memory() for times in self.times),
         )

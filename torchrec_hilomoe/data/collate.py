@@ -46,6 +46,7 @@ def collate(
     border, end = sum(sizes[:unpooled]), sum(sizes[:keys])
     floats_2B = _joined([part.floats for part in parts], axis=1)
     integers_2B = _joined([part.integers for part in parts], axis=1)
+    longest_B = lengths_KB[len(schema.candidate) : unpooled].max(axis=0, initial=0)
     return CTRBatch(
         pooled=_jagged(
             schema.pooled_keys, ids[border:end], lengths_KB[unpooled:], sizes[unpooled:keys]
@@ -57,9 +58,10 @@ def collate(
         labels=floats_2B[0],
         weights=floats_2B[1],
         groups=integers_2B[0],
-        longest=int(lengths_KB[len(schema.candidate) : unpooled].max(initial=1)),
+        longest=int(longest_B.max(initial=1)),
         mean_rows=mean_rows,
         position=position,
+        steps=int(longest_B.sum()),
         time=integers_2B[1] if schema.time is not None else None,
         times=ids[end:].split(sizes[keys:]) if sizes[keys:] else (),
     )

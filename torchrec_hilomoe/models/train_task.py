@@ -72,6 +72,7 @@ class TrainTask(nn.Module):
                 batch.longest,
                 time_B=batch.time,
                 times=batch.times,
+                steps=batch.steps,
             ).float()
         losses_B = F.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="none")
         loss = (losses_B * batch.weights).sum() / batch.mean_rows

@@ -129,7 +129,9 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
     expected = [expected_row(row) for row in ordered]
     assert actual_rows(batch) == expected
     histories = [field.name for field in SCHEMA.sequence_fields]
-    assert batch.longest == max([1, *(len(row[0][key]) for row in expected for key in histories)])
+    longest = [max((len(row[0][key]) for key in histories), default=0) for row in expected]
+    assert batch.longest == max([1, *longest])
+    assert batch.steps == sum(longest)
     assert (batch.mean_rows, batch.position) == (3.5, POSITION)
 
 
