@@ -62,10 +62,14 @@ class Bare:
             self.assembly.model, assembly.learners.stepping, self.assembly.model.device
         )
 
-    def step(self) -> Tensor:
-        """Train one step and return its loss."""
+    def fetch(self) -> CTRBatch:
+        """Return the next batch, however long that takes."""
+        return next(self._batches)
+
+    def step(self, batch: CTRBatch | None = None) -> Tensor:
+        """Train one step, on the next batch if none is given, and return its loss."""
         self.assembly.learners.set_rates(self._span, 0, decay=1.0)
-        return self._step.progress(self._batches).loss
+        return self._step.progress(self._batches if batch is None else iter([batch])).loss
 
 
 class Turns(RunLog):
@@ -81,11 +85,12 @@ class Turns(RunLog):
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Note the trainer's time since the last turn, and take one."""
         super().step(*args, **kwargs)
-        now = time.perf_counter()
-        self.run_seconds.append(now - self._last)
-        self._bare.step()
+        self.run_seconds.append(time.perf_counter() - self._last)
+        batch = self._bare.fetch()
+        begin = time.perf_counter()
+        self._bare.step(batch)
         self._last = time.perf_counter()
-        self.bare_seconds.append(self._last - now)
+        self.bare_seconds.append(self._last - begin)
 
 
 class Ready(Loader):
