@@ -18,7 +18,7 @@ except (ImportError, OSError):
 
 from torchrec_hilomoe.hilomoe.plots import draw_routing
 from torchrec_hilomoe.runtime.console import set_up_console
-from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.runtime.distributed import join, PeerLostError
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
 from torchrec_hilomoe.training.evaluation import evaluate_checkpoint, Evaluation
 
@@ -35,7 +35,7 @@ def show(found: Evaluation, arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Return 0, or 2 when the user must mend something."""
+    """Return 0, 2 when the user must mend something, or 1 when another rank is lost."""
     set_up_console(int(os.environ.get("RANK", "0")))
     parser = argparse.ArgumentParser(
         description="Evaluate a checkpoint. Other flags override the run's configuration."
@@ -55,9 +55,9 @@ def main() -> int:
             )
         if job.is_main:
             show(found, arguments)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, PeerLostError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, PeerLostError) else 2
     return 0
 
 
