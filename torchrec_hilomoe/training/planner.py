@@ -6,7 +6,7 @@ Every call of TorchRec's planner is in this file.
 import copy
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -53,7 +53,7 @@ USUAL = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WIS
 
 # Shards that the search through all plans may place: it takes time with their number, and TorchRec
 # limits only that of plans.
-SEARCHED = 500_000
+SEARCHED = 200_000
 MOST_PLANS = 10_000  # TorchRec's own limit
 
 GIGABYTE = 2**30
@@ -86,14 +86,17 @@ class Found:
 
     def estimated_for(self, module: nn.Module, batch_size: int) -> list[ShardingOption]:
         """The same choice with the estimates for another batch, in the same order."""
-        enumerator = EmbeddingEnumerator(
-            self.topology, batch_size=batch_size, constraints=dict(self.constraints)
-        )
-        ways = {
-            (way.name, way.sharding_type, way.compute_kernel): way
-            for way in enumerator.enumerate(module, get_default_sharders())
+        only = {
+            it.name: replace(
+                self.constraints[it.name],
+                sharding_types=[it.sharding_type],
+                compute_kernels=[it.compute_kernel],
+            )
+            for it in self.chosen
         }
-        return [ways[it.name, it.sharding_type, it.compute_kernel] for it in self.chosen]
+        enumerator = EmbeddingEnumerator(self.topology, batch_size=batch_size, constraints=only)
+        ways = {way.name: way for way in enumerator.enumerate(module, get_default_sharders())}
+        return [ways[it.name] for it in self.chosen]
 
 
 def make_plan(
