@@ -122,5 +122,6 @@ def _fail_with(fault: Callable[[], None], argv: list[str]) -> None:
 def _lines(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line.pop("samples_per_second", None)  # a matter of the machine
+        for of_the_machine in ("samples_per_second", "memory_gib"):
+            line.pop(of_the_machine, None)
     return lines
