@@ -16,10 +16,12 @@ from functools import cache
 import pytest
 
 from tests.helpers.processes import ROOT, run_command
+from tests.helpers.torchx_jobs import render, SCHEDULERS
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
 
-DOCUMENTS = [path for path in sorted(ROOT.glob("*.md")) if path.name != "CHANGELOG.md"]
+TEXTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS = [path for path in TEXTS if path.name != "CHANGELOG.md"]
 TRAIN = "apps/train.py"
 
 
@@ -104,10 +106,24 @@ def help_flags(program: Sequence[str]) -> set[str]:
 
 
 def check_torchx(words: Sequence[str]) -> None:
-    assert words[:4] == ["run", "-s", "local_cwd", "dist.ddp"]
-    assert re.fullmatch(r"\d+x\d+", words[words.index("-j") + 1])
-    arguments = words[words.index(TRAIN) :]
-    parse_run(drop_launcher_residue(arguments, str(ROOT / TRAIN)))
+    if words[0] != "run":
+        assert words[0] in ("cancel", "log", "status")
+        assert "://" in words[1]
+        return
+    if "dist.ddp" in words:
+        assert words[:4] == ["run", "-s", "local_cwd", "dist.ddp"]
+        assert re.fullmatch(r"\d+x\d+", words[words.index("-j") + 1])
+        arguments = words[words.index(TRAIN) :]
+        parse_run(drop_launcher_residue(arguments, str(ROOT / TRAIN)))
+        return
+    (component,) = [word for word in words if word.startswith("specs/")]
+    path, _, name = component.partition(":")
+    assert path == f"specs/{name}.py"
+    assert words[words.index("-s") + 1] in SCHEDULERS
+    rendered = render("local_cwd", name, *words[words.index(component) + 1 :])
+    if name == "train":
+        line = shlex.split(rendered.command[-1])
+        parse_run(line[line.index(TRAIN) + 1 :])
 
 
 def check_pip(words: Sequence[str]) -> None:
@@ -129,7 +145,7 @@ CHECKS = {
     "python3.11": check_python,
     "torchx": check_torchx,
 }
-OF_THE_SYSTEM = {"cd", "git", "source", "tensorboard"}
+OF_THE_SYSTEM = {"cd", "docker", "git", "kubectl", "source", "tail", "tensorboard"}
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.place)
