@@ -42,7 +42,7 @@ def train(
         memMB: memory of a host in MB; 0 is 16384 a process
         env: environment variables (VAR1=v1,VAR2=v2)
         mounts: mounts of the container (type=bind,src=/host,dst=/job[,readonly])
-        max_retries: how often the scheduler starts a job or, if it is elastic, a host again
+        max_retries: how often the scheduler starts again what has failed
         max_restarts: how often the processes are started again without the scheduler
         rdzv_port: port of the first host on which the others find it
         rdzv_conf: options of the rendezvous (join_timeout=1200,last_call_timeout=60)

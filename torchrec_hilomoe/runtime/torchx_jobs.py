@@ -153,7 +153,7 @@ def torchrun_role(name: str, program: Sequence[str], host: Host, meeting: Meetin
         role.env.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if fewest < most:
         role.min_replicas = fewest
-        role.retry_policy = RetryPolicy.REPLICA  # a host that returns joins those that went on
+        role.retry_policy = RetryPolicy.REPLICA  # one that is lost leaves the others running
     return role
 
 

@@ -104,7 +104,7 @@ def test_an_elastic_job_names_its_fewest_hosts_and_the_lanes_that_all_share():
     assert "data.lanes=24" not in str(words(own))
 
 
-def test_kubernetes_needs_only_the_fewest_pods_and_starts_each_again_by_itself():
+def test_on_kubernetes_the_fewest_pods_are_enough_and_one_that_fails_does_not_end_the_others():
     job = render("kubernetes", "train", "-j", "1:2x1", "--max_retries", "2").request.resource
     first, second = job["spec"]["tasks"]
     assert (first["minAvailable"], second["minAvailable"]) == (1, 0)
