@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -168,8 +169,8 @@ class Trainer:
         Raises:
             NonFiniteLossError: With the step, the rank and the batch's position.
         """
-        batches = iter(loader)
-        with StopSignal() as stop, self._watchdog:
+        # Closed also when an error ends the run: a reader that waits would keep the process alive.
+        with closing(iter(loader)) as batches, StopSignal() as stop, self._watchdog:
             while not self.is_complete:
                 span = self._course.at(self.step)
                 pipeline = self._enter(span)
