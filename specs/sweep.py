@@ -23,7 +23,7 @@ def sweep(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
     max_retries: int = 0,
-    max_restarts: int = 3,
+    max_restarts: int = 0,
 ) -> AppDef:
     """Train every combination of some options' values, each in a role and on a host of its own.
 

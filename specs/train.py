@@ -21,7 +21,7 @@ def train(
     env: Optional[Dict[str, str]] = None,
     mounts: Optional[List[str]] = None,
     max_retries: int = 0,
-    max_restarts: int = 3,
+    max_restarts: Optional[int] = None,
     rdzv_port: int = 29500,
     rdzv_conf: str = "",
 ) -> AppDef:
@@ -43,7 +43,8 @@ def train(
         env: environment variables (VAR1=v1,VAR2=v2)
         mounts: mounts of the container (type=bind,src=/host,dst=/job[,readonly])
         max_retries: how often the scheduler starts again what has failed
-        max_restarts: how often the processes are started again without the scheduler
+        max_restarts: how often the processes are started again without the scheduler; by default
+            three times on several hosts, and never on one
         rdzv_port: port of the first host on which the others find it
         rdzv_conf: options of the rendezvous (join_timeout=1200,last_call_timeout=60)
     """

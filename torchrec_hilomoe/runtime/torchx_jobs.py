@@ -8,11 +8,12 @@ it is an extra.
 import argparse
 import importlib.util
 import itertools
+import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import lcm
 from typing import NoReturn, TYPE_CHECKING
 
@@ -78,21 +79,18 @@ class Meeting:
         j: ``[MIN:]HOSTSxPROCESSES``.
         rdzv_port: Where the first host listens.
         rdzv_conf: Options of the rendezvous, ``join_timeout=1200,last_call_timeout=60``.
-        max_restarts: How often the agents start their workers again, after any of them has failed.
+        max_restarts: How often the agents start their workers again, after any of them has failed;
+            None is three times where a host may be lost, and never on a single one.
     """
 
     j: str = "1x1"
     rdzv_port: int = 29500
     rdzv_conf: str = ""
-    max_restarts: int = 3
-    hosts: tuple[int, int] = field(init=False)
-    processes: int = field(init=False)
+    max_restarts: int | None = None
 
     def __post_init__(self) -> None:
-        from torchx.components.dist import parse_nnodes
-
         try:
-            fewest, most, processes, _ = parse_nnodes(self.j)
+            (fewest, most), processes = self.hosts, self.processes
         except ValueError:
             _refuse(f"-j is [MIN:]HOSTSxPROCESSES, as in 2x8 or 1:2x8, got {self.j!r}.")
         if not 1 <= fewest <= most or processes < 1:
@@ -100,8 +98,28 @@ class Meeting:
                 f"-j needs at least one host, one process, and no more hosts at least than at "
                 f"most, got {self.j!r}."
             )
-        object.__setattr__(self, "hosts", (fewest, most))
-        object.__setattr__(self, "processes", processes)
+
+    @property
+    def hosts(self) -> tuple[int, int]:
+        """The fewest and the most hosts."""
+        from torchx.components.dist import parse_nnodes
+
+        fewest, most, _, _ = parse_nnodes(self.j)
+        return fewest, most
+
+    @property
+    def processes(self) -> int:
+        """Of each host."""
+        from torchx.components.dist import parse_nnodes
+
+        return parse_nnodes(self.j)[2]
+
+    @property
+    def restarts(self) -> int:
+        """How often workers are started again."""
+        if self.max_restarts is not None:
+            return self.max_restarts
+        return 3 if self.hosts[1] > 1 else 0
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
@@ -138,7 +156,7 @@ def torchrun_role(name: str, program: Sequence[str], host: Host, meeting: Meetin
         f"--rdzv_id={macros.app_id}",
         f"--nnodes={fewest}:{most}" if fewest < most else f"--nnodes={most}",
         f"--nproc_per_node={meeting.processes}",
-        f"--max_restarts={meeting.max_restarts}",
+        f"--max_restarts={meeting.restarts}",
         "--tee=3",
     ]
     if meeting.rdzv_conf:
@@ -220,9 +238,12 @@ def _role(name: str, host: Host, processes: int, *, entrypoint: str, args: list[
 
 
 def _environment(host: "Resource", processes: int) -> dict[str, str]:
+    cpus = host.cpu
+    if _asked(sys.argv).scheduler == "local_cwd":  # it runs here, whatever a host is said to have
+        cpus = min(cpus, os.cpu_count() or 1)
     found = {
         "LOGLEVEL": "WARNING",
-        "OMP_NUM_THREADS": str(max(1, host.cpu // processes)),
+        "OMP_NUM_THREADS": str(max(1, cpus // processes)),
         "PYTHONUNBUFFERED": "1",
     }
     if host.gpu > 0:
@@ -230,15 +251,18 @@ def _environment(host: "Resource", processes: int) -> dict[str, str]:
     return found
 
 
-def _check_scheduler(argv: Sequence[str], roles: Sequence["Role"]) -> None:
-    """Refuse what ``torchx run -s SCHEDULER`` cannot do, in a sentence instead of a traceback."""
+def _asked(argv: Sequence[str]) -> argparse.Namespace:
+    """Return what ``torchx run`` was asked for: its scheduler, None if unknown, and ``dryrun``."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-s", "--scheduler")
     parser.add_argument("--dryrun", action="store_true")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
-    asked = parser.parse_known_args(argv[2:])[0] if argv[1:2] == ["run"] else None
-    if asked is None or asked.scheduler is None:
-        return
+    return parser.parse_known_args(argv[2:] if argv[1:2] == ["run"] else [])[0]
+
+
+def _check_scheduler(argv: Sequence[str], roles: Sequence["Role"]) -> None:
+    """Refuse what ``torchx run -s SCHEDULER`` cannot do, in a sentence instead of a traceback."""
+    asked = _asked(argv)
     package = EXTRAS.get(asked.scheduler)
     rendered = asked.dryrun and asked.scheduler in RENDERED_WITHOUT
     if package and not rendered and not _installed(package):

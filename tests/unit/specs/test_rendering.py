@@ -1,7 +1,9 @@
 """What the components ask of each scheduler: resources, variables, port, command, retries."""
 
+import os
 import shlex
 import stat
+import sys
 
 import pytest
 
@@ -66,6 +68,8 @@ class TestOnEveryScheduler:
         rendered = render(scheduler, "train", *GPUS, "--max_retries", "4", "--max_restarts", "7")
         assert rendered.retries in (None, 4)
         assert options(rendered)["max_restarts"] == "7"
+        assert options(render(scheduler, "train", *GPUS))["max_restarts"] == "3"
+        assert options(render(scheduler, "train"))["max_restarts"] == "0"
 
     def test_a_run_finds_its_folder_again(self, scheduler):
         """The folder is named after the job, whose name outlives that it is started again."""
@@ -134,6 +138,12 @@ def test_a_named_resource_takes_the_place_of_figures():
     assert rendered.resources is not None
     assert rendered.resources["gpu"] == 8
     assert rendered.environment["OMP_NUM_THREADS"] == str(rendered.resources["cpu"] // 8)
+
+
+def test_here_there_are_no_more_threads_than_cpus(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["torchx", "run", "-s", "local_cwd", "specs/train.py:train"])
+    found = render("local_cwd", "train", "-j", "1x2", "--cpu", "4096").environment
+    assert int(found["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // 2)
 
 
 def test_the_words_survive_slurms_script_and_both_shells(tmp_path):
