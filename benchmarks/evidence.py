@@ -9,9 +9,9 @@ already is not run again, so a grid can be stopped and gone on with. Seeds are p
 of a seed share data, order and passes, and are compared after the last step, never in between.
 
 Rates are chosen by ``tune``: by validation AUC, on a seed that no comparison uses, the plain
-model's first and then, for all expert variants together, the experts'. ``run`` looks the choice up in the
-results file; without one, the recipe's rates hold. The test split is read once, by the runs that
-are reported.
+model's first and then, for all expert variants together, the experts'. ``run`` looks the choice up
+in the results file; without one, the recipe's rates hold. The test split is read once, by the runs
+that are reported.
 
 Real data are prepared by ``apps/prepare.py`` and named: ``--prepared ml-1m=data/ml-1m``.
 """
