@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torchrec_hilomoe.planning.estimate import RunPlan
+from torchrec_hilomoe.planning.run_plan import RunPlan
 
 __all__ = ["draw_plan"]
 

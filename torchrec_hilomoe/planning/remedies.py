@@ -1,106 +1,41 @@
-"""Why tables do not fit: which, by how much, and what would help, each remedy tried by planning."""
+"""What would help where tables do not fit: each remedy is tried, by planning with it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
-
-from torchrec.distributed.planner.types import ShardingOption, Storage, Topology
 
 from torchrec_hilomoe.config import RunConfig, TableSharding
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.planning.cluster import Cluster
-from torchrec_hilomoe.planning.estimate import plan_run, planned_task, RunPlan
+from torchrec_hilomoe.planning.estimate import plan_run, planned_task
+from torchrec_hilomoe.planning.run_plan import RunPlan
+from torchrec_hilomoe.planning.shortage import Shortage, shortage_of
 from torchrec_hilomoe.training.plan_failure import NoPlanError
 from torchrec_hilomoe.training.plan_report import shown_bytes
 from torchrec_hilomoe.training.planner import find_plan
 from torchrec_hilomoe.training.sharding import ids_of_a_row
 
-__all__ = ["Shortage", "explain", "plan_or_explain", "shortage_of"]
+__all__ = ["explain", "plan_or_explain"]
 
 PATIENCE = 60.0  # seconds after which no further remedy is tried
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shortage:
-    """By how much tables do not fit.
+class _Remedy:
+    """Something to try: what the user would write, and what that means.
 
     Attributes:
-        table: The one that alone is too large for a rank however it is cut, or the largest.
-        alone: Whether it is too large alone.
-        way: How it is cut where it needs least.
-        needed: Bytes: of a rank for that table, or of all ranks for all tables.
-        available: Bytes: of a rank, or of all ranks, for tables.
-        per_rank: Bytes that a rank must have for tables, at the least.
-        host: Whether it is the host's memory that is short.
+        text: The options.
+        config: With them.
+        cluster: With them.
+        hopeless: Whether it need not be tried, because it leaves too little by far.
     """
-
-    table: str
-    alone: bool
-    way: str
-    needed: int
-    available: int
-    per_rank: int
-    host: bool
-
-    @property
-    def excess(self) -> int:
-        """Bytes that are missing; not above 0 where there is room and only no place."""
-        return self.needed - self.available
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Remedy:
-    """Something to try: what the user would write, and what that means."""
 
     text: str
     config: RunConfig
     cluster: Cluster
-
-
-def shortage_of(ways: Sequence[ShardingOption], topology: Topology) -> Shortage:
-    """Find the table that is short, from all ways of cutting each."""
-    capacity = topology.devices[0].storage
-    by_table: dict[str, list[ShardingOption]] = {}
-    for way in ways:
-        by_table.setdefault(way.name, []).append(way)
-    smallest = [
-        min(options, key=lambda way: _total(way, topology)) for options in by_table.values()
-    ]
-    together = sum(_total(way, topology) for way in smallest)
-    share = -(-together // topology.world_size)
-    alone = []
-    for table, options in by_table.items():
-        best = min(options, key=lambda way: max(_missing(way, capacity)))
-        on_device, on_host = _missing(best, capacity)
-        host = on_host > on_device
-        available = capacity.ddr if host else capacity.hbm
-        missing = max(on_device, on_host)
-        alone.append(
-            Shortage(
-                table=table,
-                alone=True,
-                way=best.sharding_type,
-                needed=available + missing,
-                available=available,
-                per_rank=max(available + missing, share),
-                host=host,
-            )
-        )
-    worst = max(alone, key=lambda it: it.excess)
-    if worst.excess > 0:
-        return worst
-    largest = max(smallest, key=lambda way: _total(way, topology))
-    host = topology.compute_device == "cpu" or not largest.total_storage.hbm
-    return Shortage(
-        table=largest.name,
-        alone=False,
-        way=largest.sharding_type,
-        needed=together,
-        available=topology.world_size * (capacity.ddr if host else capacity.hbm),
-        per_rank=max(share, *(it.needed for it in alone)),
-        host=host,
-    )
+    hopeless: bool = False
 
 
 def plan_or_explain(config: RunConfig, schema: Schema, cluster: Cluster) -> RunPlan | str:
@@ -146,18 +81,6 @@ def explain(error: NoPlanError, config: RunConfig, schema: Schema, cluster: Clus
     return "\n".join(lines)
 
 
-def _missing(way: ShardingOption, capacity: Storage) -> tuple[int, int]:
-    """Bytes by which the largest shard exceeds the device's memory, and the host's."""
-    storages = [shard.storage for shard in way.shards if shard.storage is not None]
-    device = max(storage.hbm for storage in storages) - capacity.hbm
-    return device, max(storage.ddr for storage in storages) - capacity.ddr
-
-
-def _total(way: ShardingOption, topology: Topology) -> int:
-    storage = way.total_storage
-    return storage.ddr if topology.compute_device == "cpu" or not storage.hbm else storage.hbm
-
-
 def _try_all(
     short: Shortage, config: RunConfig, schema: Schema, cluster: Cluster
 ) -> tuple[list[str], ...]:
@@ -168,10 +91,10 @@ def _try_all(
     end = time.monotonic() + PATIENCE
     for series in _remedies(short, config, cluster):
         for remedy in series:
-            if time.monotonic() > end:
+            if not remedy.hopeless and time.monotonic() > end:
                 untried.append(remedy.text)
                 break
-            if _fits(remedy, schema):
+            if not remedy.hopeless and _fits(remedy, schema):
                 helped.append(remedy.text)
                 break
         else:
@@ -200,8 +123,9 @@ def _remedies(short: Shortage, config: RunConfig, cluster: Cluster) -> Iterator[
     sharding, train, model = config.sharding, config.train, config.model
     where, table = f"--sharding.tables.{short.table}", short.table
 
-    def changed(text: str, **parts) -> _Remedy:
-        return _Remedy(text=text, config=replace(config, **parts), cluster=cluster)
+    def changed(text: str, *, hopeless: bool = False, **parts) -> _Remedy:
+        changes = replace(config, **parts)
+        return _Remedy(text=text, config=changes, cluster=cluster, hopeless=hopeless)
 
     def placed(text: str, how: TableSharding | None) -> _Remedy:
         others = {name: it for name, it in sharding.tables.items() if name != table}
@@ -215,24 +139,36 @@ def _remedies(short: Shortage, config: RunConfig, cluster: Cluster) -> Iterator[
         yield [changed(option, train=replace(train, table_optimizer="rowwise_adagrad"))]
     lower = [share for share in (0.3, 0.2, 0.1) if share < sharding.reserve]
     yield [
-        changed(f"--sharding.reserve {share}", sharding=replace(sharding, reserve=share))
+        changed(
+            f"--sharding.reserve {share}",
+            hopeless=short.per_rank > short.limit * (1 - share) / (1 - sharding.reserve),
+            sharding=replace(sharding, reserve=share),
+        )
         for share in lower
     ]
     if cluster.device == "cuda" and not short.host:
         option = f'{where} \'{{"kernel": "fused_uvm_caching"}}\', rows in host memory and slower'
         yield [placed(option, TableSharding(kernel="fused_uvm_caching"))]
     yield list(_more_memory(short, config, cluster))
-    yield list(_more_ranks(config, cluster))
+    yield list(_more_ranks(short, config, cluster))
     narrower = [width for width in (model.embedding_dim // 2, model.embedding_dim // 4) if width]
     yield [
-        changed(f"--model.embedding_dim {width}", model=replace(model, embedding_dim=width))
+        changed(
+            f"--model.embedding_dim {width}",
+            hopeless=short.per_rank * width / model.embedding_dim > short.limit,
+            model=replace(model, embedding_dim=width),
+        )
         for width in narrower
         if width % 4 == 0
     ]
     least = cluster.world_size * train.accumulate
     smaller = [train.batch_size // factor for factor in (2, 4, 8)]
     yield [
-        changed(f"--train.batch_size {rows}", train=replace(train, batch_size=rows))
+        changed(
+            f"--train.batch_size {rows}",
+            hopeless=short.rows_per_rank > short.limit,
+            train=replace(train, batch_size=rows),
+        )
         for rows in smaller
         if rows >= least
     ]
@@ -242,7 +178,8 @@ def _more_memory(short: Shortage, config: RunConfig, cluster: Cluster) -> Iterat
     sharding = config.sharding
     option = "hbm" if cluster.device == "cuda" and not short.host else "ddr"
     least = short.per_rank / (1 - sharding.reserve)
-    unit, scale = ("GB", 2**30) if least > 10 * 2**30 else ("KB", 2**10)
+    units = (("GB", 2**30), ("MB", 2**20), ("KB", 2**10))
+    unit, scale = next((it for it in units if least > 10 * it[1]), units[-1])
     for factor in (1.0, 1.25, 1.5, 2.0):
         text = f"{ceil(least * factor / scale)}{unit}"
         yield _Remedy(
@@ -252,11 +189,12 @@ def _more_memory(short: Shortage, config: RunConfig, cluster: Cluster) -> Iterat
         )
 
 
-def _more_ranks(config: RunConfig, cluster: Cluster) -> Iterator[_Remedy]:
+def _more_ranks(short: Shortage, config: RunConfig, cluster: Cluster) -> Iterator[_Remedy]:
     for factor in (2, 4, 8):
         more = replace(
             cluster, world_size=cluster.world_size * factor, hosts=cluster.hosts * factor
         )
         if config.train.batch_size >= more.world_size * config.train.accumulate:
             text = f"--world_size {more.world_size} --hosts {more.hosts}"
-            yield _Remedy(text=text, config=config, cluster=more)
+            hopeless = short.per_rank / factor > short.limit
+            yield _Remedy(text=text, config=config, cluster=more, hopeless=hopeless)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,8 +20,9 @@ from torchrec_hilomoe.config import (
 from torchrec_hilomoe.config.sharding import parse_bytes
 from torchrec_hilomoe.data.schema import FrozenTable, Schema
 from torchrec_hilomoe.planning.cluster import Cluster
-from torchrec_hilomoe.planning.estimate import plan_run, RunPlan, with_rows
+from torchrec_hilomoe.planning.estimate import plan_run, with_rows
 from torchrec_hilomoe.planning.report import plan_text
+from torchrec_hilomoe.planning.run_plan import RunPlan
 from torchrec_hilomoe.training.plan_failure import NoPlanError
 
 LARGE = with_rows(SCHEMA, ["item=2e6", "user=1000000"])
@@ -224,3 +226,15 @@ def test_many_ranks_are_few_lines():
 def test_what_cannot_be_planned_is_refused(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+@pytest.mark.slow
+def test_a_thousand_ranks_and_ten_billion_rows_are_planned_within_two_minutes():
+    start = time.monotonic()
+    schema = with_rows(SCHEMA, ["item=1e10"])
+    plan = planned(Cluster(world_size=1024, hosts=128), schema=schema, batch_size=2**19)
+    assert time.monotonic() - start < 120
+    (item,) = [table for table in plan.report.tables if table.table == "item"]
+    assert (item.type, len(item.ranks)) == ("row_wise", 1024)
+    assert sum(rank.memory.tables for rank in plan.ranks) > 10**10 * 64 * 4
+    assert plan.excess < 0

@@ -9,8 +9,10 @@ from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import MODEL
 from torchrec_hilomoe.config import RunConfig, ShardingConfig, TableSharding, TrainConfig
 from torchrec_hilomoe.planning.cluster import Cluster
-from torchrec_hilomoe.planning.estimate import plan_run, RunPlan, with_rows
-from torchrec_hilomoe.planning.remedies import plan_or_explain, shortage_of
+from torchrec_hilomoe.planning.estimate import plan_run, with_rows
+from torchrec_hilomoe.planning.remedies import plan_or_explain
+from torchrec_hilomoe.planning.run_plan import RunPlan
+from torchrec_hilomoe.planning.shortage import shortage_of
 from torchrec_hilomoe.training.plan_failure import NoPlanError
 
 FOUR = Cluster(world_size=4, hosts=2)
