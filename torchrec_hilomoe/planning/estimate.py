@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.config.sharding import parse_bytes
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import count_cost
@@ -84,8 +85,6 @@ def plan_run(config: RunConfig, schema: Schema, cluster: Cluster) -> RunPlan:
         micro_batches=train.accumulate,
         samples=rows * cluster.world_size * train.accumulate,
     )
-    left = 1 - config.sharding.reserve
-    storage = found.topology.devices[0].storage
     return RunPlan(
         cluster=cluster,
         report=found.planned.report,
@@ -94,7 +93,7 @@ def plan_run(config: RunConfig, schema: Schema, cluster: Cluster) -> RunPlan:
         activations=activations,
         rows=rows,
         micro_batches=train.accumulate,
-        capacity=round((storage.hbm if cluster.device == "cuda" else storage.ddr) / left),
+        capacity=_capacity(config, cluster, found),
         reserved=config.sharding.reserve,
         step=step,
         assumptions=_assumptions(config, cluster, found, peak),
@@ -136,6 +135,15 @@ def with_rows(schema: Schema, sizes: Sequence[str]) -> Schema:
         except (ValueError, OverflowError):
             raise ValueError(f"--rows {size}: write it as {table}=10000000 or 1e7.") from None
     return replace(schema, tables=tables)
+
+
+def _capacity(config: RunConfig, cluster: Cluster, found: Found) -> int:
+    """Bytes of a device."""
+    on_gpu, sharding = cluster.device == "cuda", config.sharding
+    given = sharding.hbm if on_gpu else sharding.ddr
+    if given is not None:
+        return parse_bytes(given, "sharding.hbm" if on_gpu else "sharding.ddr")
+    return round(found.topology.devices[0].storage.ddr / (1 - sharding.reserve))
 
 
 def _assumptions(config: RunConfig, cluster: Cluster, found: Found, peak: float) -> dict[str, str]:
