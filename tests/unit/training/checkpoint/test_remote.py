@@ -92,8 +92,8 @@ def test_a_remote_checkpoint_comes_back_and_old_ones_go(folder, shelf, asynchron
         saver.save(state(float(step)), progress(step, best=1))
     saver.wait()
     assert path_manager.ls(folder) == ["step_1", "step_3", "step_4"]
-    newest = checkpoint.latest(folder)
-    assert newest == f"{folder}/step_4"
+    newest = f"{folder}/step_4"
+    assert checkpoint.latest(folder) == newest
     assert checkpoint.read_document(newest, "plan.txt") == "a plan"
     loaded = state(0.0)
     checkpoint.load(newest, loaded)
