@@ -29,8 +29,14 @@ def types(kernel: Any, constants: dict[str, int]) -> dict[str, str]:
     return found
 
 
-for kernel, options in ((forward_kernel, FORWARD), (backward_kernel, BACKWARD)):
-    for selected in (False, True):
-        constants = {**SIZES, **options, "SELECTED": selected}
-        source = ASTSource(fn=kernel, signature=types(kernel, constants), constexprs=constants)
-        assert "cubin" in triton.compile(source, target=HOPPER).asm
+def main() -> None:
+    """Compile both kernels, both ways."""
+    for kernel, options in ((forward_kernel, FORWARD), (backward_kernel, BACKWARD)):
+        for selected in (False, True):
+            constants = {**SIZES, **options, "SELECTED": selected}
+            source = ASTSource(fn=kernel, signature=types(kernel, constants), constexprs=constants)
+            assert "cubin" in triton.compile(source, target=HOPPER).asm
+
+
+if __name__ == "__main__":
+    main()
