@@ -8,6 +8,7 @@ The tree is the flow; read it in this order:
     4  backbones/   SEQUENCE FEATURES -> LOGITS: published models, sites declared
     5  models/      PARTS -> MODEL: what is exported, what is trained, what it costs
     6  training/    MODEL -> TRAINED MODEL: stages, optimizers, sharding, the loop, checkpoints
+       planning/    what a run needs on machines that are not here;  sweep/: many runs, the best one
        runtime/     processes, paths, console;  config/, command_line.py, recipes/: a run
 
 The names below are the public ones. They are imported when first used, so that
