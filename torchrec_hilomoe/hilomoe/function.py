@@ -122,7 +122,7 @@ class _HiLoMoE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, query, weight, bias, down, up, keys, config, plan, loss_weights):
-        run = _runs(plan.backend)[0]
+        run = _forward if plan.backend == "eager" else _runs(plan.backend)[0]
         y_NO, counts_LE, memory, *tensors = run(
             x, query, weight, bias, down, up, keys, config, plan
         )
@@ -136,7 +136,8 @@ class _HiLoMoE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NO, *_):
-        run = _runs(ctx.plan.backend)[1]
+        backend = ctx.plan.backend  # Dynamo, which traces the eager one, cannot see into a cache
+        run = _backward if backend == "eager" else _runs(backend)[1]
         needs = ctx.needs_input_grad[:4]
         grads = run(grad_NO, ctx.saved_tensors, ctx.config, ctx.plan, ctx.loss_weights, needs)
         return *grads, None, None, None
@@ -192,14 +193,12 @@ class _Mix(torch.autograd.Function):
 
 @cache
 def _runs(backend: str) -> tuple[Callable, Callable]:
-    """What computes forward and backward."""
+    """What computes forward and backward where not these functions here do."""
     if backend == "triton":
         from torchrec_hilomoe.hilomoe import fused  # triton is there only if it was asked for
 
         return fused.forward, fused.backward
-    if backend == "compiled":
-        return torch.compile(_forward, fullgraph=True), torch.compile(_backward, fullgraph=True)
-    return _forward, _backward
+    return torch.compile(_forward, fullgraph=True), torch.compile(_backward, fullgraph=True)
 
 
 def _forward(
