@@ -1,9 +1,9 @@
 """A checkpoint, read into a model and its optimizers."""
 
-import json
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,36 +101,15 @@ def check_schema(path: str | Path, schema: Schema) -> None:
     Raises:
         CheckpointError: Listing what differs.
     """
-    saved, wanted = (
-        _leaves(json.loads(it)) for it in (read_document(path, SCHEMA), schema.to_json())
-    )
-    names = sorted(saved.keys() | wanted.keys(), key=str)
-    differences = [
-        f"{name}: {saved.get(name, 'nothing')} in the checkpoint, {wanted.get(name, 'nothing')} now"
-        for name in names
-        if saved.get(name) != wanted.get(name) and name != "dataset"
-    ]
+    saved = Schema.from_json(read_document(path, SCHEMA))
+    differences = replace(saved, dataset=schema.dataset).differences(schema)
     if differences:
         shown = "\n  ".join(differences)
         raise CheckpointError(
-            f"checkpoint {path} is of another schema: {len(differences)} differences.\n  {shown}\n"
+            f"checkpoint {path} (here) and the data (there) have different schemas: "
+            f"{len(differences)} differences.\n  {shown}\n"
             "Give the data that it was trained on, or prepared in the same way (--data.path)."
         )
-
-
-def _leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Every value of nested JSON, by a path in which entries of a list go by their names."""
-    if isinstance(value, Mapping):
-        entries = list(value.items())
-    elif isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
-        entries = [(entry.get("name", at), entry) for at, entry in enumerate(value)]
-    else:
-        return {name: value}
-    prefix = f"{name}." if name else ""
-    found: dict[str, Any] = {}
-    for key, entry in entries:
-        found |= _leaves(entry, f"{prefix}{key}")
-    return found
 
 
 def _of_this_rank(metadata: Metadata) -> dict[str, Tensor]:

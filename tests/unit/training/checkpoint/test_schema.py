@@ -29,10 +29,10 @@ def test_another_schema_is_refused_and_every_difference_is_listed(tmp_path):
         dense=("price",),
     )
     message = (
-        "is of another schema: 3 differences.\n"
-        "  dense: ['price', 'age'] in the checkpoint, ['price'] now\n"
-        "  sequences.views.max_length: 3 in the checkpoint, 9 now\n"
-        "  tables.item: 20 in the checkpoint, 21 now\n"
+        "(here) and the data (there) have different schemas: 3 differences.\n"
+        "  dense: ['price', 'age'] here, ['price'] there\n"
+        "  sequences['views']['max_length']: 3 here, 9 there\n"
+        "  tables['item']: 20 here, 21 there\n"
         "Give the data that it was trained on"
     )
     with pytest.raises(CheckpointError, match=re.escape(message)):
