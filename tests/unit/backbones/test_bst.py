@@ -11,6 +11,7 @@ import torch
 from torch import nn, Tensor
 from torch.func import functional_call
 
+from tests.helpers.features import flat, make_features, select, unflat
 from tests.helpers.rounding import value_and_grads
 from torchrec_hilomoe import HiLoMoEConfig, inject_hilomoe
 from torchrec_hilomoe.backbones.bst import BST, TransformerLayer
@@ -74,59 +75,9 @@ CASES = [
 ]
 
 
-def make_features(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> SequenceFeatures:
-    rows = len(lengths[0])
-    return SequenceFeatures(
-        candidate=torch.randn(rows, WIDTHS.candidate),
-        context=torch.randn(rows, WIDTHS.context),
-        histories=tuple(
-            History(
-                events=torch.randn(sum(of_rows), widths.event),
-                lengths=torch.tensor(of_rows),
-                target=torch.randn(rows, widths.event),
-            )
-            for of_rows, widths in zip(lengths, WIDTHS.histories, strict=False)
-        ),
-        longest=max(1, *(length for of_rows in lengths for length in of_rows)),
-    )
-
-
-def select(features: SequenceFeatures, rows: list[int]) -> SequenceFeatures:
-    """The same rows, in another order or alone, padded to no more than they need."""
-    histories = []
-    for history in features.histories:
-        parts = history.events.split(history.lengths.tolist())
-        histories.append(
-            History(
-                events=torch.cat([parts[row] for row in rows]),
-                lengths=history.lengths[rows],
-                target=history.target[rows],
-            )
-        )
-    longest = max(1, *(int(history.lengths.max()) for history in histories))
-    return SequenceFeatures(
-        features.candidate[rows], features.context[rows], tuple(histories), longest
-    )
-
-
-def flat(features: SequenceFeatures) -> dict[str, Tensor]:
-    """The features' floating-point tensors by name."""
-    tensors = {"candidate": features.candidate, "context": features.context}
-    for index, history in enumerate(features.histories):
-        tensors |= {f"events.{index}": history.events, f"target.{index}": history.target}
-    return tensors
-
-
-def unflat(tensors: dict[str, Tensor], like: SequenceFeatures) -> SequenceFeatures:
-    return SequenceFeatures(
-        candidate=tensors["candidate"],
-        context=tensors["context"],
-        histories=tuple(
-            replace(history, events=tensors[f"events.{i}"], target=tensors[f"target.{i}"])
-            for i, history in enumerate(like.histories)
-        ),
-        longest=like.longest,
-    )
+def features_of(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> SequenceFeatures:
+    widths = replace(WIDTHS, histories=WIDTHS.histories[: len(lengths)])
+    return make_features(widths, lengths)
 
 
 def linear(x: Tensor, params: dict[str, Tensor], name: str) -> Tensor:
@@ -205,7 +156,7 @@ def error(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_definition_in_float64(case, dtype):
     """Float64 itself cannot be asked: FBGEMM pads on CPU in 32 and 16 bits only."""
-    model, features = case.build().to(dtype), make_features()
+    model, features = case.build().to(dtype), features_of()
     inputs = {**flat(features), **dict(model.named_parameters())}
     inputs = {name: tensor.detach().to(dtype) for name, tensor in inputs.items()}
     cotangent = torch.randn(len(LENGTHS[0])).to(dtype)
@@ -238,7 +189,7 @@ def test_matches_the_definition_in_float64(case, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_is_added_to_every_key_changes_nothing(case):
     """It cancels in the softmax; so its gradient, all rounding, is left out above."""
-    model, features = case.build(), make_features()
+    model, features = case.build(), features_of()
     before = model(features)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -249,7 +200,7 @@ def test_what_is_added_to_every_key_changes_nothing(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_row_does_not_depend_on_the_others_nor_on_their_lengths(case):
-    model, features = case.build(), make_features()
+    model, features = case.build(), features_of()
     together = model(features)
     for row in range(len(LENGTHS[0])):
         torch.testing.assert_close(model(select(features, [row])), together[[row]])
@@ -258,7 +209,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_their_lengths(case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_permuting_the_batch_permutes_the_outputs(case):
-    model, features, order = case.build(), make_features(), [3, 0, 4, 2, 1]
+    model, features, order = case.build(), features_of(), [3, 0, 4, 2, 1]
     torch.testing.assert_close(model(select(features, order)), model(features)[order])
 
 
@@ -269,7 +220,7 @@ def test_permuting_the_batch_permutes_the_outputs(case):
     ids=["all empty", "all full", "one empty", "one full"],
 )
 def test_empty_and_full_histories_and_a_batch_of_one(case, lengths):
-    model, features = case.build(), make_features(lengths)
+    model, features = case.build(), features_of(lengths)
     logits = model(features)
     params = dict(model.named_parameters())
     torch.testing.assert_close(logits, definition(case, features, params), rtol=1e-4, atol=1e-5)
@@ -278,7 +229,7 @@ def test_empty_and_full_histories_and_a_batch_of_one(case, lengths):
 
 
 def test_the_order_of_events_matters_only_through_positions():
-    model, features = Case().build(), make_features(((3,), (2,)))
+    model, features = Case().build(), features_of(((3,), (2,)))
     clicks, views = features.histories
     turned = replace(features, histories=(replace(clicks, events=clicks.events.flip(0)), views))
     assert not torch.isclose(model(features), model(turned)).all()
@@ -324,7 +275,7 @@ def test_is_fx_traceable(case, experts):
     model = case.build(replace(WIDTHS, histories=WIDTHS.histories[:1]))
     if experts:
         inject_hilomoe(model, HiLoMoEConfig(num_layers=2, num_experts=3), sites=["*"])
-    features = make_features(LENGTHS[:1])
+    features = features_of(LENGTHS[:1])
     (history,) = features.histories
     plain = Plain(model, features)
     inputs = (
@@ -340,7 +291,7 @@ def test_is_fx_traceable(case, experts):
 
 def test_dropout_works_in_training_only():
     model = BST(WIDTHS, position_dim=3, num_heads=2, dropout=0.5)
-    features = make_features()
+    features = features_of()
     assert not torch.equal(model(features), model(features))
     model.eval()
     assert torch.equal(model(features), model(features))
