@@ -65,6 +65,21 @@ DATA = {
         )
         for world in ("composed", "tree", "smooth")
     },
+    # Streams as long as those on which prototypes found that learned routing pays.
+    **{
+        f"{world}-long": Data(
+            recipe="bst-synthetic",
+            options={
+                "data.world": world,
+                "data.train_rows": "6144000",
+                "data.eval_rows": "65536",
+                "checkpoint.every_steps": "6000",
+            },
+            head=(64, 32),
+            tuned_on="composed",
+        )
+        for world in ("composed", "tree")
+    },
     "ml-1m": Data(recipe="bst-movielens", head=(256, 128), prepared=True, tuned_on="ml-1m"),
     "toys": Data(recipe="bst-amazon-toys", head=(256, 128), prepared=True, tuned_on="toys"),
     "trivago": Data(recipe="bst-trivago", head=(256, 128), prepared=True, tuned_on="trivago"),
