@@ -19,8 +19,8 @@ from torchrec_hilomoe.command_line import parse_run, UsageError
 from torchrec_hilomoe.runtime.console import set_up_console
 from torchrec_hilomoe.runtime.distributed import join, patience, PeerLostError
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
+from torchrec_hilomoe.training.log.window import NonFiniteLossError
 from torchrec_hilomoe.training.run import run_training
-from torchrec_hilomoe.training.window import NonFiniteLossError
 
 
 def main() -> int:

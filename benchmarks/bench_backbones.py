@@ -33,9 +33,9 @@ from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.distributed import join
 from torchrec_hilomoe.training.assemble import assemble
-from torchrec_hilomoe.training.pipeline import Pipeline
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
 from torchrec_hilomoe.training.stages import Stage, StageSpan
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 
 BATCH, MAX_LENGTH, CATEGORIES, BATCHES = 1024, 100, 1000, 4
 

@@ -37,10 +37,10 @@ from torchrec_hilomoe.runtime.distributed import Job, join
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 from torchrec_hilomoe.training.checkpoint import Saver
 from torchrec_hilomoe.training.inputs import loader_of, schema_of
-from torchrec_hilomoe.training.logging import RunLog
-from torchrec_hilomoe.training.pipeline import PipelineOptions, Unpipelined
+from torchrec_hilomoe.training.log.run_log import RunLog
+from torchrec_hilomoe.training.pipelines.pipeline import PipelineOptions, Unpipelined
 from torchrec_hilomoe.training.stages import Course, Stage, StageSchedule, StageSpan
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer, training_state
 
 ALL = Stage(name="all")

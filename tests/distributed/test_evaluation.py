@@ -13,7 +13,8 @@ from tests.helpers.models import in_memory, MODEL
 from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import assembled, load_whole
 from torchrec_hilomoe.config import RunConfig
-from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.metrics import compute_metrics, Metrics, Predictions
 from torchrec_hilomoe.training.trainer import evaluate
 

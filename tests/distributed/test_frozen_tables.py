@@ -13,14 +13,15 @@ from tests.helpers.models import MODEL
 from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import joined, Part, parts
 from torchrec_hilomoe.config import DataConfig, RunConfig, TrainConfig
-from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.schema import FrozenTable, Schema
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.assemble import assemble
-from torchrec_hilomoe.training.pipeline import Pipeline
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
 from torchrec_hilomoe.training.stages import Stage, StageSpan
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
 STEPS, BATCH = 3, 24

@@ -10,11 +10,11 @@ from tests.helpers.models import batches, in_memory, MODEL
 from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import assembled, joined, load_whole, Part, parts
 from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
-from torchrec_hilomoe.data.loader import World
 from torchrec_hilomoe.runtime.distributed import join
-from torchrec_hilomoe.training.pipeline import Pipeline, PipelineOptions
+from torchrec_hilomoe.runtime.world import World
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline, PipelineOptions
 from torchrec_hilomoe.training.stages import Stage, StageSpan
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
 ROWS, BATCH, STEPS = 64, 16, 4

@@ -9,11 +9,11 @@ from tests.helpers.models import batches, MODEL
 from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import assembled
 from torchrec_hilomoe.config import RunConfig, ShardingConfig, TableSharding
-from torchrec_hilomoe.data.loader import World
-from torchrec_hilomoe.training.pipeline import Pipeline
-from torchrec_hilomoe.training.plan_report import PlanReport
+from torchrec_hilomoe.runtime.world import World
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
+from torchrec_hilomoe.training.sharding.report import PlanReport
 from torchrec_hilomoe.training.stages import Stage
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 
 ALL = Stage(name="all")
 WANTED = {

@@ -17,15 +17,15 @@ from tests.helpers.models import batches, MODEL, task_of
 from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import assembled
 from torchrec_hilomoe.config import RunConfig, ShardingConfig, TableSharding, TrainConfig
-from torchrec_hilomoe.data.loader import World
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.estimate import plan_run
 from torchrec_hilomoe.planning.memory import DenseMemory
-from torchrec_hilomoe.training.pipeline import Pipeline
-from torchrec_hilomoe.training.plan_report import PlanReport
+from torchrec_hilomoe.runtime.world import World
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
+from torchrec_hilomoe.training.sharding.report import PlanReport
 from torchrec_hilomoe.training.stages import Stage
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 
 ALL = Stage(name="all")
 FREE = RunConfig(model=replace(MODEL, embedding_dim=8))

@@ -14,12 +14,12 @@ from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import assembled, joined, load_whole, Part, parts
 from torchrec_hilomoe.backbones.layers.batch_norm import GlobalBatchNorm
 from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
-from torchrec_hilomoe.data.loader import World
 from torchrec_hilomoe.models.build import BUILDERS
 from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.pipeline import Pipeline, predict
+from torchrec_hilomoe.runtime.world import World
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline, predict
 from torchrec_hilomoe.training.stages import Stage, StageSpan
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
 ROWS, BATCH = 37, 24  # two batches, of which the second is cut short: 24 and 13 rows

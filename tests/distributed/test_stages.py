@@ -17,11 +17,12 @@ from tests.helpers.models import MODEL
 from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import assembled, parts
 from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
-from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
+from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.checkpoint import Saver
-from torchrec_hilomoe.training.logging import RunLog
-from torchrec_hilomoe.training.optimizers import Learners
+from torchrec_hilomoe.training.log.run_log import RunLog
+from torchrec_hilomoe.training.optimizers.learners import Learners
 from torchrec_hilomoe.training.stages import Course, Decay, Stage, StageSchedule
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer, training_state
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.helpers.faults import fail_with
-from torchrec_hilomoe.training.pipeline import Pipeline
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
 
 STEP = Pipeline.step
 

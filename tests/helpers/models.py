@@ -8,11 +8,12 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from tests.helpers.datasets import SCHEMA, toy_source
 from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.batch import CTRBatch
-from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import TrainTask
+from torchrec_hilomoe.runtime.world import World
 
 __all__ = ["MODEL", "batches", "dense_parameters", "in_memory", "task_of"]
 

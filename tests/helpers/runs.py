@@ -20,9 +20,9 @@ from torch.distributed import checkpoint as dcp
 from tests.helpers.processes import ROOT, run_ranks
 from tests.helpers.sharded import joined, Part, parts
 from torchrec_hilomoe.command_line import parse_run
-from torchrec_hilomoe.data.loader import World
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import Job, join
+from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.inputs import schema_of

@@ -12,9 +12,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tests.helpers.datasets import SCHEMA
 from torchrec_hilomoe.config import RunConfig
-from torchrec_hilomoe.data.loader import World
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 
 __all__ = ["Part", "assembled", "flat", "joined", "load_whole", "parts"]

@@ -14,35 +14,12 @@ from operator import itemgetter
 
 import numpy as np
 
-__all__ = ["Epoch", "Segment", "World", "choose_lanes"]
+__all__ = ["Epoch", "Segment", "choose_lanes"]
 
 PREFERRED_LANES = 8
 MANY_BLOCKS = 16  # a lane
 # Streams of random numbers: for the order of blocks, of rows inside each, of sorted windows.
 BLOCK_ORDER, ROW_ORDER, WINDOW_ORDER = 1, 2, 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """This process among those that train together.
-
-    Attributes:
-        rank: From 0.
-        size: Number of processes.
-
-    Raises:
-        ValueError: If ``rank`` is outside ``[0, size)``.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.size:
-            raise ValueError(
-                f"World.rank must be at least 0 and below World.size, got rank {self.rank} and "
-                f"size {self.size}."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,12 @@ from torchrec_hilomoe.data.bucketing import SortedLane
 from torchrec_hilomoe.data.collate import collate
 from torchrec_hilomoe.data.decode import decode_block, DecodedBlock, padding_block, Rows
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.lanes import choose_lanes, Epoch, Segment, World
+from torchrec_hilomoe.data.lanes import choose_lanes, Epoch, Segment
 from torchrec_hilomoe.data.prefetch import map_ahead, prefetch
 from torchrec_hilomoe.data.source import BlockSource
+from torchrec_hilomoe.runtime.world import World
 
-__all__ = ["Loader", "World", "choose_lanes"]
+__all__ = ["Loader", "choose_lanes"]
 
 
 class Loader:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchrec_hilomoe.config import RunConfig
-from torchrec_hilomoe.training.planner import Machine
+from torchrec_hilomoe.training.sharding.planner import Machine
 
 __all__ = ["Cluster"]
 

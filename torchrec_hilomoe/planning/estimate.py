@@ -20,11 +20,11 @@ from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.memory import dense_memory, RankMemory, table_memory
 from torchrec_hilomoe.planning.run_plan import RankPlan, RunPlan
 from torchrec_hilomoe.planning.step import DenseWork, estimate_step, rank_times
-from torchrec_hilomoe.training.capabilities import check_capabilities
 from torchrec_hilomoe.training.inputs import schedule_of
-from torchrec_hilomoe.training.planner import find_plan, Found
-from torchrec_hilomoe.training.precision import DTYPES
-from torchrec_hilomoe.training.sharding import fuse_table_optimizer, ids_of_a_row
+from torchrec_hilomoe.training.optimizers.precision import DTYPES
+from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
+from torchrec_hilomoe.training.sharding.planner import find_plan, Found
+from torchrec_hilomoe.training.sharding.shard import fuse_table_optimizer, ids_of_a_row
 
 __all__ = ["plan_run", "planned_task", "with_rows"]
 

@@ -15,9 +15,9 @@ from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.hilomoe.sites import expert_parameters
 from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.dense_optimizers import family_of
-from torchrec_hilomoe.training.expert_layers import ExpertLayers
 from torchrec_hilomoe.training.inputs import schedule_of
+from torchrec_hilomoe.training.optimizers.dense import family_of
+from torchrec_hilomoe.training.optimizers.expert_layers import ExpertLayers
 
 __all__ = ["DenseMemory", "RankMemory", "dense_memory", "table_memory"]
 

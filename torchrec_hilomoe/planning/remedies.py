@@ -11,10 +11,10 @@ from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.estimate import plan_run, planned_task
 from torchrec_hilomoe.planning.run_plan import RunPlan
 from torchrec_hilomoe.planning.shortage import Shortage, shortage_of
-from torchrec_hilomoe.training.plan_failure import NoPlanError
-from torchrec_hilomoe.training.plan_report import shown_bytes
-from torchrec_hilomoe.training.planner import find_plan
-from torchrec_hilomoe.training.sharding import ids_of_a_row
+from torchrec_hilomoe.training.sharding.failure import NoPlanError
+from torchrec_hilomoe.training.sharding.planner import find_plan
+from torchrec_hilomoe.training.sharding.report import shown_bytes
+from torchrec_hilomoe.training.sharding.shard import ids_of_a_row
 
 __all__ = ["explain", "plan_or_explain"]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from torchrec_hilomoe.planning.run_plan import RankPlan, RunPlan
-from torchrec_hilomoe.training.plan_report import shown_bytes
+from torchrec_hilomoe.training.sharding.report import shown_bytes
 
 __all__ = ["plan_text"]
 

@@ -9,7 +9,7 @@ from torchrec_hilomoe.planning.activations import Activations
 from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.memory import DenseMemory, RankMemory
 from torchrec_hilomoe.planning.step import RankTime, Step
-from torchrec_hilomoe.training.plan_report import PlanReport
+from torchrec_hilomoe.training.sharding.report import PlanReport
 
 __all__ = ["RankPlan", "RunPlan"]
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
-from torchrec_hilomoe.data.loader import World
+from torchrec_hilomoe.runtime.world import World
 
 __all__ = ["Job", "PeerLostError", "broadcast_text", "join", "patience"]
 

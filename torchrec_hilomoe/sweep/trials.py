@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from torchrec_hilomoe.training.logging import METRICS_FILE
+from torchrec_hilomoe.training.log.run_log import METRICS_FILE
 
 __all__ = ["RISING", "Outcome", "run_trial"]
 

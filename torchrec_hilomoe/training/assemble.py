@@ -11,12 +11,12 @@ from torchrec_hilomoe.embeddings.frozen import load_frozen_tables
 from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.distributed import Job
-from torchrec_hilomoe.training.capabilities import check_capabilities
 from torchrec_hilomoe.training.inputs import schedule_of
-from torchrec_hilomoe.training.optimizers import LearnerOptions, Learners
-from torchrec_hilomoe.training.plan_report import PlanReport
-from torchrec_hilomoe.training.precision import LossScale, use_precision
-from torchrec_hilomoe.training.sharding import (
+from torchrec_hilomoe.training.optimizers.learners import LearnerOptions, Learners
+from torchrec_hilomoe.training.optimizers.precision import LossScale, use_precision
+from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
+from torchrec_hilomoe.training.sharding.report import PlanReport
+from torchrec_hilomoe.training.sharding.shard import (
     fuse_table_optimizer,
     plan_tables,
     shard,

@@ -17,11 +17,11 @@ from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import Job
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
-from torchrec_hilomoe.training.curves import finite
 from torchrec_hilomoe.training.inputs import loader_of, schedule_of, schema_of, Split
+from torchrec_hilomoe.training.log.curves import finite
 from torchrec_hilomoe.training.metrics import Metrics
-from torchrec_hilomoe.training.slices import Slicer
-from torchrec_hilomoe.training.staging import activate_layers
+from torchrec_hilomoe.training.metrics.slices import Slicer
+from torchrec_hilomoe.training.stages.staging import activate_layers
 from torchrec_hilomoe.training.trainer import evaluate, training_state
 
 __all__ = ["Evaluation", "evaluate_checkpoint"]

@@ -8,12 +8,13 @@ import torch
 
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import Position
-from torchrec_hilomoe.data.loader import choose_lanes, Loader, World
+from torchrec_hilomoe.data.loader import choose_lanes, Loader
 from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSource
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.data.synthetic import best_auc, SyntheticSource
-from torchrec_hilomoe.training.pipeline import PipelineOptions
+from torchrec_hilomoe.runtime.world import World
+from torchrec_hilomoe.training.pipelines.pipeline import PipelineOptions
 from torchrec_hilomoe.training.stages import StageSchedule
 
 __all__ = ["Split", "best_auc_of", "loader_of", "pipelining_of", "schedule_of", "schema_of"]

@@ -20,7 +20,6 @@ from torchrec_hilomoe.runtime.distributed import broadcast_text, Job
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
-from torchrec_hilomoe.training.capabilities import check_capabilities
 from torchrec_hilomoe.training.inputs import (
     best_auc_of,
     loader_of,
@@ -28,8 +27,9 @@ from torchrec_hilomoe.training.inputs import (
     schedule_of,
     schema_of,
 )
-from torchrec_hilomoe.training.logging import RunLog
-from torchrec_hilomoe.training.plan_report import PlanReport
+from torchrec_hilomoe.training.log.run_log import RunLog
+from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
+from torchrec_hilomoe.training.sharding.report import PlanReport
 from torchrec_hilomoe.training.stages import Course, Plateau
 from torchrec_hilomoe.training.trainer import Rhythm, Trainer
 from torchrec_hilomoe.training.warm_start import warm_start

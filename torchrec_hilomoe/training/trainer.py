@@ -21,21 +21,21 @@ from torchrec_hilomoe.runtime.stopping import StopSignal
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import Progress, Saver
-from torchrec_hilomoe.training.logging import RunLog
+from torchrec_hilomoe.training.log.best import BestWatch
+from torchrec_hilomoe.training.log.routing import RoutingLog
+from torchrec_hilomoe.training.log.run_log import RunLog
+from torchrec_hilomoe.training.log.window import Window
 from torchrec_hilomoe.training.metrics import Metrics, Predictions
-from torchrec_hilomoe.training.optimizers import Learners
-from torchrec_hilomoe.training.pipeline import Pipeline, PipelineOptions, predict
-from torchrec_hilomoe.training.routing_log import RoutingLog
+from torchrec_hilomoe.training.optimizers.learners import Learners
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline, PipelineOptions, predict
 from torchrec_hilomoe.training.stages import Course, Plateau, StageSpan
-from torchrec_hilomoe.training.staging import (
+from torchrec_hilomoe.training.stages.staging import (
     activate_layers,
     check_stages,
     enter_stage,
     set_training_mode,
     share_statistics,
 )
-from torchrec_hilomoe.training.watching import BestWatch
-from torchrec_hilomoe.training.window import Window
 
 __all__ = ["Rhythm", "Trainer", "evaluate", "training_state"]
 

@@ -12,7 +12,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec_hilomoe.hilomoe.sites import expert_parameters
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint.state import flatten, sizes_over_ranks
-from torchrec_hilomoe.training.optimizers import Learners
+from torchrec_hilomoe.training.optimizers.learners import Learners
 
 __all__ = ["WarmStart", "warm_start"]
 

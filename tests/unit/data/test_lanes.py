@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_hilomoe.data.lanes import choose_lanes, Epoch, World
+from torchrec_hilomoe.data.lanes import choose_lanes, Epoch
+from torchrec_hilomoe.runtime.world import World
 
 BLOCKS = st.lists(st.integers(0, 30), min_size=1, max_size=8)
 

@@ -17,8 +17,9 @@ from tests.helpers.datasets import (
 )
 from torchrec_hilomoe.data.batch import CTRBatch, Position
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.source import BlockSource
+from torchrec_hilomoe.runtime.world import World
 
 SOURCE = toy_source(13, 1, 0, 30, 22, 7)  # 73 rows: no batch size below divides them
 ROWS = sum(SOURCE.block_rows)

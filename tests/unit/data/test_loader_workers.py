@@ -10,7 +10,8 @@ import torch
 from tests.helpers.datasets import replace_column, row_ids, TableSource, toy_source, toy_table
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.loader import Loader, World
+from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.runtime.world import World
 
 SOURCE = toy_source(13, 1, 0, 30, 22, 7)
 ROWS = sum(SOURCE.block_rows)

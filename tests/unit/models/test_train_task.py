@@ -7,7 +7,7 @@ import torch
 from torchrec.fx import Tracer
 
 from tests.helpers.models import batches, in_memory, MODEL
-from torchrec_hilomoe.data.loader import World
+from torchrec_hilomoe.runtime.world import World
 
 ROWS = 13
 

@@ -23,7 +23,7 @@ from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.estimate import plan_run, with_rows
 from torchrec_hilomoe.planning.report import plan_text
 from torchrec_hilomoe.planning.run_plan import RunPlan
-from torchrec_hilomoe.training.plan_failure import NoPlanError
+from torchrec_hilomoe.training.sharding.failure import NoPlanError
 
 LARGE = with_rows(SCHEMA, ["item=2e6", "user=1000000"])
 TABLES = ("item", "kind", "user", "place", "tag")

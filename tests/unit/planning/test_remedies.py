@@ -13,7 +13,7 @@ from torchrec_hilomoe.planning.estimate import plan_run, with_rows
 from torchrec_hilomoe.planning.remedies import plan_or_explain
 from torchrec_hilomoe.planning.run_plan import RunPlan
 from torchrec_hilomoe.planning.shortage import shortage_of
-from torchrec_hilomoe.training.plan_failure import NoPlanError
+from torchrec_hilomoe.training.sharding.failure import NoPlanError
 
 FOUR = Cluster(world_size=4, hosts=2)
 LARGE = with_rows(SCHEMA, ["item=1e7"])  # 2.4 GB of floats, on four ranks 0.6 GB each

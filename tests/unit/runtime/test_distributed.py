@@ -5,8 +5,8 @@ import torch
 from torch import distributed as dist
 
 from tests.helpers.processes import run_ranks
-from torchrec_hilomoe.data.loader import World
 from torchrec_hilomoe.runtime.distributed import broadcast_text, Job, join
+from torchrec_hilomoe.runtime.world import World
 
 
 def join_by_itself() -> tuple[Job, bool]:

@@ -3,7 +3,7 @@
 import pytest
 
 from torchrec_hilomoe.config import DataConfig, RunConfig, TrainConfig
-from torchrec_hilomoe.data.loader import World
+from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.inputs import loader_of
 
 

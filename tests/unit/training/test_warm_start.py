@@ -18,9 +18,9 @@ from torchrec_hilomoe.runtime.distributed import Job
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 from torchrec_hilomoe.training.checkpoint import CheckpointError, Progress, Saver
-from torchrec_hilomoe.training.pipeline import Pipeline
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
 from torchrec_hilomoe.training.stages import Stage
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 from torchrec_hilomoe.training.warm_start import warm_start
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_hilomoe.training.logging import METRICS_FILE, ROUTING_FILE
+from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
 
 __all__ = ["Band", "RunFiles", "read_run"]
 

@@ -1,21 +1,17 @@
 """Where tables go: TorchRec's planner, constrained by what a device can do and a user wants.
 
-Every call of TorchRec's planner is in this file.
+Every call of TorchRec's planner is in this file and its neighbours.
 """
 
-import copy
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import get_default_sharders
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
-from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import (
     GreedyProposer,
     GridSearchProposer,
@@ -23,26 +19,24 @@ from torchrec.distributed.planner.proposers import (
 )
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
-    HardwareConfig,
-    KernelConfig,
-    Partitioner,
     PlannerError,
     ShardingOption,
     Stats,
     Storage,
     Topology,
-    TopologyFactory,
-    TrainerConfig,
 )
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from torchrec_hilomoe.config.sharding import parse_bytes, ShardingConfig, TableSharding
-from torchrec_hilomoe.training.capabilities import CAPABILITIES
-from torchrec_hilomoe.training.plan_failure import NoPlanError, TableNeed, why_not
-from torchrec_hilomoe.training.plan_report import PlanReport, TablePlan
-from torchrec_hilomoe.training.plan_wishes import check_tables, Machine, Table
+from torchrec_hilomoe.config.sharding import ShardingConfig, TableSharding
+from torchrec_hilomoe.training.sharding.capabilities import CAPABILITIES
+from torchrec_hilomoe.training.sharding.failure import NoPlanError, TableNeed, why_not
+from torchrec_hilomoe.training.sharding.pinning import Pinning
+from torchrec_hilomoe.training.sharding.report import PlanReport, TablePlan
+from torchrec_hilomoe.training.sharding.topology import topology_of
+from torchrec_hilomoe.training.sharding.ways import OrderedEnumerator
+from torchrec_hilomoe.training.sharding.wishes import check_tables, Machine, Table
 
 __all__ = ["Found", "Machine", "Planned", "find_plan", "make_plan", "tables_by_module"]
 
@@ -55,9 +49,6 @@ USUAL = (ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.COLUMN_WIS
 # limits only that of plans.
 SEARCHED = 200_000
 MOST_PLANS = 10_000  # TorchRec's own limit
-
-GIGABYTE = 2**30
-PER_MILLISECOND = 1e-3
 
 
 @dataclass(frozen=True)
@@ -138,13 +129,17 @@ def find_plan(
         name: _constraints(table, machine, options.tables.get(name, TableSharding()), lengths or {})
         for name, table in tables.items()
     }
-    topology = _topology(machine, options)
+    topology = topology_of(machine, options)
     recorder = _Recorder()
+    enumerator = OrderedEnumerator(
+        EmbeddingEnumerator(topology, batch_size=batch_size, constraints=constraints)
+    )
     pinned = {name: o.ranks for name, o in options.tables.items() if o.ranks is not None}
     planner = EmbeddingShardingPlanner(
         topology=topology,
         batch_size=batch_size,
         constraints=constraints,
+        enumerator=enumerator,
         storage_reservation=FixedPercentageStorageReservation(0.0),  # the topology is net of it
         proposer=[
             GridSearchProposer(min(MOST_PLANS, SEARCHED // machine.world_size)),
@@ -152,14 +147,13 @@ def find_plan(
             GreedyProposer(use_depth=False),
             UniformProposer(),
         ],
-        partitioner=_Pinning(pinned),
+        partitioner=Pinning(pinned),
         stats=recorder,
     )
     sharders = get_default_sharders()
     try:
         plan = planner.plan(module, sharders)
     except PlannerError as error:
-        enumerator = EmbeddingEnumerator(topology, batch_size=batch_size, constraints=constraints)
         ways = enumerator.enumerate(module, sharders)
         capacity = _bytes(topology.devices[0].storage)
         text = why_not(_needs(ways, tables), capacity, machine.world_size, options)
@@ -211,11 +205,11 @@ def _constraints(
 ) -> ParameterConstraints:
     capability = CAPABILITIES[machine.device]
     possible = capability.pooled if table.pooled else capability.unpooled
-    wide = table.width >= NARROWEST_SPLIT
+    wide = table.width >= 2 * NARROWEST_SPLIT
     # What needs several hosts, or host memory, is for those who ask for it.
     types = [kind for kind in possible if kind in USUAL]
     chosen = [kind.value for kind in types if wide or kind is not ShardingType.COLUMN_WISE]
-    min_partition = None
+    min_partition = NARROWEST_SPLIT if wide else None
     if wanted.type == "column_wise" and wanted.ranks:
         min_partition = table.width // len(wanted.ranks)
     return ParameterConstraints(
@@ -224,47 +218,6 @@ def _constraints(
         min_partition=min_partition,
         pooling_factors=[lengths.get(feature, 1.0) for feature in table.features],
     )
-
-
-def _topology(machine: Machine, options: ShardingConfig) -> Topology:
-    """Describe the machine, less what is reserved; TorchRec reserves of a GPU's memory only."""
-    given: dict[str, Any] = {
-        name: value * GIGABYTE * PER_MILLISECOND
-        for name, value in (
-            ("hbm_mem_bw", options.hbm_bandwidth),
-            ("ddr_mem_bw", options.ddr_bandwidth),
-            ("intra_host_bw", options.intra_host_bandwidth),
-            ("inter_host_bw", options.inter_host_bandwidth),
-        )
-        if value is not None
-    }
-    left = 1.0 - options.reserve
-    hbm = _hbm(options) if machine.device == "cuda" else 0
-    return TopologyFactory.create_topology(
-        trainer_config=TrainerConfig(
-            world_size=machine.world_size,
-            local_world_size=machine.local_world_size,
-            hbm_cap_bytes=int(hbm * left),
-            ddr_cap_bytes=int(_ddr(options, machine) * left),
-        ),
-        hardware_config=HardwareConfig(**given),
-        kernel_config=KernelConfig(
-            compute_device=machine.device, use_hardware_based_bandwidth=bool(given)
-        ),
-    )
-
-
-def _hbm(options: ShardingConfig) -> int:
-    if options.hbm is not None:
-        return parse_bytes(options.hbm, "sharding.hbm")
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-
-
-def _ddr(options: ShardingConfig, machine: Machine) -> int:
-    if options.ddr is not None:
-        return parse_bytes(options.ddr, "sharding.ddr")
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return host // machine.local_world_size
 
 
 def _report(best: list[ShardingOption], topology: Topology, machine: Machine) -> PlanReport:
@@ -324,43 +277,6 @@ def _needs(options: list[ShardingOption], tables: Mapping[str, Table]) -> list[T
 
 def _bytes(storage: Storage | None) -> int:
     return 0 if storage is None else storage.hbm + storage.ddr
-
-
-class _Pinning(Partitioner):
-    """TorchRec's greedy partitioner, after the tables whose ranks are given.
-
-    Args:
-        pinned: Ranks of a table's shards, in order.
-    """
-
-    def __init__(self, pinned: Mapping[str, tuple[int, ...]]) -> None:
-        self._pinned = pinned
-        self._greedy = GreedyPerfPartitioner()
-
-    def partition(
-        self, proposal: list[ShardingOption], storage_constraint: Topology
-    ) -> list[ShardingOption]:
-        """Place every shard.
-
-        Raises:
-            PlannerError: If one does not fit.
-        """
-        if not self._pinned:
-            return self._greedy.partition(proposal, storage_constraint)
-        left = copy.deepcopy(storage_constraint)
-        for option in proposal:
-            for shard, rank in zip(option.shards, self._pinned.get(option.name, ()), strict=False):
-                device = left.devices[rank]
-                assert shard.storage is not None
-                assert shard.perf is not None
-                if not shard.storage.fits_in(device.storage):
-                    raise PlannerError(f"{option.name} does not fit on rank {rank}")
-                shard.rank = rank
-                device.storage -= shard.storage
-                device.perf += shard.perf
-        free = [option for option in proposal if option.name not in self._pinned]
-        placed = {option.name: option for option in self._greedy.partition(free, left)}
-        return [placed.get(option.name, option) for option in proposal]
 
 
 class _Recorder(Stats):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from torchrec_hilomoe.training.routing_log import LayerLoad
+from torchrec_hilomoe.training.log.routing import LayerLoad
 
 __all__ = ["Curves", "finite"]
 

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from torchrec_hilomoe.training.checkpoint import Saved
-from torchrec_hilomoe.training.logging import RunLog
+from torchrec_hilomoe.training.log.routing import LayerLoad
+from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.metrics import Metrics
-from torchrec_hilomoe.training.routing_log import LayerLoad
 
 METRICS = Metrics(auc=0.75, gauc=math.nan, logloss=0.5, ne=0.9, rows=64, calibration=1.25)
 

@@ -10,7 +10,7 @@ from torch import nn
 from tests.helpers.models import batches, dense_parameters, in_memory, MODEL, task_of
 from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
 from torchrec_hilomoe.training.stages import Stage
-from torchrec_hilomoe.training.staging import check_stages, enter_stage, set_training_mode
+from torchrec_hilomoe.training.stages.staging import check_stages, enter_stage, set_training_mode
 
 TABLES = Stage(name="tables alone", active_layers=0, train_backbone=False)
 EXPERTS = Stage(name="experts alone", active_layers=1, train_backbone=False, train_tables=False)

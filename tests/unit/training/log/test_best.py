@@ -2,9 +2,9 @@
 
 import math
 
+from torchrec_hilomoe.training.log.best import BestWatch
 from torchrec_hilomoe.training.metrics import Metrics
 from torchrec_hilomoe.training.stages import Plateau
-from torchrec_hilomoe.training.watching import BestWatch
 
 
 def metrics(auc):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torchrec.distributed.planner.types import ShardingOption, Topology
 
 from torchrec_hilomoe.config.sharding import ShardingConfig
-from torchrec_hilomoe.training.plan_report import shown_bytes
+from torchrec_hilomoe.training.sharding.report import shown_bytes
 
 __all__ = ["NoPlanError", "TableNeed", "why_not"]
 

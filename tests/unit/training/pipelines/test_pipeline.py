@@ -15,12 +15,12 @@ from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import Job
-from torchrec_hilomoe.training import buckets
 from torchrec_hilomoe.training.assemble import assemble
-from torchrec_hilomoe.training.microbatches import cut
-from torchrec_hilomoe.training.pipeline import Pipeline, PipelineOptions
+from torchrec_hilomoe.training.pipelines import buckets
+from torchrec_hilomoe.training.pipelines.microbatches import cut
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline, PipelineOptions
 from torchrec_hilomoe.training.stages import Stage, StageSpan
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
 ROWS, BATCH, STEPS = 100, 16, 9  # seven batches an epoch, the last of 4 rows

@@ -11,9 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from torchrec_hilomoe.training.checkpoint import Saved
-from torchrec_hilomoe.training.curves import Curves, finite
+from torchrec_hilomoe.training.log.curves import Curves, finite
+from torchrec_hilomoe.training.log.routing import LayerLoad
 from torchrec_hilomoe.training.metrics import Metrics
-from torchrec_hilomoe.training.routing_log import LayerLoad
 
 __all__ = ["METRICS_FILE", "ROUTING_FILE", "RunLog"]
 

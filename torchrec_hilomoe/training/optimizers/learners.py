@@ -14,9 +14,9 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, OptimizerWra
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_hilomoe.hilomoe.sites import expert_parameters
-from torchrec_hilomoe.training.dense_optimizers import DenseOptimizer, family_of
-from torchrec_hilomoe.training.expert_layers import ExpertLayers
-from torchrec_hilomoe.training.precision import LossScale
+from torchrec_hilomoe.training.optimizers.dense import DenseOptimizer, family_of
+from torchrec_hilomoe.training.optimizers.expert_layers import ExpertLayers
+from torchrec_hilomoe.training.optimizers.precision import LossScale
 from torchrec_hilomoe.training.stages import OptimizerName, Stage, StageSpan
 
 __all__ = ["LearnerOptions", "Learners", "StageOptimizer"]

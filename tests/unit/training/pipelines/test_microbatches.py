@@ -9,7 +9,7 @@ from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import batches, in_memory
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
-from torchrec_hilomoe.training.microbatches import cut
+from torchrec_hilomoe.training.pipelines.microbatches import cut
 
 KEYS = {"pooled": SCHEMA.pooled_keys, "unpooled": SCHEMA.unpooled_keys}
 

@@ -16,10 +16,10 @@ from tests.helpers.models import MODEL
 from torchrec_hilomoe.config import ShardingConfig, TableSharding, TrainConfig
 from torchrec_hilomoe.config.sharding import parse_bytes
 from torchrec_hilomoe.models.build import build_task
-from torchrec_hilomoe.training.plan_report import PlanReport
-from torchrec_hilomoe.training.plan_wishes import Machine
-from torchrec_hilomoe.training.planner import make_plan, tables_by_module
-from torchrec_hilomoe.training.sharding import sharders_of
+from torchrec_hilomoe.training.sharding.planner import make_plan, tables_by_module
+from torchrec_hilomoe.training.sharding.report import PlanReport
+from torchrec_hilomoe.training.sharding.shard import sharders_of
+from torchrec_hilomoe.training.sharding.wishes import Machine
 
 CPU = Machine(world_size=4, local_world_size=4, device="cpu")
 GPUS = Machine(world_size=4, local_world_size=2, device="cuda")
@@ -195,7 +195,7 @@ def test_a_table_that_is_too_large_is_named_with_the_limit_and_what_would_help()
     """10 million rows of 64 floats are 2.4 GB, on four ranks 0.6 GB each, beside 0.3 GB."""
     message = (
         r"sharding: table 'huge0' \(10,000,000 rows of 64\) needs \d+\.\d MB on one rank even when "
-        r"it is cut column_wise or row_wise or table_wise, but a rank has 307.2 MB for tables "
+        r"it is cut row_wise or table_wise, but a rank has 307.2 MB for tables "
         r"\(sharding.hbm = null, sharding.ddr = 0.5GB, less sharding.reserve = 0.4\). What would "
         r"help: more ranks, more memory .* a lower sharding.reserve"
     )

@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
 from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.sharding import shard
+from torchrec_hilomoe.training.sharding.shard import shard
 from torchrec_hilomoe.training.stages import Stage
 
 __all__ = [

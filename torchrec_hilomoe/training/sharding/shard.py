@@ -24,8 +24,8 @@ from torchrec_hilomoe.config import ShardingConfig, TrainConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.plan_wishes import Machine
-from torchrec_hilomoe.training.planner import make_plan, Planned
+from torchrec_hilomoe.training.sharding.planner import make_plan, Planned
+from torchrec_hilomoe.training.sharding.wishes import Machine
 
 __all__ = ["fuse_table_optimizer", "ids_of_a_row", "plan_tables", "shard", "sharders_of"]
 
@@ -43,7 +43,7 @@ def fuse_table_optimizer(sparse: SparseArch, train: TrainConfig) -> None:
     """Fuse an optimizer into the backward pass of the tables that learn; before they are sharded.
 
     What a device cannot fuse is refused by
-    :func:`torchrec_hilomoe.training.capabilities.check_capabilities`.
+    :func:`torchrec_hilomoe.training.sharding.capabilities.check_capabilities`.
     """
     options = {"lr": train.table_learning_rate}
     if train.table_weight_decay:
@@ -86,7 +86,7 @@ def plan_tables(
 
     Raises:
         ValueError: The same on every rank, if there is no plan; see
-            :func:`torchrec_hilomoe.training.planner.make_plan`.
+            :func:`torchrec_hilomoe.training.sharding.planner.make_plan`.
     """
     machine = Machine(
         world_size=dist.get_world_size(), local_world_size=get_local_size(), device=device.type

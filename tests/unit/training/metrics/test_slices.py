@@ -10,7 +10,7 @@ from tests.helpers.datasets import SCHEMA, toy_source
 from tests.helpers.models import in_memory
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.training.metrics import compute_metrics
-from torchrec_hilomoe.training.slices import Slicer
+from torchrec_hilomoe.training.metrics.slices import Slicer
 
 
 @pytest.mark.usefixtures("alone")

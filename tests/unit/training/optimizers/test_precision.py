@@ -14,10 +14,10 @@ from torchrec_hilomoe.hilomoe.sites import sites_of
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import Job
 from torchrec_hilomoe.training.assemble import assemble, Assembly
-from torchrec_hilomoe.training.pipeline import Pipeline
-from torchrec_hilomoe.training.precision import LossScale
+from torchrec_hilomoe.training.optimizers.precision import LossScale
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
 from torchrec_hilomoe.training.stages import Stage, StageSpan
-from torchrec_hilomoe.training.staging import enter_stage
+from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
 ALL = Stage(name="all", expert_rate=1.0)

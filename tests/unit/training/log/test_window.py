@@ -9,9 +9,9 @@ import torch
 
 from torchrec_hilomoe.data.batch import Position
 from torchrec_hilomoe.models.train_task import TaskOutput
-from torchrec_hilomoe.training import window as window_module
+from torchrec_hilomoe.training.log import window as window_module
+from torchrec_hilomoe.training.log.window import NonFiniteLossError, Window
 from torchrec_hilomoe.training.metrics import compute_metrics
-from torchrec_hilomoe.training.window import NonFiniteLossError, Window
 
 pytestmark = pytest.mark.usefixtures("alone")
 

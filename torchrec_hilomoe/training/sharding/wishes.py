@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from torchrec_hilomoe.config.sharding import ShardingConfig, TableSharding
-from torchrec_hilomoe.training.capabilities import CAPABILITIES
+from torchrec_hilomoe.training.sharding.capabilities import CAPABILITIES
 
 __all__ = ["Machine", "Table", "check_tables"]
 

@@ -22,8 +22,8 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.models.train_task import TaskOutput
-from torchrec_hilomoe.training.buckets import settle_buckets
-from torchrec_hilomoe.training.microbatches import cut_all
+from torchrec_hilomoe.training.pipelines.buckets import settle_buckets
+from torchrec_hilomoe.training.pipelines.microbatches import cut_all
 
 __all__ = ["Pipeline", "PipelineKind", "PipelineOptions", "predict"]
 
@@ -44,7 +44,7 @@ class PipelineOptions:
         kind: How they overlap.
         debug: Whether they do not: one after the other, without a pipeline.
         accumulate: Micro-batches of a step.
-        event_keys: As :func:`torchrec_hilomoe.training.microbatches.cut` wants them.
+        event_keys: As :func:`torchrec_hilomoe.training.pipelines.microbatches.cut` wants them.
     """
 
     kind: PipelineKind = "sparse_dist"

@@ -14,7 +14,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 
 from torchrec_hilomoe import Stage, StageSchedule
 from torchrec_hilomoe.config import TrainConfig
-from torchrec_hilomoe.training.capabilities import check_capabilities
+from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
 
 STAGES = StageSchedule.three_stages(num_layers=2).stages
 

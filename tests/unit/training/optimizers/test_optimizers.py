@@ -7,8 +7,8 @@ from torch import Tensor
 from tests.helpers.models import dense_parameters, task_of
 from torchrec_hilomoe.hilomoe.sites import expert_parameters
 from torchrec_hilomoe.training.assemble import Assembly
-from torchrec_hilomoe.training.expert_layers import ExpertLayers
-from torchrec_hilomoe.training.optimizers import Learners
+from torchrec_hilomoe.training.optimizers.expert_layers import ExpertLayers
+from torchrec_hilomoe.training.optimizers.learners import Learners
 from torchrec_hilomoe.training.stages import Stage, StageSpan
 
 LAYERS = 2

@@ -1,0 +1,1 @@
+"""Who learns, how fast, and in which precision."""

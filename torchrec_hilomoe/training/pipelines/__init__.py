@@ -1,0 +1,1 @@
+"""A step: TorchRec's pipelines, driven as plain iterators."""

@@ -1,0 +1,1 @@
+"""Where tables go, and a model whose tables are there."""
