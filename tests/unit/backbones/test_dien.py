@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 import torch
 from torch import nn, Tensor
-from torch.func import functional_call
 
-from tests.helpers.features import flat, make_features, select, unflat
-from tests.helpers.rounding import value_and_grads
+from tests.helpers.definitions import assert_matches_definition
+from tests.helpers.features import make_features, select
 from torchrec_hilomoe import HiLoMoEConfig, inject_hilomoe
 from torchrec_hilomoe.backbones.dien import Attention, DIEN
 from torchrec_hilomoe.backbones.layers.mlp import Activation
@@ -131,54 +130,15 @@ def definition(case: Case, features: SequenceFeatures, params: dict[str, Tensor]
     return torch.stack(logits)
 
 
-def nudged(tensor: Tensor, eps: float) -> Tensor:
-    return tensor * (1 + eps * torch.randn_like(tensor))
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).abs().max())
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_definition_in_float64(case, dtype):
-    model, features = case.build().eval().to(dtype), make_features(WIDTHS, LENGTHS)
-    parameters = dict(model.named_parameters())
-    inputs = {**flat(features), **parameters}
-    inputs = {name: tensor.detach().to(dtype) for name, tensor in inputs.items()}
-    cotangent = torch.randn(len(LENGTHS[0])).to(dtype)
-    buffers = dict(model.named_buffers())
-
-    def fast(**tensors: Tensor) -> tuple[Tensor, None]:
-        params = {name: tensors[name] for name in parameters}
-        return functional_call(model, params, (unflat(tensors, features),)), None
-
-    def slow(**tensors: Tensor) -> tuple[Tensor, None]:
-        params = {**tensors, **{n: b.to(tensors["candidate"].dtype) for n, b in buffers.items()}}
-        return definition(case, unflat(tensors, features), params), None
-
-    exact = {name: tensor.double() for name, tensor in inputs.items()}
-    want = value_and_grads(slow, exact, cotangent.double())
-    if dtype == torch.float64:
-        got = value_and_grads(fast, inputs, cotangent)
-        for name, tensor in want.items():
-            torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-12, msg=name)
-        return
-    plain = value_and_grads(slow, inputs, cotangent)
-    got = value_and_grads(fast, inputs, cotangent)
-    # What the obvious computation in the same dtype is wrong by, and, lest that be luck, what a
-    # rounding of every input does to the exact results, for each of many operations in a row.
-    rounded = dict.fromkeys(want, 0.0)
-    for _ in range(4):
-        nudge = partial(nudged, eps=torch.finfo(dtype).eps)
-        moved = {name: nudge(tensor) for name, tensor in exact.items()}
-        for name, tensor in value_and_grads(slow, moved, nudge(cotangent.double())).items():
-            rounded[name] = max(rounded[name], error(tensor, want[name]))
-    # A softmax does not see what is added to all of a row's scores: no gradient, but rounding.
-    largest = max(float(tensor.abs().max()) for tensor in want.values())
-    for name in want:
-        bound = 4 * error(plain[name], want[name]) + 64 * rounded[name]
-        assert error(got[name], want[name]) <= bound + torch.finfo(dtype).eps * largest, name
+    assert_matches_definition(
+        case.build().eval().to(dtype),
+        make_features(WIDTHS, LENGTHS),
+        partial(definition, case),
+        no_gradient="attention.mlp.output.bias",  # the same for all of a row's scores
+    )
 
 
 def test_a_row_without_events_has_evolved_to_nothing():

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn, Tensor
-from torch.func import functional_call
 
-from tests.helpers.features import flat, make_features, select, unflat
-from tests.helpers.rounding import value_and_grads
+from tests.helpers.definitions import assert_matches_definition
+from tests.helpers.features import make_features, select
 from torchrec_hilomoe import HiLoMoEConfig, inject_hilomoe
 from torchrec_hilomoe.backbones.transact import TransAct
 from torchrec_hilomoe.embeddings.features import (
@@ -132,46 +131,16 @@ def definition(case: Case, features: SequenceFeatures, params: dict[str, Tensor]
     return torch.stack(logits)
 
 
-def nudged(tensor: Tensor, eps: float) -> Tensor:
-    return tensor * (1 + eps * torch.randn_like(tensor))
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).abs().max())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_the_definition_in_float64(case, dtype):
     """Float64 itself cannot be asked: FBGEMM pads on CPU in 32 and 16 bits only."""
-    model, features = case.build().to(dtype), make_features(WIDTHS, LENGTHS)
-    inputs = {**flat(features), **dict(model.named_parameters())}
-    inputs = {name: tensor.detach().to(dtype) for name, tensor in inputs.items()}
-    cotangent = torch.randn(len(LENGTHS[0])).to(dtype)
-
-    def fast(**tensors: Tensor) -> tuple[Tensor, None]:
-        params = {name: tensors[name] for name, _ in model.named_parameters()}
-        return functional_call(model, params, (unflat(tensors, features),)), None
-
-    def slow(**tensors: Tensor) -> tuple[Tensor, None]:
-        return definition(case, unflat(tensors, features), tensors), None
-
-    exact = {name: tensor.double() for name, tensor in inputs.items()}
-    want = value_and_grads(slow, exact, cotangent.double())
-    plain = value_and_grads(slow, inputs, cotangent)
-    got = value_and_grads(fast, inputs, cotangent)
-    # What the obvious computation in the same dtype is wrong by, and, lest that be luck, what a
-    # rounding of every input does to the exact results, for each of many operations in a row.
-    rounded = dict.fromkeys(want, 0.0)
-    for _ in range(4):
-        nudge = partial(nudged, eps=torch.finfo(dtype).eps)
-        moved = {name: nudge(tensor) for name, tensor in exact.items()}
-        for name, tensor in value_and_grads(slow, moved, nudge(cotangent.double())).items():
-            rounded[name] = max(rounded[name], error(tensor, want[name]))
-    for name in want:
-        if not name.endswith("key.bias"):  # it cancels in the softmax: all that is left is rounding
-            bound = 4 * error(plain[name], want[name]) + 64 * rounded[name]
-            assert error(got[name], want[name]) <= bound, name
+    assert_matches_definition(
+        case.build().to(dtype),
+        make_features(WIDTHS, LENGTHS),
+        partial(definition, case),
+        no_gradient="key.bias",  # it cancels in the softmax
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
