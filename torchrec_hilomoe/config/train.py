@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from torchrec_hilomoe.training.stages import Decay, DecayKind, OptimizerName, Plateau, Stage
+from torchrec_hilomoe.config.rates import Decay, DecayKind
+from torchrec_hilomoe.config.stage import OptimizerName, Plateau, Stage
 
 __all__ = ["TrainConfig"]
 

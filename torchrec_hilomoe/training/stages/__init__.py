@@ -4,10 +4,10 @@ A schedule is a list of stages. The trainer reads it; nothing else in the packag
 name, so that users can write their own.
 """
 
+from torchrec_hilomoe.config.rates import Decay, DecayKind
+from torchrec_hilomoe.config.stage import OptimizerName, Plateau, Stage
 from torchrec_hilomoe.training.stages.course import Course, CourseState
-from torchrec_hilomoe.training.stages.rates import Decay, DecayKind
 from torchrec_hilomoe.training.stages.schedule import StageSchedule, StageSpan
-from torchrec_hilomoe.training.stages.stage import OptimizerName, Plateau, Stage
 
 __all__ = [
     "Course",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torchrec_hilomoe.training.stages.rates import Decay
+from torchrec_hilomoe.config.rates import Decay
 from torchrec_hilomoe.training.stages.schedule import StageSchedule, StageSpan
 
 __all__ = ["Course", "CourseState"]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from torchrec_hilomoe.training.stages.stage import Stage
+from torchrec_hilomoe.config.stage import Stage
 
 __all__ = ["StageSchedule", "StageSpan"]
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import get_args, Literal
 
-from torchrec_hilomoe.training.stages.rates import Decay, DecayKind
+from torchrec_hilomoe.config.rates import Decay, DecayKind
 
 __all__ = ["OptimizerName", "Plateau", "Stage"]
 
