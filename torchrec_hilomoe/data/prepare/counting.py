@@ -14,7 +14,7 @@ import pyarrow as pa
 from torchrec_hilomoe.data.hashing import hash64
 from torchrec_hilomoe.data.prepare.arrow import call
 
-__all__ = ["ValueCounts"]
+__all__ = ["ValueCounts", "by_frequency"]
 
 CUTS = 64
 DISTINCT_IN_MEMORY = 1 << 22
@@ -28,12 +28,21 @@ class ValueCounts:
         scratch: A local folder for what memory cannot hold.
         name: Of its files there.
         limit: Distinct values that memory holds.
+        kind: Of the values, in case there is none.
     """
 
-    def __init__(self, scratch: str, name: str, *, limit: int = DISTINCT_IN_MEMORY) -> None:
+    def __init__(
+        self,
+        scratch: str,
+        name: str,
+        *,
+        limit: int = DISTINCT_IN_MEMORY,
+        kind: pa.DataType | None = None,
+    ) -> None:
         self._scratch = scratch
         self._name = name
         self._limit = limit
+        self._kind = kind or pa.int64()
         self._lock = Lock()
         self._tables: list[pa.Table] = []
         self._pending = 0
@@ -58,9 +67,13 @@ class ValueCounts:
                 parts = [_frequent(self._cut(cut, parts), min_count) for cut in range(CUTS)]
             if not parts:
                 return pa.table(
-                    {"value": pa.array([], pa.int64()), "count": pa.array([], pa.int64())}
+                    {"value": pa.array([], self._kind), "count": pa.array([], pa.int64())}
                 )
             return _frequent(pa.concat_tables(parts), min_count)
+
+    def ranked(self) -> pa.Array:
+        """Return all values, the most frequent first."""
+        return by_frequency(self.at_least(1))
 
     def _add_up(self) -> None:
         self._pending = 0
@@ -88,6 +101,12 @@ class ValueCounts:
                 batch = pa.ipc.open_file(source).get_batch(cut)
                 parts.append(pa.Table.from_batches([batch]))
         return _sum(parts)
+
+
+def by_frequency(counts: pa.Table) -> pa.Array:
+    """Return each ``value``, that of the largest ``count`` first; ties are broken by value."""
+    order = [("count", "descending"), ("value", "ascending")]
+    return counts.sort_by(order)["value"].combine_chunks()
 
 
 def _sum(tables: list[pa.Table]) -> pa.Table:

@@ -4,30 +4,24 @@ Shape legend:
     N  rows of a piece
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
 from torchrec_hilomoe.data.hashing import mix64
-from torchrec_hilomoe.data.prepare.counting import ValueCounts
+from torchrec_hilomoe.data.prepare.counting import by_frequency, ValueCounts
 from torchrec_hilomoe.data.prepare.parsing import parse, Parsed
+from torchrec_hilomoe.data.prepare.pieces import each_piece
 from torchrec_hilomoe.data.prepare.plan import Plan
 from torchrec_hilomoe.data.prepare.raw import Piece, RawFile
 from torchrec_hilomoe.data.prepare.records import BadRecords
 
-__all__ = ["Counted", "count", "each_piece"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Counted", "count"]
 
 SAMPLED_TIMES = 1 << 18
-Result = TypeVar("Result")
 
 
 @dataclass(kw_only=True)
@@ -58,8 +52,7 @@ class Counted:
             counts.at_least(min_count) for (name, _), counts in self.values.items() if name == table
         ]
         whole = pa.concat_tables(found).group_by("value").aggregate([("count", "sum")])
-        order = [("count_sum", "descending"), ("value", "ascending")]
-        return whole.sort_by(order)["value"].combine_chunks()
+        return by_frequency(whole.rename_columns(["value", "count"]))
 
     def border(self, percent: int) -> int:
         """Return the moment after which ``percent`` of a hundred training rows are."""
@@ -106,59 +99,13 @@ def count(
                 sample.add(file, piece.first, parsed.good_N, parsed.plain[plan.schema.time])
         return dict(parsed.bad)
 
-    for piece, faults in each_piece(files, plan, look, workers=workers, title="count"):
+    for piece, faults in each_piece(files, plan.wanted, look, workers=workers, title="count"):
         for place, text in piece.malformed:
             bad.add(piece.path, place, text)
         for row, reason in faults.items():
             bad.add(piece.path, piece.place(piece.first + row), reason)
     counted.times = sample.times
     return counted
-
-
-def each_piece(
-    files: Sequence[RawFile],
-    plan: Plan,
-    work: Callable[[int, Piece], Result],
-    *,
-    workers: int,
-    title: str,
-) -> Iterator[tuple[Piece, Result]]:
-    """Work on all pieces of all files in threads, and yield the results in order.
-
-    At most a few pieces are in memory at a time.
-
-    Args:
-        files: Read one after the other.
-        plan: Names the columns.
-        work: Called with the file's number and a piece.
-        workers: Threads.
-        title: Of the progress bar.
-
-    Yields:
-        Each piece and what the work returned.
-    """
-    waiting: list[tuple[Piece, Future[Result]]] = []
-    with (
-        ThreadPoolExecutor(workers) as pool,
-        # Off a terminal there is no bar; a line a file is all.
-        tqdm(desc=title, unit=" pieces", disable=None) as bar,
-    ):
-        try:
-            for number, file in enumerate(files):
-                for piece in file.pieces(plan.wanted):
-                    waiting.append((piece, pool.submit(work, number, piece)))
-                    if len(waiting) > workers:
-                        first, result = waiting.pop(0)
-                        yield first, result.result()
-                        bar.update()
-                logger.info("%s: %s read", title, file.path)
-            while waiting:
-                first, result = waiting.pop(0)
-                yield first, result.result()
-                bar.update()
-        finally:
-            for _, result in waiting:
-                result.cancel()
 
 
 def _counters(plan: Plan, scratch: str) -> dict[tuple[str, str], ValueCounts]:

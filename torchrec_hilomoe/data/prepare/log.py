@@ -1,97 +1,112 @@
-"""What every data set's preparation has in common once its records are encoded.
+"""A log of events becomes a prepared folder, in passes that hold a few users at a time.
+
+    raw pieces ─read→ events, sorted by user in runs ─parts of users→ counted, then encoded
+      ─shards→ Parquet
+
+Memory holds vocabularies, which the model holds too, and for each thread a piece or a part. What
+is written is the same for any number of threads and parts.
 
 Shape legend:
-    N  rows of the data set
-    M  rows that are asked for
+    R  rows of a part
+    M  rows that are made at once
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from torchrec_hilomoe.data.prepare.folder import prepared_folder, PreparedFolder, Report
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.event_log import Encoding, EventLog, Read, Tally
+from torchrec_hilomoe.data.prepare.event_runs import EventRuns, Part
+from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
+from torchrec_hilomoe.data.prepare.pieces import each_piece, in_order
+from torchrec_hilomoe.data.prepare.raw import Piece
 from torchrec_hilomoe.data.prepare.records import BadRecords
+from torchrec_hilomoe.data.prepare.scratch import scratch_folder
+from torchrec_hilomoe.data.prepare.shards import Noted, shard_rows, Shards, SPLITS
+from torchrec_hilomoe.data.prepare.split_rules import waiting_shard
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
-__all__ = ["SPLITS", "EncodedLog", "ReadLog", "check_least", "history_group", "prepare_log"]
+__all__ = ["check_least", "history_group", "prepare_log"]
 
-SPLITS = ("train", "valid", "test")
-
-
-class EncodedLog(ABC):
-    """A data set in memory as ids, from which rows are made when they are written."""
-
-    @property
-    @abstractmethod
-    def schema(self) -> Schema:
-        """What the columns mean."""
-
-    @property
-    @abstractmethod
-    def split_N(self) -> np.ndarray:
-        """Index into ``SPLITS`` of each row."""
-
-    @property
-    @abstractmethod
-    def notes(self) -> Mapping[str, int]:
-        """Counts for the report that are particular to the data set."""
-
-    @abstractmethod
-    def rows(self, rows_M: np.ndarray) -> pa.Table:
-        """Return rows by their numbers, in that order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadLog:
-    """A log that was read.
-
-    Attributes:
-        log: Its good records.
-        rows_read: How many those are.
-    """
-
-    log: EncodedLog
-    rows_read: int
+ENCODED_BYTES = 1 << 24  # about so much is made of a part at once
 
 
 def prepare_log(
-    read: Callable[[BadRecords], ReadLog],
+    open_log: Callable[[str], EventLog],
     *,
     out: str,
     lengths: Mapping[str, int],
     seed: int,
+    workers: int,
     max_bad_rows: int,
+    scratch: str | None,
     overwrite: bool,
     options: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Check what every such data set's options have in common, read, and write.
+    """Check what every such data set's options have in common, read, count, encode, and write.
 
     Args:
-        read: Reads the raw files; is given what counts malformed records.
+        open_log: Finds the raw files; is given a local folder.
         out: Folder to make.
         lengths: Options that limit lists, which a list of one would make plain columns.
         seed: Of what is drawn, and of the order in which training rows are written.
+        workers: Threads.
         max_bad_rows: Malformed raw records that are skipped before it is fatal.
+        scratch: A local folder for what waits; by default beside the result.
         overwrite: Replace prepared data that is in the way.
         options: Further ones that change the result, for the report.
     """
     check_least(2, **lengths)
     check_least(0, seed=seed, max_bad_rows=max_bad_rows)
-    with prepared_folder(out, overwrite=overwrite) as folder:
-        bad = BadRecords(max_bad_rows)
-        found = read(bad)
-        return write_log(
-            folder,
-            found.log,
-            seed=seed,
-            options={**(options or {}), **lengths},
-            rows_read=found.rows_read,
-            bad=bad,
+    check_least(1, workers=workers)
+    bad = BadRecords(max_bad_rows)
+    with (
+        prepared_folder(out, overwrite=overwrite) as folder,
+        scratch_folder(folder, scratch) as local,
+    ):
+        log = open_log(local)
+        runs = EventRuns(local, log.order)
+        records = _read(log, runs, workers, bad)
+        counting = log.counting(local, bad)
+        parts = runs.parts(workers)
+        counted = in_order(
+            parts,
+            lambda part: counting.count(runs.read(part)),
+            workers=workers,
+            title="count",
+            unit="parts",
+            total=len(parts),
         )
+        # Of each part: what came before it; and in the end, everything.
+        *before, total = accumulate(counted, initial=Tally())
+        encoding = counting.encoding()
+        schema = encoding.schema
+        folder.write_schema(schema)
+        rows_per_file = shard_rows(4 * total.entries / total.rows + 8 * len(schema.columns))
+        shards = Shards(scratch=local, seed=seed)
+        _encode(encoding, runs, parts, before, total, rows_per_file, shards, workers)
+        columns = encoding.encode(runs.empty(), Tally()).rows(np.empty(0, np.int64)).schema
+        splits = {
+            split: shards.write_split(
+                folder, split, columns=columns, rows_per_file=rows_per_file, workers=workers
+            )
+            for split in SPLITS
+        }
+        report = Report(
+            dataset=schema.dataset,
+            options={**(options or {}), **lengths, "seed": seed},
+            rows_read=records + counting.records + bad.counts.total(),
+            rows_kept=sum(split.rows for split in splits.values()),
+            rows_bad=dict(bad.counts),
+            vocabularies=dict(schema.tables),
+            splits=splits,
+            notes={**encoding.notes, **total.notes},
+        )
+        folder.write_report(report)
+        return report
 
 
 def history_group(tables: Mapping[str, str], max_length: int) -> SequenceGroup:
@@ -116,48 +131,74 @@ def check_least(least: int, **options: int) -> None:
             raise ValueError(f"--{name} must be at least {least}, got {value}.")
 
 
-def write_log(
-    folder: PreparedFolder,
-    log: EncodedLog,
-    *,
-    seed: int,
-    options: Mapping[str, Any],
-    rows_read: int,
-    bad: BadRecords,
-) -> Report:
-    """Write schema, splits and report.
-
-    Args:
-        folder: Where to.
-        log: What.
-        seed: Of the order of the training rows.
-        options: Those that change the result, for the report.
-        rows_read: Raw records, without the bad ones.
-        bad: The bad ones.
-
-    Returns:
-        The report.
-    """
-    folder.write_schema(log.schema)
-    splits = {}
-    for code, name in enumerate(SPLITS):
-        rows_M = np.flatnonzero(log.split_N == code)
-        if name == "train":
-            # A row group is the unit of shuffling between blocks. In the order of users or of
-            # time it would hold a few users or one hour only, and so would a batch.
-            rows_M = np.random.default_rng(seed).permutation(rows_M)
-        splits[name] = folder.write_split(
-            name, len(rows_M), lambda start, stop, rows_M=rows_M: log.rows(rows_M[start:stop])
+def _read(log: EventLog, runs: EventRuns, workers: int, bad: BadRecords) -> int:
+    """Collect all events; return how many good records they are of."""
+    there = log.file.columns().names
+    missing = [name for name in log.columns if name not in there]
+    if missing:
+        raise DataError(
+            f"{log.file.path} cannot be read (it lacks the columns {', '.join(missing)}; it has "
+            f"{', '.join(there)}). Name the right files with --raw."
         )
-    report = Report(
-        dataset=log.schema.dataset,
-        options={**options, "seed": seed},
-        rows_read=rows_read + bad.counts.total(),
-        rows_kept=sum(split.rows for split in splits.values()),
-        rows_bad=dict(bad.counts),
-        vocabularies=dict(log.schema.tables),
-        splits=splits,
-        notes=dict(log.notes),
-    )
-    folder.write_report(report)
-    return report
+
+    def work(_: int, piece: Piece) -> Read:
+        return log.read(piece)
+
+    good = 0
+    for piece, read in each_piece([log.file], log.columns, work, workers=workers, title="read"):
+        for row, text in read.bad.items():
+            bad.add(piece.path, piece.place(piece.first + row), text)
+        runs.add(read.events)
+        good += read.good
+    if not runs.rows:
+        raise DataError(log.nothing)
+    return good
+
+
+def _encode(
+    encoding: Encoding,
+    runs: EventRuns,
+    parts: Sequence[Part],
+    before: Sequence[Tally],
+    total: Tally,
+    rows_per_file: int,
+    shards: Shards,
+    workers: int,
+) -> None:
+    """Write all rows to scratch files."""
+    at_once = _rows_at_once(encoding.schema)
+    waiting = -(-total.trained // rows_per_file)
+
+    def work(number: int) -> list[Noted]:
+        encoded = encoding.encode(runs.read(parts[number]), before[number])
+        noted: list[Noted] = []
+        for piece, start in enumerate(range(0, len(encoded.split_R), at_once)):
+            split_M = encoded.split_R[start : start + at_once]
+            rows_M = np.arange(start, start + len(split_M))
+            noted += shards.write_by_split(
+                f"{number:05d}-{piece:07d}",
+                encoded.rows(rows_M),
+                split_M,
+                waiting_shard(
+                    before[number].rows + rows_M,
+                    rows=total.rows,
+                    shards=max(1, waiting),
+                    seed=shards.seed,
+                ),
+                label=encoding.schema.label,
+            )
+        return noted
+
+    numbers = range(len(parts))
+    for part in in_order(
+        numbers, work, workers=workers, title="encode", unit="parts", total=len(parts)
+    ):
+        for noted in part:
+            shards.note(noted)
+
+
+def _rows_at_once(schema: Schema) -> int:
+    """Return how many of the longest rows fit what may be made at once."""
+    entries = sum(feature.max_length for feature in schema.pooled)
+    entries += sum(group.max_length * len(group.fields) for group in schema.sequences)
+    return max(1, ENCODED_BYTES // (4 * entries + 8 * len(schema.columns)))

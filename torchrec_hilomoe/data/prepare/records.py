@@ -1,26 +1,33 @@
 """Raw files: found, decompressed, taken apart into records, the bad ones counted."""
 
-import gzip
 import json
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
-from typing import Any, IO
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.lines import LINE, LineFile, unzipped
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
 
-__all__ = ["BadRecords", "find_raw", "read_json", "read_records", "which"]
+__all__ = [
+    "BadRecords",
+    "Fields",
+    "find_raw",
+    "good_lines",
+    "read_json",
+    "read_records",
+    "which",
+]
 
 logger = logging.getLogger(__name__)
 
-LINES_AT_ONCE = 1 << 18
 REPORTED_BAD_LINES = 3  # of each file; the rest are counted
 SHOWN_CHARACTERS = 80
 
@@ -82,7 +89,7 @@ def find_raw(folder: str, name: str, source: str) -> str:
 
 
 def read_records(path: str, pattern: str, bad: BadRecords, *, encoding: str) -> Iterator[pa.Table]:
-    """Read a file a few hundred thousand lines at a time.
+    """Read a file of lines, some thousands at a time.
 
     Args:
         path: Plain, or gzipped if it ends in ``.gz``.
@@ -96,14 +103,40 @@ def read_records(path: str, pattern: str, bad: BadRecords, *, encoding: str) -> 
     Raises:
         DataError: If the file is unreadable, or too many lines are bad.
     """
-    whole = pc.ExtractRegexOptions(f"^(?:{pattern})$")
-    number = 0
-    for lines in _lines(path, encoding):
-        matched = pc.call_function("extract_regex", [pa.array(lines, pa.string())], whole)
-        for index in np.flatnonzero(which("is_null", matched)).tolist():
-            bad.add(path, f"line {number + index + 1}", lines[index])
-        number += len(lines)
-        yield pa.Table.from_struct_array(matched.drop_null())
+    file = LineFile(path, pattern, encoding=encoding)
+    for piece in file.pieces(file.columns().names):
+        fields = good_lines(piece.load())
+        for row, line in fields.bad.items():
+            bad.add(path, piece.place(piece.first + row), line)
+        yield fields.good
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Some lines, taken apart.
+
+    Attributes:
+        good: The fields of good lines.
+        rows_N: Which lines those are, counted from the first of the piece.
+        bad: The other lines, by their numbers.
+    """
+
+    good: pa.Table
+    rows_N: np.ndarray
+    bad: Mapping[int, str]
+
+
+def good_lines(table: pa.Table) -> Fields:
+    """Tell good lines of a piece of a :class:`~.lines.LineFile` from bad ones."""
+    fields = table.drop_columns([LINE])
+    good_N = fields.column(0).is_valid().to_numpy()
+    bad = np.flatnonzero(~good_N)
+    texts = table.column(LINE).take(pa.array(bad)).to_pylist()
+    return Fields(
+        good=fields if good_N.all() else fields.filter(pa.array(good_N)),
+        rows_N=np.flatnonzero(good_N),
+        bad=dict(zip(bad.tolist(), texts, strict=True)),
+    )
 
 
 def read_json(path: str) -> Any:
@@ -113,7 +146,7 @@ def read_json(path: str) -> Any:
         DataError: If it is unreadable or no JSON.
     """
     try:
-        with open_binary(path) as raw, _unzipped(path, raw) as binary:
+        with open_binary(path) as raw, unzipped(path, raw) as binary:
             return json.loads(binary.read())
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}). Download it again.") from error
@@ -130,16 +163,3 @@ def which(predicate: str, *values: Any, pattern: str | None = None) -> np.ndarra
     options = None if pattern is None else pc.MatchSubstringOptions(pattern)
     found = pc.call_function(predicate, list(values), options)
     return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
-
-
-def _lines(path: str, encoding: str) -> Iterator[list[str]]:
-    try:
-        with open_binary(path) as raw, _unzipped(path, raw) as binary:
-            while lines := list(islice(binary, LINES_AT_ONCE)):
-                yield [line.decode(encoding).rstrip("\r\n") for line in lines]
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Download it again.") from error
-
-
-def _unzipped(path: str, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
-    return gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw

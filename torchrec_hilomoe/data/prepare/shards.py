@@ -5,21 +5,25 @@ rows is a random share of them, small enough to be put in order in memory; so tr
 a random order, whatever the number of rows, and the same one for any number of threads.
 """
 
+import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
 from torchrec_hilomoe.data.prepare.folder import PreparedFolder, ROW_GROUP_ROWS, Split
+from torchrec_hilomoe.data.prepare.pieces import in_order
 
-__all__ = ["Noted", "Shards", "shard_rows"]
+__all__ = ["SPLITS", "Noted", "Shards", "shard_rows"]
 
+SPLITS = ("train", "valid", "test")
 SHARD_BYTES = 1 << 26
 MOST_ROWS = 32 * ROW_GROUP_ROWS
+
+logger = logging.getLogger(__name__)
 
 
 def shard_rows(bytes_per_row: float) -> int:
@@ -28,13 +32,24 @@ def shard_rows(bytes_per_row: float) -> int:
     return min(max(groups, 1) * ROW_GROUP_ROWS, MOST_ROWS)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Place:
-    """Where some rows of a shard are: a batch of a scratch file."""
+    """Where rows of a shard are: those from ``start`` to ``stop`` of a scratch file's batch."""
 
     path: str
     batch: int
-    rows: int
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    def cut(self, rows: int) -> "list[_Place]":
+        """Cut after some rows; whoever has none is left out."""
+        border = min(self.start + rows, self.stop)
+        both = (replace(self, stop=border), replace(self, start=border))
+        return [place for place in both if place.rows]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +83,44 @@ class Shards:
     _places: dict[tuple[str, int], list[_Place]] = field(default_factory=lambda: defaultdict(list))
     _clicks: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
+    def write_by_split(
+        self,
+        name: str,
+        rows: pa.Table,
+        split_N: np.ndarray,
+        shard_N: np.ndarray,
+        *,
+        label: str,
+        unknown: Callable[[pa.Table], Mapping[str, int]] = lambda rows: {},
+    ) -> list[Noted]:
+        """Write some rows, in whichever thread.
+
+        Args:
+            name: Of the scratch files, unique.
+            rows: Of any splits.
+            split_N: Which each row belongs to, an index into ``SPLITS``.
+            shard_N: And to which shard, if it trains.
+            label: The column of clicks.
+            unknown: Counts ids of unknown values, by table.
+
+        Returns:
+            What :meth:`note` is to be told, one after the other.
+        """
+        noted = []
+        for code in np.unique(split_N).tolist():
+            chosen = np.flatnonzero(split_N == code)
+            part = rows.take(pa.array(chosen))
+            shard = shard_N[chosen] if SPLITS[code] == "train" else np.zeros(len(chosen), np.int64)
+            noted.append(
+                Noted(
+                    split=SPLITS[code],
+                    places=self.write(f"{name}-{code}", part, shard),
+                    clicks=int(part[label].to_numpy().sum()),
+                    unknown=unknown(part),
+                )
+            )
+        return noted
+
     def write(self, name: str, rows: pa.Table, shard_N: np.ndarray) -> list[tuple[int, _Place]]:
         """Write a piece's rows, in whichever thread.
 
@@ -90,7 +143,7 @@ class Shards:
                 part = rows.slice(stop - size, size).combine_chunks()
                 (batch,) = part.to_batches()
                 writer.write_batch(batch)
-                places.append((shard, _Place(path=path, batch=number, rows=size)))
+                places.append((shard, _Place(path=path, batch=number, start=0, stop=size)))
         return places
 
     def note(self, noted: "Noted") -> None:
@@ -108,35 +161,42 @@ class Shards:
         rows_per_file: int,
         workers: int,
     ) -> Split:
-        """Write a split's Parquet files.
+        """Write a split's Parquet files, which do not depend on how the rows came in pieces.
 
         Args:
             folder: Where to.
             split: Training rows leave in a random order, others in the order they came in.
             columns: Of a split without a row.
-            rows_per_file: About how many rows a file has.
+            rows_per_file: How many rows a file has, about so many if they train.
             workers: Threads.
 
         Returns:
             What was written.
         """
-        jobs = self._train_jobs() if split == "train" else self._ordered_jobs(split, rows_per_file)
+        mix = split == "train"
+        jobs = self._train_jobs() if mix else self._ordered_jobs(split, rows_per_file)
 
-        def work(number: int, places: list[_Place], mix: bool) -> int:
+        def work(job: tuple[int, list[_Place]]) -> int:
+            number, places = job
             tables = [_read(place) for place in places]
             whole = pa.concat_tables(tables) if tables else columns.empty_table()
             if mix:
                 rng = np.random.default_rng([self.seed, number])
                 whole = whole.take(pa.array(rng.permutation(whole.num_rows)))
-            folder.write_part(split, number, whole.schema, [whole])
+            # In one chunk, because chunks show in the pages of the file.
+            folder.write_part(split, number, whole.schema, [whole.combine_chunks()])
             return whole.num_rows
 
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [
-                pool.submit(work, number, places, split == "train")
-                for number, places in enumerate(jobs or [[]])
-            ]
-            rows = sum(future.result() for future in futures)
+        written = in_order(
+            enumerate(jobs or [[]]),
+            work,
+            workers=workers,
+            title=split,
+            unit="files",
+            total=max(len(jobs), 1),
+        )
+        rows = sum(written)
+        logger.info("%s: %d rows written", split, rows)
         return Split(rows=rows, label_rate=self._clicks[split] / rows if rows else None)
 
     def _train_jobs(self) -> list[list[_Place]]:
@@ -147,13 +207,19 @@ class Shards:
         return list(_grouped(self._places.get((split, 0), []), rows_per_file))
 
 
-def _grouped(places: list[_Place], rows: int) -> Iterator[list[_Place]]:
+def _grouped(places: Sequence[_Place], rows: int) -> Iterator[list[_Place]]:
+    """Yield the places of ``rows`` rows each, and of what is left of them."""
     group: list[_Place] = []
+    missing = rows
     for place in places:
-        group.append(place)
-        if sum(one.rows for one in group) >= rows:
-            yield group
-            group = []
+        left = [place]
+        while left:
+            first, *left = left[0].cut(missing)
+            group.append(first)
+            missing -= first.rows
+            if not missing:
+                yield group
+                group, missing = [], rows
     if group:
         yield group
 
@@ -161,4 +227,5 @@ def _grouped(places: list[_Place], rows: int) -> Iterator[list[_Place]]:
 def _read(place: _Place) -> pa.Table:
     # Copied from the map, which is closed here.
     with pa.OSFile(place.path) as source:
-        return pa.Table.from_batches([pa.ipc.open_file(source).get_batch(place.batch)])
+        batch = pa.ipc.open_file(source).get_batch(place.batch)
+        return pa.Table.from_batches([batch.slice(place.start, place.rows)])

@@ -18,9 +18,8 @@ from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs
 from torchrec_hilomoe.data.prepare.shards import shard_rows
 from torchrec_hilomoe.data.schema import Schema
 
-__all__ = ["SPLITS", "Rule"]
+__all__ = ["Rule", "waiting_shard"]
 
-SPLITS = ("train", "valid", "test")
 OPEN_SHARDS = 256  # rows of a longer log are mixed within parts of it that have so many
 SHARE = 1 << 32
 
@@ -33,7 +32,7 @@ class Rule:
         hold_out: Which training rows are not trained on.
         seed: Of random choices.
         starts: Rows before each file.
-        files_of: Split of each file: an index into ``SPLITS``.
+        files_of: Split of each file: an index into ``shards.SPLITS``.
         rows: Of all training files.
         borders: The moments, or the places, at which validation and test rows begin.
         shards: Of the training rows.
@@ -120,12 +119,28 @@ class Rule:
     def shard(self, file: int, first: int, parsed: Parsed) -> np.ndarray:
         """Return where each good row waits, if it trains: ``(N,)``."""
         at_N = self.starts[file] + first + parsed.good_N
-        parts = -(-self.shards // OPEN_SHARDS)
-        each = -(-self.shards // parts)
-        part_N = at_N * parts // max(self.rows, 1)
-        return part_N * each + self._draw(at_N, "order") % each
+        return waiting_shard(at_N, rows=self.rows, shards=self.shards, seed=self.seed)
 
     def _draw(self, keys_N: np.ndarray, use: str) -> np.ndarray:
-        """Return a random number of each key: other seeds and uses, other numbers."""
-        salt = mix64(np.array([2 * self.seed + (use == "order")], dtype=np.uint64))
-        return (mix64(keys_N.astype(np.uint64) ^ salt) >> np.uint64(1)).astype(np.int64)
+        return _draw(keys_N, use, self.seed)
+
+
+def waiting_shard(at_N: np.ndarray, *, rows: int, shards: int, seed: int) -> np.ndarray:
+    """Return the shard in which each row waits, if it trains: ``(N,)``.
+
+    Args:
+        at_N: Its place among all rows.
+        rows: How many those are.
+        shards: Among how many it is drawn; of a long log, among those of its part.
+        seed: Of the draw.
+    """
+    parts = -(-shards // OPEN_SHARDS)
+    each = -(-shards // parts)
+    part_N = at_N * parts // max(rows, 1)
+    return part_N * each + _draw(at_N, "order", seed) % each
+
+
+def _draw(keys_N: np.ndarray, use: str, seed: int) -> np.ndarray:
+    """Return a random number of each key: other seeds and uses, other numbers."""
+    salt = mix64(np.array([2 * seed + (use == "order")], dtype=np.uint64))
+    return (mix64(keys_N.astype(np.uint64) ^ salt) >> np.uint64(1)).astype(np.int64)

@@ -13,30 +13,29 @@ __all__ = ["Timelines"]
 
 
 class Timelines:
-    """Events sorted by user, then time; simultaneous events keep the order of the file.
+    """Where each event stands among its user's.
 
     Args:
-        user_N: Whose event, in any order.
-        time_N: When, in any unit.
+        user_N: Whose event; those of a user together, in order of time.
 
     Attributes:
-        order: ``(N,)``: the sorted events as indices into the unsorted ones. Everything else
-            here speaks of sorted events.
         begin: ``(N,)``: the user's first event.
         position: ``(N,)``: how many events of the user are earlier.
         count: ``(N,)``: how many events the user has.
+        users: How many there are.
+        user: ``(N,)``: how many users stand before.
     """
 
-    def __init__(self, user_N: np.ndarray, time_N: np.ndarray) -> None:
-        self.order = np.lexsort((time_N, user_N))
-        sorted_user_N = user_N[self.order]
+    def __init__(self, user_N: np.ndarray) -> None:
         first_N = np.ones(len(user_N), dtype=bool)
-        first_N[1:] = sorted_user_N[1:] != sorted_user_N[:-1]
+        first_N[1:] = user_N[1:] != user_N[:-1]
         begins = np.flatnonzero(first_N)
         counts = np.diff(np.append(begins, len(user_N)))
         self.begin = np.repeat(begins, counts)
         self.count = np.repeat(counts, counts)
         self.position = np.arange(len(user_N)) - self.begin
+        self.users = len(begins)
+        self.user = np.cumsum(first_N) - 1
 
     def earlier(self, events_M: np.ndarray, limit: int) -> Runs:
         """Return the last ``limit`` events of the same user before each event."""

@@ -7,29 +7,26 @@ Shape legend:
     N  rows of a piece
 """
 
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.encoders import Encoder
 from torchrec_hilomoe.data.prepare.encoding import count_unknown, encode_rows, encoders_of
-from torchrec_hilomoe.data.prepare.first_pass import count, Counted, each_piece
+from torchrec_hilomoe.data.prepare.first_pass import count, Counted
 from torchrec_hilomoe.data.prepare.folder import PreparedFolder, Report
 from torchrec_hilomoe.data.prepare.parsing import parse
+from torchrec_hilomoe.data.prepare.pieces import each_piece
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.raw import Piece
 from torchrec_hilomoe.data.prepare.records import BadRecords
-from torchrec_hilomoe.data.prepare.shards import Noted, Shards
-from torchrec_hilomoe.data.prepare.split_rules import Rule, SPLITS
+from torchrec_hilomoe.data.prepare.scratch import scratch_folder
+from torchrec_hilomoe.data.prepare.shards import Noted, Shards, SPLITS
+from torchrec_hilomoe.data.prepare.split_rules import Rule
 from torchrec_hilomoe.data.prepare.vectors import Vectors, write_vectors
 from torchrec_hilomoe.data.schema import Schema
 
@@ -91,7 +88,7 @@ def prepare_tables(
     for file in files:
         plan.check(file)
     bad = BadRecords(options.max_bad_rows)
-    with _scratch(folder, options.scratch) as scratch:
+    with scratch_folder(folder, options.scratch) as scratch:
         counted = count(
             files, len(inputs.train), plan, scratch=scratch, workers=options.workers, bad=bad
         )
@@ -169,26 +166,18 @@ def _encode(
     def work(file: int, piece: Piece) -> list[Noted]:
         parsed = parse(piece.load(), plan)
         rows = encode_rows(parsed, schema, encoders)
-        split_N = rule.split(file, piece.first, parsed, schema)
-        shard_N = rule.shard(file, piece.first, parsed)
-        noted = []
-        for code in np.unique(split_N).tolist():
-            chosen = np.flatnonzero(split_N == code)
-            part = rows.take(pa.array(chosen))
-            shard = shard_N[chosen] if SPLITS[code] == "train" else np.zeros(len(chosen), np.int64)
-            noted.append(
-                Noted(
-                    split=SPLITS[code],
-                    places=shards.write(f"{file:05d}-{piece.number:07d}-{code}", part, shard),
-                    clicks=int(part[schema.label].to_numpy().sum()),
-                    unknown=count_unknown(part, schema),
-                )
-            )
-        return noted
+        return shards.write_by_split(
+            f"{file:05d}-{piece.number:07d}",
+            rows,
+            rule.split(file, piece.first, parsed, schema),
+            rule.shard(file, piece.first, parsed),
+            label=schema.label,
+            unknown=lambda part: count_unknown(part, schema),
+        )
 
     unknown: Counter[str] = Counter()
     files = (*inputs.train, *inputs.valid, *inputs.test)
-    for _, parts in each_piece(files, plan, work, workers=workers, title="encode"):
+    for _, parts in each_piece(files, plan.wanted, work, workers=workers, title="encode"):
         for noted in parts:
             shards.note(noted)
             for table, ids in noted.unknown.items():
@@ -200,15 +189,3 @@ def _columns(plan: Plan, schema: Schema, encoders: Mapping[str, Encoder]) -> pa.
     """Return the types of the columns, which a split without a row needs too."""
     nothing = pa.table({name: pa.array([], pa.string()) for name in plan.sources})
     return encode_rows(parse(nothing, replace(plan, reshape=None)), schema, encoders).schema
-
-
-@contextmanager
-def _scratch(folder: PreparedFolder, wanted: str | None) -> Iterator[str]:
-    """Give a local folder that is removed again, also after an error."""
-    # Beside the result there is room for it; what is remote cannot hold it.
-    beside = folder.path if os.path.isdir(folder.path) else None
-    path = tempfile.mkdtemp(prefix=".scratch-", dir=wanted or beside)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)

@@ -28,10 +28,23 @@ class Vocabulary:
             min_count: Rarer values stay unknown.
         """
         values, counts = np.unique(raw, return_counts=True)
-        values, counts = values[counts >= min_count], counts[counts >= min_count]
+        return cls.of(values[counts >= min_count], counts[counts >= min_count])
+
+    @classmethod
+    def of(cls, values: np.ndarray, counts: np.ndarray) -> "Vocabulary":
+        """Build from values, each once, and how often each occurs."""
+        order = np.argsort(values, kind="stable")
+        values, counts = values[order], counts[order]
         ids = np.empty(len(values), dtype=np.int32)
         ids[np.argsort(-counts, kind="stable")] = np.arange(1, len(values) + 1)
         return cls(values=values, ids=ids)
+
+    @classmethod
+    def weighted(cls, values: np.ndarray, counts: np.ndarray) -> "Vocabulary":
+        """Build from values, each any number of times, and the occurrences that each stands for."""
+        each, place = np.unique(values, return_inverse=True)
+        # Sums of whole numbers, which a double holds exactly up to 2 ** 53.
+        return cls.of(each, np.bincount(place, counts, len(each)).astype(np.int64))
 
     @property
     def size(self) -> int:

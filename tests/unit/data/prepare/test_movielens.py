@@ -295,9 +295,12 @@ def test_a_truncated_gzip_file_is_named(tmp_path, kept):
         prepare_movielens(raw=raw, out=str(tmp_path / "out"))
 
 
-def test_an_empty_raw_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"ratings\.dat has no good line"):
-        prepare_movielens(raw=write_raw(tmp_path / "raw", []), out=str(tmp_path / "out"))
+@pytest.mark.parametrize("name", FILES)
+def test_an_empty_raw_file_is_named(tmp_path, name):
+    raw = write_raw(tmp_path / "raw", random_ratings(0))
+    Path(raw, name).write_bytes(b"")
+    with pytest.raises(DataError, match=rf"{name} has no good line"):
+        prepare_movielens(raw=raw, out=str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
