@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.csv as pc_csv
@@ -19,6 +20,7 @@ from torchrec_hilomoe.runtime.paths import open_binary
 __all__ = ["CsvFile", "ParquetFile", "Piece", "RawFile"]
 
 BLOCK_BYTES = 1 << 22  # Arrow reads up to 32 blocks ahead
+BUFFER_BYTES = 1 << 20  # of each column that is read
 UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, gzip.BadGzipFile)
 
 
@@ -195,42 +197,67 @@ class ParquetFile(RawFile):
             raise self._unreadable(error) from error
 
     def pieces(self, columns: Sequence[str]) -> Iterator[Piece]:
-        """Yield pieces that read their rows when they are loaded, in whichever thread."""
+        """Yield the rows of small row groups to be read when they are loaded, in whichever thread.
+
+        A large one is read here, a piece at a time: it may not fit memory, and pieces of it cannot
+        be read without what is before them.
+        """
+        first = 0
         try:
-            with open_binary(self.path) as source, pq.ParquetFile(source) as file:
-                footer = file.metadata
+            with open_binary(self.path) as source, self._open(source) as file:
+                for number, load in enumerate(self._loads(file, columns)):
+                    yield Piece(
+                        path=self.path,
+                        number=number,
+                        first=first,
+                        load=load.rows,
+                        place=lambda row: f"row {row}",
+                    )
+                    first += load.count
         except UNREADABLE as error:
             raise self._unreadable(error) from error
-        first = number = 0
+
+    def _loads(self, file: pq.ParquetFile, columns: Sequence[str]) -> Iterator["_Load"]:
+        footer = file.metadata
         for group in range(footer.num_row_groups):
             rows = footer.row_group(group).num_rows
-            for start in range(0, rows, self._piece_rows):
-                stop = min(start + self._piece_rows, rows)
-
-                def load(group: int = group, start: int = start, stop: int = stop) -> pa.Table:
-                    return self._read(footer, group, columns).slice(start, stop - start)
-
-                yield Piece(
-                    path=self.path,
-                    number=number,
-                    first=first,
-                    load=load,
-                    place=lambda row: f"row {row}",
-                )
-                first, number = first + stop - start, number + 1
+            if 0 < rows <= self._piece_rows:
+                yield _Load(count=rows, rows=lambda group=group: self._read(footer, group, columns))
+                continue
+            for batch in file.iter_batches(
+                self._piece_rows, row_groups=[group], columns=list(columns), use_threads=False
+            ):
+                table = pa.Table.from_batches([batch])
+                yield _Load(count=batch.num_rows, rows=lambda table=table: table)
 
     def _read(self, footer: pq.FileMetaData, group: int, columns: Sequence[str]) -> pa.Table:
         try:
-            with (
-                open_binary(self.path) as source,
-                pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as file,
-            ):
-                return file.read_row_group(group, columns=list(columns))
+            with open_binary(self.path) as source, self._open(source, footer) as file:
+                return file.read_row_group(group, columns=list(columns), use_threads=False)
         except UNREADABLE as error:
             raise self._unreadable(error) from error
+
+    @staticmethod
+    def _open(source: IO[bytes], footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+        # Without a buffer of its own, Arrow would hold all of a row group before its first row.
+        return pq.ParquetFile(
+            source,
+            metadata=footer,
+            page_checksum_verification=True,
+            pre_buffer=False,
+            buffer_size=BUFFER_BYTES,
+        )
 
     def _unreadable(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split())
         return DataError(
             f"{self.path} cannot be read as Parquet ({reason}). Copy it again from a whole copy."
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Load:
+    """How many rows a piece has, and what returns them."""
+
+    count: int
+    rows: Callable[[], pa.Table]

@@ -2,6 +2,7 @@
 
 import gzip
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -60,6 +61,25 @@ def test_parquet_is_cut_into_pieces(tmp_path):
     rows, _ = everything(file, ["a"])
     assert rows == [(f"row {row}", {"a": row}) for row in range(25)]
     assert len(list(file.pieces(["a"]))) == 3 + 3 + 2
+
+
+def test_a_large_row_group_is_read_a_piece_at_a_time(tmp_path):
+    """pyarrow's own row groups have a million rows; a piece holds a small share of one."""
+    rows, wide = 40_000, 32
+    lists = np.random.default_rng(0).integers(0, 1 << 40, size=(rows, wide))
+    table = pa.table({"a": range(rows), "b": lists.tolist()})
+    pq.write_table(table, tmp_path / "t.parquet")
+    del table
+    file = ParquetFile(str(tmp_path / "t.parquet"), piece_rows=1000)
+    held, most, seen = pa.total_allocated_bytes(), 0, 0
+    for piece in file.pieces(["a", "b"]):
+        part = piece.load()
+        assert part["a"].to_pylist() == list(range(piece.first, piece.first + 1000))
+        assert part["b"].to_pylist() == lists[piece.first : piece.first + 1000].tolist()
+        seen += part.num_rows
+        most = max(most, pa.total_allocated_bytes() - held)
+    assert seen == rows
+    assert most < lists.nbytes / 2
 
 
 @pytest.mark.parametrize(
