@@ -10,6 +10,7 @@ __all__ = ["Line", "report"]
 
 Line = dict[str, Any]
 BASE = "plain"
+NOT_DENSE = ("head", "all", "deeper", "rank", "flat")
 
 
 def report(lines: list[Line], plot: Path | None) -> None:
@@ -36,19 +37,26 @@ def table(runs: list[Line]) -> str:
         own = [run for run in runs if run["variant"] == variant]
         paired = [(run["test"]["auc"] - base[run["seed"]]) * 1e4 for run in own]
         ratios = [run["output_ratio"] for run in own if run["output_ratio"] is not None]
+        speeds = [run["samples_per_second"] for run in own if "samples_per_second" in run]
         cells = [
             variant,
             f"{_flops(runs, variant) / 1e3:.1f}",
-            *(f"{np.mean([run['test'][name] for run in own]):.4f}" for name in SCORES),
+            *(mean([run["test"].get(name) for run in own]) for name in SCORES),
             "" if variant == BASE else difference(paired),
             f"{np.mean(ratios):.3f}" if ratios else "",
-            f"{np.median([run['samples_per_second'] for run in own]):,.0f}",
+            f"{np.median(speeds):,.0f}" if speeds else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 SCORES = ("auc", "gauc", "logloss")
+
+
+def mean(values: list[float | None]) -> str:
+    """Of what was measured."""
+    measured = [value for value in values if value is not None]
+    return f"{np.mean(measured):.4f}" if measured else ""
 
 
 def difference(paired: list[float]) -> str:
@@ -78,7 +86,7 @@ def draw(runs: list[Line], picture: Path) -> None:
             dense = sorted(
                 (_flops(own, v), _auc(own, v), v)
                 for v in {run["variant"] for run in own}
-                if not v.startswith(("head", "all", "deeper"))
+                if not v.startswith(NOT_DENSE)
             )
             axis.plot(
                 [flops for flops, _, _ in dense],

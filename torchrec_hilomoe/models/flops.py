@@ -25,7 +25,7 @@ from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
 from torchrec_hilomoe.models.train_task import TrainTask
 
-__all__ = ["Cost", "cost_table", "count_cost"]
+__all__ = ["Cost", "cost_table", "count_cost", "site_flops"]
 
 COMPONENTS = ("tables", "backbone", "head", "experts", "routing")
 ROUTING = ("expert_keys", "query_proj")
@@ -86,6 +86,11 @@ def cost_table(cost: Cost) -> str:
         )
     lines.append(f"FLOPs are a sample's; its lookups read {cost.lookup_bytes:,} bytes")
     return "\n".join(lines)
+
+
+def site_flops(site: HiLoMoELinear, rows: int) -> int:
+    """Return the FLOPs that a site's experts and routing add to its base map's, forward."""
+    return _expert_flops(site, rows) + _routing_flops(site, rows)
 
 
 def _lookups(schema: Schema) -> list[tuple[IdFeature | PooledFeature, int]]:
