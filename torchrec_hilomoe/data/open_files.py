@@ -1,4 +1,8 @@
-"""Parquet files that stay open between reads: opening one costs as much as a narrow row group."""
+"""Parquet files that stay open between reads: opening one costs as much as a narrow row group.
+
+A parsed footer takes a fiftieth of its file, so only those of open files are held: otherwise memory
+would grow with the number of files.
+"""
 
 import io
 from collections import deque
@@ -12,7 +16,7 @@ import pyarrow.parquet as pq
 
 from torchrec_hilomoe.runtime.paths import open_binary
 
-__all__ = ["OpenFiles"]
+__all__ = ["OpenFiles", "open_parquet"]
 
 IDLE_FILES = 16
 
@@ -30,14 +34,13 @@ class OpenFiles:
         finalize(self, _close_all, self._idle)
 
     @contextmanager
-    def lend(self, path: str, footer: pq.FileMetaData) -> Iterator[pq.ParquetFile]:
+    def lend(self, path: str) -> Iterator[pq.ParquetFile]:
         """Lend a file; one that could not be read is closed, and opened again the next time.
 
         Args:
             path: Local, or under a registered prefix.
-            footer: Of that file, so that it is not parsed again.
         """
-        file = self._take(path) or _open(path, footer)
+        file = self._take(path) or open_parquet(path)
         try:
             yield file
         except BaseException:
@@ -58,18 +61,18 @@ class OpenFiles:
         return None
 
 
-def _open(path: str, footer: pq.FileMetaData) -> pq.ParquetFile:
+def open_parquet(path: str) -> pq.ParquetFile:
+    """Open a file for reading some columns of some row groups after the other."""
     handle = open_binary(path)
     local = isinstance(handle, io.BufferedReader) and isinstance(handle.raw, io.FileIO)
     if not local:
-        # A remote store answers a few large requests sooner than one for each column.
-        return pq.ParquetFile(
-            handle, metadata=footer, page_checksum_verification=True, pre_buffer=True
-        )
+        # A remote store answers a few large requests sooner than one for each column. What was
+        # fetched last stays with the file while it is open.
+        return pq.ParquetFile(handle, page_checksum_verification=True, pre_buffer=True)
     # Arrow reads a local file without coming back to Python, and so without its lock.
     with handle:
         source = pa.OSFile(handle.name)
-    return pq.ParquetFile(source, metadata=footer, page_checksum_verification=True)
+    return pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
 
 
 def _close_all(idle: deque[tuple[str, pq.ParquetFile]]) -> None:

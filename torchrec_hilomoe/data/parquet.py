@@ -4,8 +4,9 @@ A prepared folder holds ``schema.json``, ``report.json``, a folder of ``*.parque
 split, and ``_SUCCESS``, which is written last: without it the folder is half made.
 """
 
+from array import array
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -32,7 +33,7 @@ REMEDY = how_to_prepare()
 class ParquetSource(BlockSource):
     """Reads the needed columns of a few row groups at a time, from any number of threads.
 
-    Keeps the footers and a few open files, no rows.
+    Keeps a few open files, and of every block where it is and how many rows it has.
 
     Args:
         folder: A prepared folder, local or under a registered prefix.
@@ -58,7 +59,7 @@ class ParquetSource(BlockSource):
         check_folder(folder)
         self._schema = schema or load_schema(folder)
         paths = _split_files(f"{folder}/{split}")
-        self._files = tuple(_File(path, self._schema, block_bytes) for path in paths)
+        self._files = [_File(path, self._schema, block_bytes) for path in paths]
         self._open_files = OpenFiles()
         # The number of the first block of each file.
         self._firsts = (0, *accumulate(len(file.block_rows) for file in self._files))
@@ -80,7 +81,7 @@ class ParquetSource(BlockSource):
         """Name the file and the row groups."""
         index = self._file_of(block)
         file = self._files[index]
-        first, *rest = file.groups[block - self._firsts[index]]
+        first, *rest = file.groups(block - self._firsts[index])
         return f"{file.path} row group{f's {first} to {rest[-1]}' if rest else f' {first}'}"
 
     def read(self, epoch: int, block: int) -> pa.Table:
@@ -145,11 +146,10 @@ def _split_files(folder: str) -> list[str]:
 
 
 class _File:
-    """One Parquet file: its footer, parsed once, and reading by blocks.
+    """One Parquet file: what its footer says of blocks, and reading by blocks.
 
     Attributes:
         path: Where it is.
-        groups: The row groups of each block.
         block_rows: Rows of each block.
     """
 
@@ -158,42 +158,53 @@ class _File:
         self._columns = list(schema.columns)
         try:
             with open_binary(path) as source, pq.ParquetFile(source) as file:
-                self._footer, columns = file.metadata, file.schema_arrow
+                footer, columns = file.metadata, file.schema_arrow
         except UNREADABLE as error:
             raise DataError(
                 f"{path} is not a whole Parquet file ({_one_line(error)}). {AGAIN}"
             ) from error
         check_columns(columns, schema, path)
-        groups = [self._footer.row_group(group) for group in range(self._footer.num_row_groups)]
-        self.groups = _runs([group.total_byte_size for group in groups], block_bytes)
-        self.block_rows = tuple(sum(groups[at].num_rows for at in run) for run in self.groups)
-        if sum(self.block_rows) != self._footer.num_rows:
+        groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+        begins = _begins([group.total_byte_size for group in groups], block_bytes)
+        rows = [group.num_rows for group in groups]
+        self.block_rows = tuple(sum(rows[start:stop]) for start, stop in pairwise(begins))
+        # The first row group of each block, and the number of row groups.
+        self._begins = array("i", begins)
+        if sum(self.block_rows) != footer.num_rows:
             raise DataError(
-                f"{path} has a footer that says {self._footer.num_rows} rows in all and "
+                f"{path} has a footer that says {footer.num_rows} rows in all and "
                 f"{sum(self.block_rows)} in its row groups. {AGAIN}"
             )
+
+    def groups(self, block: int) -> range:
+        """Return the row groups of a block."""
+        return range(self._begins[block], self._begins[block + 1])
 
     def read(self, block: int, files: OpenFiles) -> pa.Table:
         """Return the needed columns of a block."""
         # On this thread alone: Arrow's own threads are as many as OMP_NUM_THREADS, which launchers
         # set to 1, so workers that shared them would wait for each other.
-        with files.lend(self.path, self._footer) as file:
+        with files.lend(self.path) as file:
             return file.read_row_groups(
-                self.groups[block], columns=self._columns, use_threads=False
+                self.groups(block), columns=self._columns, use_threads=False
             )
 
 
-def _runs(sizes: list[int], most: int) -> list[range]:
-    """Cut the indices of ``sizes`` into runs of at most ``most`` in all, or of one."""
-    runs: list[range] = []
+def _begins(sizes: list[int], most: int) -> list[int]:
+    """Cut ``sizes`` into runs of at most ``most`` in all, or of one: their begins, and the end.
+
+    Example:
+        >>> _begins([3, 4, 9, 1], most=8)
+        [0, 2, 3, 4]
+    """
+    begins: list[int] = []
     filled = 0
     for index, size in enumerate(sizes):
-        if not runs or filled + size > most:
-            runs.append(range(index, index))
+        if not begins or filled + size > most:
+            begins.append(index)
             filled = 0
-        runs[-1] = range(runs[-1].start, index + 1)
         filled += size
-    return runs
+    return [*begins, len(sizes)]
 
 
 def _one_line(error: Exception) -> str:
