@@ -4,6 +4,7 @@ The one place where the options of a site are named, explained and checked. Modu
 dataclass whole, because every site of a model shares it and checkpoints store it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import get_args, Literal
 
@@ -69,6 +70,10 @@ class HiLoMoEConfig:
                     f"HiLoMoEConfig.{name} must be zero or a positive number, got {value}. "
                     "Use 0 to switch this loss off."
                 )
+        if not math.isfinite(self.alpha):
+            raise ValueError(
+                f"HiLoMoEConfig.alpha must be a finite number, got {self.alpha}. Use 1.0."
+            )
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:

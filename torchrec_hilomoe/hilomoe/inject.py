@@ -35,8 +35,9 @@ def inject_hilomoe(
         The names of the replaced maps.
 
     Raises:
-        ValueError: If the model is wrapped; if a pattern matches no ``nn.Linear``; if a map is
-            matched twice, carries experts already, is shared, tied, or has hooks.
+        ValueError: If the model is wrapped; if there is no pattern, or one matches no
+            ``nn.Linear``; if a map is matched twice, carries experts already, is shared, tied, or
+            has hooks.
 
     Example:
         >>> tower = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -44,16 +45,19 @@ def inject_hilomoe(
         ['0']
     """
     _refuse_wrapped(model)
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and name}
+    # A map that is used in two places is listed under both names, so that either is refused.
+    modules = model.named_modules(remove_duplicate=False)
+    linears = {name: m for name, m in modules if type(m) is nn.Linear and name}
     chosen = _match(model, linears, sites)
     _refuse_shared(model, chosen)
     for name in chosen:
-        hooks = linears[name]._forward_hooks or linears[name]._forward_pre_hooks
-        if hooks:
-            raise ValueError(
-                f"inject_hilomoe: {name!r} has {len(hooks)} forward hook(s), which its site would "
-                "lose. Remove them, or choose other sites."
-            )
+        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+            hooks = getattr(linears[name], f"_{kind}_hooks")
+            if hooks:
+                raise ValueError(
+                    f"inject_hilomoe: {name!r} has {len(hooks)} {kind.replace('_', '-')} hook(s), "
+                    "which its site would lose. Remove them, or choose other sites."
+                )
     for name in chosen:
         model.set_submodule(name, HiLoMoELinear.from_linear(linears[name], config))
     set_auxiliary_loss_scale(model, 1.0)
@@ -150,6 +154,11 @@ def remove_hilomoe(model: nn.Module) -> list[str]:
 
 def _match(model: nn.Module, linears: dict[str, nn.Linear], patterns: Sequence[str]) -> list[str]:
     """The names that the patterns mean, in the model's order."""
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(
+            f"inject_hilomoe: sites must be a list of at least one name pattern, got {patterns!r}. "
+            f"The model's nn.Linear: {_listed(linears)}."
+        )
     taken = sites_of(model)
     chosen_by: dict[str, str] = {}
     for pattern in patterns:

@@ -34,6 +34,8 @@ def test_is_frozen():
         ({"backend": "cuda"}, r"backend must be one of auto, eager, compiled, triton, got 'cuda'"),
         ({"balance_weight": -1.0}, r"balance_weight must be zero or a positive number, got -1.0"),
         ({"z_weight": float("nan")}, r"z_weight must be zero or a positive number, got nan"),
+        ({"alpha": float("nan")}, r"alpha must be a finite number, got nan\. Use 1\.0"),
+        ({"alpha": float("-inf")}, r"alpha must be a finite number, got -inf"),
     ],
     ids=str,
 )

@@ -95,15 +95,28 @@ def test_refuses_shared_maps_and_tied_weights():
     with pytest.raises(ValueError, match=r"'b' is shared: its weight is used as a.weight and b.w"):
         inject_hilomoe(model, CONFIG, sites=["b"])
     linear = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r"'a' is shared: its weight is used as a.weight and b.w"):
-        inject_hilomoe(nn.ModuleDict({"a": linear, "b": linear}), CONFIG, sites=["a"])
+    for name in ("a", "b"):  # the second is the same module, so the model lists it once
+        message = rf"'{name}' is shared: its weight is used as a.weight and b.weight"
+        with pytest.raises(ValueError, match=message):
+            inject_hilomoe(nn.ModuleDict({"a": linear, "b": linear}), CONFIG, sites=[name])
 
 
-def test_refuses_a_map_with_hooks():
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_refuses_a_map_with_hooks(kind):
     model = tower()
-    model[0].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"'0' has 1 forward hook"):
+    getattr(model[0], f"register_{kind}_hook")(lambda *_: None)
+    name = kind.removeprefix("full_").replace("_", "-")
+    with pytest.raises(ValueError, match=rf"'0' has 1 {name} hook"):
         inject_hilomoe(model, CONFIG, sites=["0"])
+
+
+@pytest.mark.parametrize("sites", ["0", "*", [], ()], ids=str)
+def test_refuses_what_is_no_list_of_patterns(sites):
+    """A text would be a pattern a letter; nothing would be experts nowhere, without a word."""
+    model = tower()
+    with pytest.raises(ValueError, match=r"sites must be a list of at least one name.*: 0, 2, 3"):
+        inject_hilomoe(model, CONFIG, sites=sites)
+    assert not sites_of(model)
 
 
 def test_leaves_the_model_alone_when_it_refuses():
