@@ -24,7 +24,7 @@ def make_features(widths: FeatureWidths, lengths: Sequence[Sequence[int]]) -> Se
     histories = tuple(
         History(
             events=torch.randn(sum(of_rows), history.event),
-            lengths=torch.tensor(of_rows),
+            lengths=torch.tensor(of_rows, dtype=torch.int64),
             target=_target(rows, history.event, history.event_only, widths.embedding),
             times=NOW - torch.randint(60, (sum(of_rows),)) if history.timed else None,
         )
@@ -34,7 +34,7 @@ def make_features(widths: FeatureWidths, lengths: Sequence[Sequence[int]]) -> Se
         candidate=torch.randn(rows, widths.candidate),
         context=torch.randn(rows, widths.context),
         histories=histories,
-        longest=max(1, *(length for of_rows in lengths for length in of_rows)),
+        longest=max([1, *(length for of_rows in lengths for length in of_rows)]),
         time=torch.full((rows,), NOW) if widths.timed else None,
     )
 

@@ -1,11 +1,14 @@
 """Small models of the toy data, with tables in memory where the package leaves them on ``meta``."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
+from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from tests.helpers.datasets import SCHEMA, toy_source
+from torchrec_hilomoe.backbones.layers.batch_norm import GlobalBatchNorm
 from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.loader import Loader
@@ -15,7 +18,7 @@ from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.world import World
 
-__all__ = ["MODEL", "batches", "dense_parameters", "in_memory", "task_of"]
+__all__ = ["MODEL", "batches", "cancelled", "dense_parameters", "in_memory", "task_of"]
 
 MODEL = ModelConfig(
     embedding_dim=4,
@@ -43,6 +46,17 @@ def dense_parameters(task: TrainTask) -> dict[str, torch.nn.Parameter]:
     """Everything that is no table, by name."""
     tables = set(task.model.sparse.parameters())
     return {name: p for name, p in task.named_parameters() if p not in tables}
+
+
+def cancelled(task: TrainTask) -> set[str]:
+    """Biases that the batch norm behind them takes away again: their gradient is all rounding."""
+    return {
+        f"{name}.{index}.bias"
+        for name, layers in task.named_modules()
+        if isinstance(layers, nn.Sequential)
+        for index, (_, after) in enumerate(pairwise(layers))
+        if isinstance(after, GlobalBatchNorm)
+    }
 
 
 def batches(

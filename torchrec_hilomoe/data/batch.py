@@ -43,20 +43,23 @@ class CTRBatch(Pipelineable):
 
     Invariants: ``pooled`` and ``unpooled`` have ``Schema.pooled_keys`` and
     ``Schema.unpooled_keys`` as keys and stride ``B``; every candidate field has exactly one id
-    a row; the fields of a sequence group have equal lengths; rows whose weight is 0 are padding
-    or bad records and count nowhere.
+    a row; the fields of a sequence group have equal lengths. Rows that count nowhere (bad records,
+    and those whose weight is 0) are not there, so ``B`` differs from rank to rank and from step to
+    step, and may be 0: then the two jagged tensors, which TorchRec wants to have a row, have stride
+    1 and no ids.
 
     Attributes:
         pooled: Ids for the pooled collection.
         unpooled: Ids for the sequence collection: candidate fields, then histories.
         dense: ``(B, F)`` float32.
         labels: ``(B,)`` float32, 0 or 1.
-        weights: ``(B,)`` float32.
+        weights: ``(B,)`` float32, above 0.
         groups: ``(B,)`` int64, the groups of GAUC.
         longest: The longest history in the batch, known on the host so that padding needs no
             device synchronisation; at least 1.
         mean_rows: Rows of the global batch divided by the world size: the loss's denominator,
-            which makes the average over ranks the mean over the global batch.
+            which makes the average over ranks the mean over the global batch. It is known before
+            the rows are read, so those that turn out to count nowhere are among them.
         position: Where training resumes once this batch has been trained on.
         steps: Events of each row's longest history, summed over rows; known on the host, too.
         time: ``(B,)`` int64, when the candidate was shown, in seconds; None where the schema

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from torchrec_hilomoe.data.decode import DecodedBlock, Rows
+from torchrec_hilomoe.data.decode import DecodedBlock, lengths_of_ids, Rows
 from torchrec_hilomoe.data.ragged import Cut
 from torchrec_hilomoe.data.schema import Schema
 
@@ -32,17 +32,13 @@ def sort_rows(schema: Schema, parts: Sequence[Rows], *, descending: bool) -> Dec
         All rows; ``bad`` is empty, since bad rows are reported before.
     """
     lengths_KN = np.concatenate([part.lengths for part in parts], axis=1)
-    keys = [*schema.unpooled_keys, *schema.pooled_keys]
     histories = slice(len(schema.candidate), len(schema.unpooled_keys))
     longest_N = lengths_KN[histories].max(axis=0, initial=0)
     order_N = np.argsort(-longest_N if descending else longest_N, kind="stable")
-    # Event times are cut like the first field of their group.
-    like = list(range(len(keys))) + [
-        keys.index(group.fields[0].name) for group in schema.sequences if group.time is not None
-    ]
     ids: list[np.ndarray] = []
     offsets: list[np.ndarray | None] = []
-    for pieces, key in zip(zip(*(part.ids for part in parts), strict=True), like, strict=True):
+    columns = zip(*(part.ids for part in parts), strict=True)
+    for pieces, key in zip(columns, lengths_of_ids(schema), strict=True):
         stored = np.zeros(len(order_N) + 1, dtype=np.int64)
         np.cumsum(lengths_KN[key], out=stored[1:])
         cut = Cut(

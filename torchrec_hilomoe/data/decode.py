@@ -1,8 +1,8 @@
 """A block becomes arrays that a batch can be sliced from: checked, cut and in epoch order.
 
 Everything that can be done once a block is done here, so that a batch costs slices only. A bad
-row stays in its place, with weight 0 and nothing in it: who reads which row is arithmetic on
-row counts, which a removed row would upset.
+row stays in its place, with weight 0 and nothing in it, until batches are collated: who reads which
+row is arithmetic on row counts, which a removed row would upset.
 
 Shape legend:
     N  rows of the block
@@ -32,7 +32,7 @@ from torchrec_hilomoe.data.columns import (
 from torchrec_hilomoe.data.ragged import Cut, Ragged
 from torchrec_hilomoe.data.schema import Schema
 
-__all__ = ["DecodedBlock", "Rows", "decode_block", "padding_block"]
+__all__ = ["DecodedBlock", "Rows", "decode_block", "lengths_of_ids", "no_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,25 +139,27 @@ def decode_block(table: pa.Table, schema: Schema, order_N: np.ndarray | None) ->
     )
 
 
-def padding_block(schema: Schema) -> DecodedBlock:
-    """Return one row of weight 0, with the padding id wherever a row must have an id."""
-    nothing = Ragged(values=np.zeros(0, np.int64), offsets=np.zeros(2, np.int64))
-    names = [*schema.pooled_keys, *schema.unpooled_keys, *schema.event_times]
-    columns = _Columns(
-        single=dict.fromkeys(names, np.zeros(1, np.int64)), many=dict.fromkeys(names, nothing)
+def no_rows(schema: Schema) -> Rows:
+    """Return what a rank has whose lanes have ended before the others'."""
+    like = lengths_of_ids(schema)
+    keys = len(schema.unpooled_keys) + len(schema.pooled_keys)
+    return Rows(
+        ids=[np.zeros(0, dtype=np.int64) for _ in like],
+        lengths=np.zeros((keys, 0), dtype=np.int32),
+        dense=np.zeros((0, len(schema.dense)), dtype=np.float32),
+        floats=np.zeros((2, 0), dtype=np.float32),
+        integers=np.zeros((2, 0), dtype=np.int64),
     )
-    taken = _taken(schema, _Cutter(columns, None, None))
-    return DecodedBlock(
-        rows=Rows(
-            ids=[column.ids for column in taken],
-            lengths=_lengths(schema, taken),
-            dense=np.zeros((1, len(schema.dense)), dtype=np.float32),
-            floats=np.zeros((2, 1), dtype=np.float32),
-            integers=np.zeros((2, 1), dtype=np.int64),
-        ),
-        offsets=[column.offsets for column in taken],
-        bad={},
-    )
+
+
+def lengths_of_ids(schema: Schema) -> list[int]:
+    """Return, for each of :attr:`Rows.ids`, which of :attr:`Rows.lengths` are its own.
+
+    Event times are as long as the first field of their group.
+    """
+    keys = [*schema.unpooled_keys, *schema.pooled_keys]
+    timed = [group.fields[0].name for group in schema.sequences if group.time is not None]
+    return [*range(len(keys)), *map(keys.index, timed)]
 
 
 def _at(offsets: np.ndarray | None, borders: Sequence[int]) -> Sequence[int]:

@@ -16,7 +16,7 @@ from torchrec_hilomoe.data.batch import CTRBatch, Position
 from torchrec_hilomoe.data.blocks import needed_blocks, OpenBlocks
 from torchrec_hilomoe.data.bucketing import SortedLane
 from torchrec_hilomoe.data.collate import collate
-from torchrec_hilomoe.data.decode import decode_block, DecodedBlock, padding_block, Rows
+from torchrec_hilomoe.data.decode import decode_block, DecodedBlock, no_rows, Rows
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.lanes import choose_lanes, Epoch, Segment
 from torchrec_hilomoe.data.prefetch import map_ahead, prefetch
@@ -31,8 +31,8 @@ class Loader:
 
     Every rank yields the same number of batches. The rows of a global batch are the same for
     every world size with the same lanes, and joining the ranks' batches gives the batch of a
-    single process, except that a rank without a row in an epoch's last batch gets one padding
-    row of weight 0. Each new iteration starts from ``start`` again.
+    single process; a rank may be without a row in an epoch's last batch. Each new iteration starts
+    from ``start`` again.
 
     Args:
         source: The rows.
@@ -45,8 +45,8 @@ class Loader:
         epochs: The epoch to stop before, counted from 0 whatever ``start``; ``None`` never stops.
         workers: Threads that read and decode blocks ahead; 0 leaves it to who makes batches.
         prefetch: Batches made ahead in a thread; 0 makes each when it is asked for.
-        max_bad_rows: Bad rows that this rank accepts in one epoch. They are reported, and keep
-            their place with weight 0.
+        max_bad_rows: Bad rows that this rank accepts in one epoch. They are reported, and missing
+            from their batches.
         bucket_by_length: Batches in a window within which rows are sorted by their longest history,
             so that batches need less padding; 0 and 1 sort nothing.
         pin_memory: Whether batches come in page-locked memory, from which a GPU copies while it
@@ -176,7 +176,7 @@ class Loader:
             over = lane_rows >= epoch.longest_lane
             batch = collate(
                 schema,
-                parts or [padding_block(schema).rows],
+                parts or [no_rows(schema)],
                 mean_rows=rows / self.world.size,
                 position=Position(
                     epoch=epoch.number + 1 if over else epoch.number,

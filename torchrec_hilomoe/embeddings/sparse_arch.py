@@ -27,6 +27,9 @@ from torchrec_hilomoe.embeddings.tables import (
 
 __all__ = ["SparseArch"]
 
+# Opaque to FX: it asks for shapes.
+torch.fx.wrap("first")
+
 TRAINED = 0  # stands for the collection of trained tables among those of frozen ones, by width
 
 
@@ -141,6 +144,7 @@ class SparseArch(nn.Module):
         time_B: Tensor | None = None,
         times: tuple[Tensor, ...] = (),
         steps: int | None = None,
+        rows: int | None = None,
     ) -> SequenceFeatures:
         """Look up and lay out.
 
@@ -153,6 +157,8 @@ class SparseArch(nn.Module):
             times: When the events happened, ``(T,)`` for each group of ``schema.event_times``;
                 needed if there are any.
             steps: Events of each row's longest history, summed over rows, if the host knows.
+            rows: ``B``, where it may be 0: the jagged tensors of such a batch have stride 1. None
+                takes every row that they have.
         """
         vectors = self._unpooled_vectors(unpooled)
         fields = {
@@ -162,10 +168,14 @@ class SparseArch(nn.Module):
         moments = {name: times[place] for place, name in enumerate(self._schema.event_times)}
         return SequenceFeatures(
             candidate=torch.cat([fields[field.name] for field in self._schema.candidate], dim=1),
-            context=self._context(pooled, dense_BF),
+            context=self._context(pooled, dense_BF, rows),
             histories=tuple(
                 self._history(
-                    group, vectors, fields, None if group.time is None else moments[group.time]
+                    group,
+                    vectors,
+                    fields,
+                    None if group.time is None else moments[group.time],
+                    rows,
                 )
                 for group in self._schema.sequences
             ),
@@ -182,12 +192,12 @@ class SparseArch(nn.Module):
             for field in (*self._schema.candidate, *self._schema.sequence_fields)
         }
 
-    def _context(self, pooled: KeyedJaggedTensor, dense_BF: Tensor) -> Tensor:
+    def _context(self, pooled: KeyedJaggedTensor, dense_BF: Tensor, rows: int | None) -> Tensor:
         found = {} if self.pooled is None else {TRAINED: self.pooled(pooled)}
         found |= self._given("pooled", pooled)
         # By key: the order in which a sharded collection returns its features is the plan's.
         parts = [
-            self._vectors(feature.name, found[self._width(feature)][feature.name])
+            first(rows, self._vectors(feature.name, found[self._width(feature)][feature.name]))
             for feature in self._schema.pooled
         ]
         if self.dense_embedding is not None:
@@ -212,13 +222,14 @@ class SparseArch(nn.Module):
         vectors: Mapping[str, JaggedTensor],
         candidate: Mapping[str, Tensor],
         times_T: Tensor | None,
+        rows: int | None,
     ) -> History:
         by_table = {field.table: candidate[field.name] for field in self._schema.candidate}
         absent_BD = torch.zeros_like(next(iter(candidate.values())))
         fields = [self._vectors(field.name, vectors[field.name].values()) for field in group.fields]
         return History(
             events=torch.cat(fields, dim=1),
-            lengths=vectors[group.fields[0].name].lengths().long(),
+            lengths=first(rows, vectors[group.fields[0].name].lengths().long()),
             target=torch.cat(
                 [by_table.get(field.table, absent_BD) for field in group.fields], dim=1
             ),
@@ -230,3 +241,8 @@ class SparseArch(nn.Module):
         if feature in self.projections:
             return self.projections[feature](found.detach())
         return found.detach() if self.frozen else found
+
+
+def first(rows: int | None, x: Tensor) -> Tensor:
+    """Return the first rows of ``x``; ``x`` itself where that is all of it."""
+    return x if rows is None or rows == x.shape[0] else x[:rows]

@@ -37,10 +37,18 @@ class CTRModel(nn.Module):
         time_B: Tensor | None = None,
         times: tuple[Tensor, ...] = (),
         steps: int | None = None,
+        rows: int | None = None,
     ) -> Tensor:
         """Return logits ``(B,)``; arguments as in :class:`SparseArch`."""
         return self.backbone(
             self.sparse(
-                pooled, unpooled, dense_BF, longest, time_B=time_B, times=times, steps=steps
+                pooled,
+                unpooled,
+                dense_BF,
+                longest,
+                time_B=time_B,
+                times=times,
+                steps=steps,
+                rows=rows,
             )
         )

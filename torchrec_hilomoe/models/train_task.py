@@ -24,7 +24,7 @@ class TaskOutput:
         loss: ``()``, this rank's term of the global mean.
         logits: ``(B,)``.
         labels: ``(B,)``.
-        weights: ``(B,)``, 0 for rows that count nowhere.
+        weights: ``(B,)``.
         groups: ``(B,)``.
         mean_rows: Rows of the global batch divided by the world size.
         position: Where training resumes after this batch.
@@ -73,6 +73,7 @@ class TrainTask(nn.Module):
                 time_B=batch.time,
                 times=batch.times,
                 steps=batch.steps,
+                rows=batch.labels.shape[0],
             ).float()
         losses_B = F.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="none")
         loss = (losses_B * batch.weights).sum() / batch.mean_rows

@@ -102,7 +102,7 @@ def pipelining_of(config: RunConfig, schema: Schema) -> PipelineOptions:
         kind=train.pipeline,
         debug=train.debug,
         accumulate=train.accumulate,
-        event_keys=tuple(g.fields[0].name for g in schema.sequences if g.time is not None),
+        sequences=schema.sequences,
     )
 
 

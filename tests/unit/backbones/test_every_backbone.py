@@ -49,13 +49,17 @@ def features_of(lengths: tuple[tuple[int, ...], ...] = LENGTHS) -> SequenceFeatu
     return make_features(replace(WIDTHS, histories=HISTORIES[: len(lengths)]), lengths)
 
 
+def plain(model: Backbone) -> Backbone:
+    return model
+
+
 def with_experts(model: Backbone) -> Backbone:
     config = InjectionConfig(num_layers=2, num_experts=3, sites=("all",))
     inject_hilomoe(model, config, sites=site_patterns(model, config))
     return model
 
 
-def routed_by_sample(model: Backbone, histories: int) -> Backbone:
+def routed_by_sample(model: Backbone, histories: int = len(HISTORIES)) -> Backbone:
     widths = replace(WIDTHS, histories=HISTORIES[:histories])
     config = InjectionConfig(num_layers=2, num_experts=3, sites=("all",), routing="sample")
     width = widths.candidate + widths.context
@@ -156,6 +160,25 @@ def test_empty_and_full_histories_and_a_batch_of_one(name, lengths, training):
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
     assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@every_backbone
+@pytest.mark.parametrize("change", [plain, with_experts, routed_by_sample])
+def test_a_batch_without_rows_changes_nothing_and_has_gradients_of_zero(name, change):
+    """Which ranks average with those of others."""
+    model, features = change(build(name)), features_of(((),) * 3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    logits = model(features)
+    assert logits.shape == (0,)
+    logits.sum().backward()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert not parameter.grad.any(), parameter_name
+    for site in sites_of(model).values():
+        if (record := site.routing_record) is not None:
+            assert not record.counts_LE.any()
+            assert record.losses().balance_L.tolist() == record.losses().z_L.tolist() == [0, 0]
 
 
 @every_backbone

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.helpers.datasets import replace_column, SCHEMA, toy_table, without
 from torchrec_hilomoe.data.batch import Position
 from torchrec_hilomoe.data.collate import collate
-from torchrec_hilomoe.data.decode import decode_block, padding_block
+from torchrec_hilomoe.data.decode import decode_block, no_rows
 
 POSITION = Position(epoch=0, lane_rows=0, lanes=1)
 TYPES = toy_table(1).schema
@@ -39,15 +39,14 @@ def is_good(row):
 
 
 def expected_row(row):
-    """What a row becomes: key to ids, then the plain columns."""
-    good = is_good(row)
-    ids = {name: [row[name]] if good else [0] for name in ("item", "kind", "user", "place")}
+    """What a good row becomes: key to ids, then the plain columns."""
+    ids = {name: [row[name]] for name in ("item", "kind", "user", "place")}
     for group in SCHEMA.sequences:
         end = slice(-group.max_length, None) if group.keep == "last" else slice(group.max_length)
-        ids |= {field.name: row[field.name][end] if good else [] for field in group.fields}
-    ids["tags"] = row["tags"][-2:] if good else []
-    dense = [float(np.float32(row[name])) if good else 0.0 for name in SCHEMA.dense]
-    return ids, dense, float(row["label"] if good else 0), row["user"] if good else 0, float(good)
+        ids |= {field.name: row[field.name][end] for field in group.fields}
+    ids["tags"] = row["tags"][-2:]
+    dense = [float(np.float32(row[name])) for name in SCHEMA.dense]
+    return ids, dense, float(row["label"]), row["user"], 1.0
 
 
 def actual_rows(batch):
@@ -126,8 +125,9 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
 
     cut = data.draw(st.integers(0, len(stored)))
     batch = collate(SCHEMA, block.pieces([0, cut, len(stored)]), mean_rows=3.5, position=POSITION)
-    expected = [expected_row(row) for row in ordered]
+    expected = [expected_row(row) for row in ordered if is_good(row)]
     assert actual_rows(batch) == expected
+    assert batch.pooled.stride() == batch.unpooled.stride() == max(1, len(expected))
     histories = [field.name for field in SCHEMA.sequence_fields]
     longest = [max((len(row[0][key]) for key in histories), default=0) for row in expected]
     assert batch.longest == max([1, *longest])
@@ -220,10 +220,22 @@ def test_a_batch_does_not_share_memory_with_its_block(order):
     assert actual_rows(again) == actual_rows(collated(table))
 
 
-def test_padding_has_an_id_wherever_a_row_must():
-    batch = collate(SCHEMA, [padding_block(SCHEMA).rows], mean_rows=1.0, position=POSITION)
-    bad = {"label": 7} | {name: None for name in SCHEMA.columns if name != "label"}
-    assert actual_rows(batch) == [expected_row(bad)]
+def test_a_batch_may_be_without_rows():
+    whole = collated(toy_table(2))
+    nothing = collate(SCHEMA, [no_rows(SCHEMA)], mean_rows=1.0, position=POSITION)
+    all_bad = collated(replace_column(toy_table(2), "label", [7, 8]))
+    for batch in (nothing, all_bad):
+        assert actual_rows(batch) == []
+        assert (batch.longest, batch.steps) == (1, 0)
+        for jagged, like in ((batch.pooled, whole.pooled), (batch.unpooled, whole.unpooled)):
+            assert jagged.keys() == like.keys()
+            assert jagged.stride() == 1
+            assert jagged.values().dtype == like.values().dtype
+            assert jagged.lengths().dtype == like.lengths().dtype
+            assert jagged.length_per_key() == [0] * len(like.keys())
+        for name in ("dense", "labels", "weights", "groups"):
+            tensor, other = getattr(batch, name), getattr(whole, name)
+            assert (tensor.dtype, tensor.shape) == (other.dtype, (0, *other.shape[1:])), name
 
 
 def test_a_shorter_schema_cuts_further():

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.datasets import replace_column, SCHEMA, TableSource, toy_table
+from torchrec_hilomoe.data.batch import Position
 from torchrec_hilomoe.data.column_types import check_columns
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.loader import Loader
@@ -73,21 +74,55 @@ def test_a_schema_without_times_gives_none():
         ("weight", float("nan"), "weight is nan"),
     ],
 )
-def test_bad_times_and_weights_are_reported_and_weigh_nothing(name, value, message, caplog):
+def test_rows_with_bad_times_and_weights_are_reported_and_left_out(name, value, message, caplog):
     table = timed_table()
     values = table[name].to_pylist()
     values[6] = value
     found = batches(replace_column(table, name, values), shuffle=False, epochs=1)
     assert re.match(f"block 0, row 6: .*{message}", caplog.messages[0])
-    weights = torch.cat([batch.weights for batch in found])
-    (at,) = [index for index, weight in enumerate(weights.tolist()) if weight == 0]
-    times = torch.cat([batch.time for batch in found if batch.time is not None])
-    lengths = torch.cat([batch.unpooled["clicks_item"].lengths() for batch in found])
-    assert (int(times[at]), int(lengths[at])) == (0, 0)
-    assert sum(len(batch.times[0]) for batch in found) == int(lengths.sum())
     good = set(range(ROWS)) - {6}
-    assert sorted(times.tolist()) == sorted([0, *(7 * row for row in good)])
-    assert sorted(weights.tolist()) == sorted([0, *((1 + row) / 4 for row in good)])
+    times = torch.cat([batch.time for batch in found if batch.time is not None])
+    assert sorted(times.tolist()) == [7 * row for row in good]
+    weights = torch.cat([batch.weights for batch in found])
+    assert sorted(weights.tolist()) == [(1 + row) / 4 for row in good]
+    lengths = torch.cat([batch.unpooled["clicks_item"].lengths() for batch in found])
+    assert sum(len(batch.times[0]) for batch in found) == int(lengths.sum())
+
+
+def tensors_of(batch):
+    jagged = (batch.pooled, batch.unpooled)
+    flat = [tensor for ids in jagged for tensor in (ids.values(), ids.lengths())]
+    return [*flat, batch.dense, batch.labels, batch.weights, batch.groups, batch.time, *batch.times]
+
+
+@pytest.mark.parametrize("bucket_by_length", [0, 2])
+@pytest.mark.parametrize("nowhere", [{3}, {0, 1, 10}, set(range(ROWS))], ids=str)
+def test_rows_of_weight_zero_leave_no_trace_whatever_is_in_them(nowhere, bucket_by_length):
+    """To the bit; among those left out are the longest histories."""
+    table = timed_table()
+    weights = [0.0 if row in nowhere else (1 + row) / 4 for row in range(ROWS)]
+    options = {"epochs": 1, "shuffle": False, "bucket_by_length": bucket_by_length}
+    found = batches(replace_column(table, "weight", weights), **options)
+    whole = batches(table, **options)
+    assert [batch.position for batch in found] == [batch.position for batch in whole]
+    for batch, with_all in zip(found, whole, strict=True):
+        rows = [int(user) for user in with_all.groups if int(user) not in nowhere]
+        assert batch.groups.tolist() == rows
+        assert batch.mean_rows == with_all.mean_rows
+        if rows:
+            (alone,) = list(
+                Loader(
+                    TableSource((table.take(rows),), TIMED),
+                    batch_size=len(rows),
+                    shuffle=False,
+                    epochs=1,
+                    prefetch=0,
+                    start=Position(epoch=0, lane_rows=0, lanes=1),
+                )
+            )
+            for got, want in zip(tensors_of(batch), tensors_of(alone), strict=True):
+                assert (got.dtype, got.tolist()) == (want.dtype, want.tolist())
+            assert (batch.longest, batch.steps) == (alone.longest, alone.steps)
 
 
 def test_types_that_cannot_hold_times_are_refused_before_reading():

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torchrec.fx import Tracer
 
+from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import batches, in_memory, MODEL
+from torchrec_hilomoe.models.build import BUILDERS
 from torchrec_hilomoe.runtime.world import World
+from torchrec_hilomoe.training.pipelines.microbatches import cut
 
 ROWS = 13
 
@@ -17,13 +20,11 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return -(labels * click.log() + (1 - labels) * (1 - click).log())
 
 
-def test_the_loss_is_the_mean_over_rows_that_count():
+def test_the_loss_is_the_weighted_sum_over_rows_by_their_number_in_the_batch():
     task, batch = in_memory(), next(batches(ROWS, ROWS))
-    weights = torch.ones(ROWS)
-    weights[[0, 5]] = 0.0  # bad records keep their place in the batch
-    batch = replace(batch, weights=weights, mean_rows=float(ROWS - 2))
+    batch = replace(batch, weights=torch.rand(ROWS) + 0.5, mean_rows=ROWS + 2.0)
     loss, output = task(batch)
-    want = cross_entropy(output.logits, batch.labels)[weights > 0].mean()
+    want = (cross_entropy(output.logits, batch.labels) * batch.weights).sum() / (ROWS + 2)
     assert loss.item() == pytest.approx(want.item(), rel=1e-5)
     assert output.loss.item() == loss.item()
 
@@ -51,21 +52,29 @@ def test_outputs_carry_no_gradient_and_the_batchs_position():
     assert (output.position, output.mean_rows) == (batch.position, batch.mean_rows)
 
 
-def test_a_row_without_weight_has_no_gradient():
-    task, batch = in_memory(replace(MODEL, hilomoe=None)), next(batches(1, 1))
-    loss, _ = task(replace(batch, weights=torch.zeros(1)))
+@pytest.mark.parametrize("backbone", BUILDERS)
+def test_a_batch_without_rows_has_no_loss_and_gradients_of_zero(backbone):
+    task = in_memory(replace(MODEL, backbone=backbone, batch_norm=True))
+    nothing = next(cut(next(batches(1, 1)), 2, SCHEMA.sequences))
+    before = {key: value.clone() for key, value in task.state_dict().items()}
+    loss, output = task(nothing)
     loss.backward()
-    assert loss.item() == 0
-    assert not any(p.grad.any() for p in task.parameters() if p.grad is not None)
+    assert (loss.item(), output.logits.shape) == (0, (0,))
+    assert all(torch.equal(before[key], value) for key, value in task.state_dict().items())
+    for name, parameter in task.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_is_fx_traceable_around_its_lookups(training):
     """What TorchRec's pipelines trace; a branch on a tensor would break them."""
     task, batch = in_memory().train(training), next(batches(ROWS, ROWS))
+    nothing = next(cut(batch, ROWS + 1, SCHEMA.sequences))
     leaves = ["EmbeddingCollection", "EmbeddingBagCollection"]
     traced = torch.fx.GraphModule(task, Tracer(leaf_modules=leaves).trace(task))
-    (loss, output), (want_loss, want) = traced(batch), task(batch)
-    assert torch.equal(loss, want_loss)
-    assert torch.equal(output.logits, want.logits)
-    assert output.position == want.position
+    for rows in (batch, nothing):
+        (loss, output), (want_loss, want) = traced(rows), task(rows)
+        assert torch.equal(loss, want_loss)
+        assert torch.equal(output.logits, want.logits)
+        assert output.position == want.position

@@ -50,7 +50,7 @@ def layout_of(history: History) -> Layout:
     rows_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
     total = history.events.shape[0]
     return Layout(
-        offsets=torch.cat([torch.zeros_like(ends_B[:1]), ends_B]),
+        offsets=torch.cat([ends_B.new_zeros(1), ends_B]),
         row=torch.repeat_interleave(rows_B, lengths_B, output_size=total),
     )
 
@@ -126,7 +126,8 @@ def tokens_of(history: History, longest: int) -> Tokens:
     ends_B = torch.cumsum(lengths_B, dim=0)
     row_T = torch.repeat_interleave(rows_B, lengths_B, output_size=events_TW.shape[0])
     event_T = torch.arange(events_TW.shape[0], device=lengths_B.device)
-    targets_B = ends_B - lengths_B + rows_B
+    offsets = torch.cat([ends_B.new_zeros(1), ends_B + rows_B + 1])
+    targets_B = offsets[:-1]
     # Targets and events together fill every place once; sorting the places assembles the rows.
     place_N = torch.cat([targets_B, event_T + row_T + 1])
     recency_N = torch.cat([torch.zeros_like(targets_B), ends_B[row_T] - event_T])
@@ -134,7 +135,7 @@ def tokens_of(history: History, longest: int) -> Tokens:
     order_N = torch.argsort(place_N)
     return Tokens(
         values=values_NW[order_N],
-        offsets=torch.cat([targets_B, (ends_B[-1:] + lengths_B.shape[0])]),
+        offsets=offsets,
         recency=recency_N[order_N],
         longest=longest + 1,
     )

@@ -59,5 +59,6 @@ class Slicer:
             return batch.groups
         ids = batch.pooled[self._feature]
         values_B = torch.zeros_like(batch.groups)
-        values_B[ids.lengths() > 0] = ids.values().long()  # a row without an id has the unknown one
+        has_id_B = ids.lengths()[: len(values_B)] > 0  # a row without one has the unknown one
+        values_B[has_id_B] = ids.values().long()
         return values_B

@@ -2,7 +2,8 @@
 
 Shape legend:
     B  rows     P  rows of a piece
-    T  events of one sequence group, all rows together
+    G  sequence groups
+    T  events of one of them, all rows together
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,44 +14,45 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.data.schema import SequenceGroup
 
 __all__ = ["cut", "cut_all"]
 
 
 def cut_all(
-    batches: Iterator[CTRBatch], pieces: int, event_keys: Sequence[str]
+    batches: Iterator[CTRBatch], pieces: int, sequences: Sequence[SequenceGroup]
 ) -> Iterator[CTRBatch]:
     """Cut every batch; arguments as in :func:`cut`."""
     for batch in batches:
-        yield from cut(batch, pieces, event_keys)
+        yield from cut(batch, pieces, sequences)
 
 
-def cut(batch: CTRBatch, pieces: int, event_keys: Sequence[str]) -> Iterator[CTRBatch]:
+def cut(batch: CTRBatch, pieces: int, sequences: Sequence[SequenceGroup]) -> Iterator[CTRBatch]:
     """Yield contiguous pieces of a batch's rows.
 
     Each keeps the batch's ``mean_rows``, by which its loss is divided, so that the pieces' losses
     and gradients add up to the batch's. An auxiliary loss is the mean over the pieces' own, each
     over its rows of all ranks: for z the batch's, where pieces are equally large, and for balance
-    a stricter one, because each piece is to be balanced. A piece without a row of its own gets the
-    first row with weight 0: every rank runs as many micro-batches.
+    a stricter one, because each piece is to be balanced. A piece may be without a row: every rank
+    runs as many micro-batches.
 
     Args:
         batch: On the host.
         pieces: How many.
-        event_keys: For each of ``batch.times``, a key of ``batch.unpooled`` whose ids are
-            parallel to it.
+        sequences: Those of the batch's schema.
     """
     rows = len(batch.labels)
     for piece in range(pieces):
-        start, stop = piece * rows // pieces, (piece + 1) * rows // pieces
-        if start < stop:
-            yield _rows(batch, start, stop, event_keys)
-        else:
-            empty = _rows(batch, 0, 1, event_keys)
-            yield replace(empty, weights=torch.zeros_like(empty.weights))
+        yield _rows(batch, piece * rows // pieces, (piece + 1) * rows // pieces, sequences)
 
 
-def _rows(batch: CTRBatch, start: int, stop: int, event_keys: Sequence[str]) -> CTRBatch:
+def _rows(batch: CTRBatch, start: int, stop: int, sequences: Sequence[SequenceGroup]) -> CTRBatch:
+    lengths_GB = [batch.unpooled[group.fields[0].name].lengths() for group in sequences]
+    timed = [
+        lengths_B for group, lengths_B in zip(sequences, lengths_GB, strict=True) if group.time
+    ]
+    none_P = batch.labels.new_zeros(stop - start, dtype=torch.int32)
+    longest_P = torch.stack([none_P, *(of_B[start:stop] for of_B in lengths_GB)]).amax(dim=0)
     return replace(
         batch,
         pooled=_jagged(batch.pooled, start, stop),
@@ -59,21 +61,21 @@ def _rows(batch: CTRBatch, start: int, stop: int, event_keys: Sequence[str]) -> 
         labels=batch.labels[start:stop],
         weights=batch.weights[start:stop],
         groups=batch.groups[start:stop],
+        steps=int(longest_P.sum()),
         time=None if batch.time is None else batch.time[start:stop],
         times=tuple(
-            _events(times_T, batch.unpooled[key].lengths(), start, stop)
-            for times_T, key in zip(batch.times, event_keys, strict=True)
+            _events(times_T, lengths_B, start, stop)
+            for times_T, lengths_B in zip(batch.times, timed, strict=True)
         ),
     )
 
 
 def _jagged(ids: KeyedJaggedTensor, start: int, stop: int) -> KeyedJaggedTensor:
     """Rows of every key: ids are stored key after key."""
-    keys, rows = ids.keys(), ids.stride()
-    if not keys:
-        return KeyedJaggedTensor(
-            keys=[], values=ids.values(), lengths=ids.lengths(), stride=stop - start
-        )
+    keys, rows, stride = ids.keys(), ids.stride(), max(1, stop - start)
+    if start == stop or not keys:
+        lengths = ids.lengths().new_zeros(len(keys) * stride)
+        return KeyedJaggedTensor(keys=keys, values=ids.values()[:0], lengths=lengths, stride=stride)
     ends = ids.offsets().tolist()
     values = ids.values()
     parts = [values[ends[at + start] : ends[at + stop]] for at in range(0, len(keys) * rows, rows)]
@@ -82,7 +84,7 @@ def _jagged(ids: KeyedJaggedTensor, start: int, stop: int) -> KeyedJaggedTensor:
         values=torch.cat(parts),
         # Of one row, flattening would be a view with gaps, which collectives refuse.
         lengths=ids.lengths().view(len(keys), rows)[:, start:stop].flatten().contiguous(),
-        stride=stop - start,
+        stride=stride,
     )
 
 

@@ -21,6 +21,7 @@ from torchrec.distributed.train_pipeline.train_pipelines import TrainPipelineSem
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.data.schema import SequenceGroup
 from torchrec_hilomoe.models.train_task import TaskOutput
 from torchrec_hilomoe.training.pipelines.buckets import settle_buckets
 from torchrec_hilomoe.training.pipelines.microbatches import cut_all
@@ -44,13 +45,13 @@ class PipelineOptions:
         kind: How they overlap.
         debug: Whether they do not: one after the other, without a pipeline.
         accumulate: Micro-batches of a step.
-        event_keys: As :func:`torchrec_hilomoe.training.pipelines.microbatches.cut` wants them.
+        sequences: As :func:`torchrec_hilomoe.training.pipelines.microbatches.cut` wants them.
     """
 
     kind: PipelineKind = "sparse_dist"
     debug: bool = False
     accumulate: int = 1
-    event_keys: tuple[str, ...] = ()
+    sequences: tuple[SequenceGroup, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.kind in get_args(PipelineKind)
@@ -118,7 +119,7 @@ class Pipeline:
         options = self._options
         self._source = self._pieces = batches
         if options.accumulate > 1:
-            self._pieces = cut_all(batches, options.accumulate, options.event_keys)
+            self._pieces = cut_all(batches, options.accumulate, options.sequences)
         if not self._settled:
             first = next(self._pieces)
             settle_buckets(self._model, first)

@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from tests.helpers.datasets import SCHEMA
-from tests.helpers.models import batches, in_memory
+from tests.helpers.models import batches, in_memory, MODEL
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
+from torchrec_hilomoe.models.build import BUILDERS
 from torchrec_hilomoe.training.pipelines.microbatches import cut
 
+CLICKS, VIEWS = SCHEMA.sequences
+TIMED = (replace(CLICKS, time="clicks_time"), VIEWS)
 KEYS = {"pooled": SCHEMA.pooled_keys, "unpooled": SCHEMA.unpooled_keys}
 
 
@@ -25,7 +28,7 @@ def batch(rows: int, *, timed: bool = False) -> CTRBatch:
 @pytest.mark.parametrize(("rows", "pieces"), [(8, 2), (7, 3), (5, 5), (9, 1)])
 def test_pieces_are_the_rows_in_order(rows, pieces):
     whole = batch(rows, timed=True)
-    parts = list(cut(whole, pieces, ["clicks_item"]))
+    parts = list(cut(whole, pieces, TIMED))
     assert len(parts) == pieces
     for name in ("dense", "labels", "weights", "groups", "time"):
         got = torch.cat([getattr(part, name) for part in parts])
@@ -43,24 +46,33 @@ def test_pieces_are_the_rows_in_order(rows, pieces):
         assert part.unpooled.lengths().is_contiguous()
         assert part.position == whole.position
         assert part.pooled.stride() == part.unpooled.stride() == len(part.labels)
+    assert sum(part.steps for part in parts if part.steps is not None) == whole.steps
 
 
-def test_a_piece_without_a_row_counts_nothing():
-    whole = batch(2)
-    parts = list(cut(whole, 4, []))
-    assert [len(part.labels) for part in parts] == [1] * 4
-    assert sum(part.weights.sum() for part in parts) == whole.weights.sum() == 2
-    assert all(part.unpooled.stride() == 1 for part in parts)
+@pytest.mark.parametrize("rows", [2, 0])
+def test_pieces_may_be_without_a_row(rows):
+    whole = next(cut(batch(2), 1 if rows else 3, SCHEMA.sequences))
+    parts = list(cut(whole, 4, SCHEMA.sequences))
+    assert [len(part.labels) for part in parts] == ([0, 1, 0, 1] if rows else [0] * 4)
+    for part in parts:
+        assert part.pooled.stride() == part.unpooled.stride() == 1
+        assert part.unpooled.keys() == whole.unpooled.keys()
+        lengths = [part.unpooled[key].lengths() for key in ("clicks_item", "views_item")]
+        assert part.steps == max(int(of_row.sum()) for of_row in lengths)
+    for key in KEYS["unpooled"]:
+        values = torch.cat([part.unpooled[key].values() for part in parts])
+        assert torch.equal(values, whole.unpooled[key].values())
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 7])
-def test_losses_and_gradients_add_up_to_the_batchs(pieces):
+@pytest.mark.parametrize("backbone", BUILDERS)
+@pytest.mark.parametrize("pieces", [2, 3, 7, 19])
+def test_losses_and_gradients_add_up_to_the_batchs(pieces, backbone):
     """The task's own; auxiliary losses are means over each piece, and scaled by their number."""
-    task, whole = in_memory().train(), batch(16)
+    task, whole = in_memory(replace(MODEL, backbone=backbone)).eval(), batch(16)
     set_auxiliary_loss_scale(task, 0.0)
     loss, _ = task(whole)
     want = torch.autograd.grad(loss, list(task.parameters()), allow_unused=True)
-    losses = [task(part)[0] for part in cut(whole, pieces, [])]
+    losses = [task(part)[0] for part in cut(whole, pieces, SCHEMA.sequences)]
     total = torch.stack(losses).sum()
     got = torch.autograd.grad(total, list(task.parameters()), allow_unused=True)
     torch.testing.assert_close(total, loss, rtol=1e-6, atol=0)

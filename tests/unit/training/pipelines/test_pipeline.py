@@ -149,7 +149,7 @@ def test_tables_step_after_each_micro_batch(alone):
     (batch,) = islice(batches(ROWS, BATCH), 1)
     tables = list(task.model.sparse.trained_tables)
     dense = [p for p in task.parameters() if all(p is not table for table in tables)]
-    for piece in cut(batch, 2, []):
+    for piece in cut(batch, 2, SCHEMA.sequences):
         loss, _ = task.train()(piece)
         loss.backward()
         with torch.no_grad():
