@@ -157,9 +157,14 @@ def _explain(error: Exception) -> str:
         r"(.*) Given value type: .*? Given value: (.*)",
         text,
     )
-    if union is None:
-        return text
-    where, errors, value = union.groups()
-    reasons = [reason for reason in errors.split(" - ") if reason != "Expected a NoneType"]
-    shown = "" if value.startswith(("Namespace(", "(")) else f". Got value: {value}"
-    return f"{where}{'; '.join(reasons)}{shown}"
+    if union is not None:
+        where, errors, value = union.groups()
+        reasons = [reason for reason in errors.split(" - ") if reason != "Expected a NoneType"]
+        nothing_new = value.startswith(("Namespace(", "NestedArg(", "("))
+        text = f"{where}{'; '.join(reasons)}{'' if nothing_new else f'. Got value: {value}'}"
+    # An option of a group that may be null is named by the group and the key.
+    text = re.sub(r"^([\w.]+): Problem with given class_path '.*?': Parser key \"", r"\1.", text)
+    text = re.sub(r"^([\w.]+)\": ", r"\1: ", text)
+    if "Expected a tuple" in text:
+        text = f"{text}. Write a list, even of one: '[a]' or '[a, b]'."
+    return text

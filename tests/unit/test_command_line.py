@@ -136,6 +136,15 @@ def test_the_saved_configuration_names_every_option():
         (["--data.world", "flat"], "data.world: Expected one of 'composed', 'tree', 'smooth'. Go"),
         (["--dry_run", "maybe"], "dry_run: Expected a bool. Got value: maybe"),
         (["--model.head", "[8, wide]"], "model.head: Expected a int. Got value: wide"),
+        (["--model.head", "8"], "model.head: Expected a tuple. Got value: 8. Write a list, even"),
+        (
+            ["--model.hilomoe.sites", "head"],
+            "model.hilomoe.sites: Expected a tuple. Got value: head. Write a list, even of one",
+        ),
+        (
+            ["--model.hilomoe.num_layers", "two"],
+            "model.hilomoe.num_layers: Expected a int. Got value: two",
+        ),
         (["--train.batch_size", "0"], "train.batch_size must be at least 1, got 0"),
         (["--model.hilomoe.top_k", "9"], "HiLoMoEConfig.top_k = 9 is larger than num_experts = 8"),
         (
