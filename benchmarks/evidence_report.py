@@ -10,6 +10,7 @@ __all__ = ["Line", "report"]
 
 Line = dict[str, Any]
 BASE = "plain"
+WIDE = 5  # costs that differ more than this are drawn on a logarithmic axis
 NOT_DENSE = ("head", "all", "deeper", "rank", "flat")
 
 
@@ -83,6 +84,8 @@ def draw(runs: list[Line], picture: Path) -> None:
     for axis, data in zip(axes.flat, names, strict=False):
         for color, backbone in enumerate(backbones):
             own = [run for run in runs if (run["data"], run["backbone"]) == (data, backbone)]
+            if not own:
+                continue
             dense = sorted(
                 (_flops(own, v), _auc(own, v), v)
                 for v in {run["variant"] for run in own}
@@ -99,7 +102,10 @@ def draw(runs: list[Line], picture: Path) -> None:
                 at = (_flops(own, variant), _auc(own, variant))
                 axis.plot(*at, marker=_marker(variant), color=f"C{color}", linestyle="")
                 axis.annotate(variant, at, fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axis.set(title=data, xscale="log", xlabel="FLOPs per sample", ylabel="test AUC")
+        axis.set(title=data, xlabel="FLOPs per sample", ylabel="test AUC")
+        costs = [run["flops"] for run in runs if run["data"] == data]
+        if max(costs) > WIDE * min(costs):
+            axis.set_xscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     for axis in axes.flat[len(names) :]:
