@@ -1,6 +1,6 @@
 """Configuration -> modules: the only file that knows both."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -40,6 +40,7 @@ def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
         schema, config.embedding_dim, torch.device("meta"), embed_dense=config.embed_dense
     )
     backbone = _builder(config.backbone)(config, sparse.widths)
+    _check_targets(config.backbone, schema)
     if config.hilomoe is not None:
         _inject(backbone, config.hilomoe, sparse.widths)
     return TrainTask(CTRModel(sparse, backbone))
@@ -60,16 +61,46 @@ def site_patterns(backbone: Backbone, config: InjectionConfig) -> tuple[str, ...
     """Resolve groups of sites, and ``all``, to name patterns; other entries are patterns.
 
     A group that these options leave without a map, such as DIEN's plain attention, is none of all.
+
+    Raises:
+        ValueError: If there is no entry, or one means no linear map of this backbone.
     """
-    groups = dict(backbone.SITES)
     linears = [name for name, m in backbone.named_modules() if isinstance(m, torch.nn.Linear)]
-    groups["all"] = tuple(
-        pattern
-        for group in backbone.SITES.values()
-        for pattern in group
-        if any(fnmatchcase(name, pattern) for name in linears)
-    )
+
+    def present(patterns: Iterable[str]) -> tuple[str, ...]:
+        return tuple(p for p in patterns if any(fnmatchcase(name, p) for name in linears))
+
+    groups = {name: found for name, group in backbone.SITES.items() if (found := present(group))}
+    groups["all"] = tuple(pattern for group in groups.values() for pattern in group)
+    has = f"{type(backbone).__name__} has the groups {', '.join(groups)}"
+    if not config.sites:
+        raise ValueError(
+            f"model.hilomoe.sites is empty, so there is no place for experts. {has}; for the plain "
+            "backbone set model.hilomoe to null."
+        )
+    for site in config.sites:
+        if site not in groups and not present([site]):
+            raise ValueError(
+                f"model.hilomoe.sites pattern {site!r} matches none of the model's nn.Linear: "
+                f"{', '.join(linears)}. Name one of these, or a group: {has}."
+            )
     return tuple(pattern for site in config.sites for pattern in groups.get(site, (site,)))
+
+
+def _check_targets(backbone: str, schema: Schema) -> None:
+    """Refuse histories that the candidate cannot be compared with."""
+    tables = {field.table for field in schema.candidate}
+    if backbone in READS_NO_TARGET or any(f.table in tables for f in schema.sequence_fields):
+        return
+    candidates, events = (
+        ", ".join(f"{field.name} ({field.table})" for field in fields)
+        for fields in (schema.candidate, schema.sequence_fields)
+    )
+    raise ValueError(
+        f"{backbone} compares events with the candidate, but no field of Schema.sequences shares a "
+        f"table with one of Schema.candidate: {events} against {candidates}. Give fields that mean "
+        "the same one table, or take model.backbone interformer, which does not compare them."
+    )
 
 
 def _bst(config: ModelConfig, widths: FeatureWidths) -> BST:
@@ -158,6 +189,9 @@ def _interformer(config: ModelConfig, widths: FeatureWidths) -> InterFormer:
 BUILDERS: Mapping[str, Callable[[ModelConfig, FeatureWidths], Backbone]] = MappingProxyType(
     {"bst": _bst, "dien": _dien, "din": _din, "transact": _transact, "interformer": _interformer}
 )
+
+
+READS_NO_TARGET = ("interformer",)
 
 
 def _builder(name: str) -> Callable[[ModelConfig, FeatureWidths], Backbone]:

@@ -7,9 +7,10 @@ import pytest
 
 from tests.helpers.datasets import SCHEMA, without
 from tests.helpers.models import MODEL
-from torchrec_hilomoe.config import BSTConfig, InjectionConfig
+from torchrec_hilomoe.config import BSTConfig, DIENConfig, InjectionConfig
+from torchrec_hilomoe.data.schema import IdFeature, SequenceGroup
 from torchrec_hilomoe.hilomoe.sites import sites_of
-from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.models.build import build_task, BUILDERS
 
 HEAD = {"head.hidden.0", "head.hidden.2"}
 FFN = {f"transformers.{i}.layers.0.{name}" for i in (0, 1) for name in ("ffn_in", "ffn_out")}
@@ -83,6 +84,27 @@ def test_tables_wait_on_meta_and_the_rest_is_real():
             "sites pattern 'heads' matches none of the model's nn.Linear: transformers.0",
         ),
         (
+            {"hilomoe": InjectionConfig(sites=("head", "fnn"))},
+            "Name one of these, or a group: BST has the groups head, ffn, attention, all.",
+        ),
+        (
+            {"backbone": "din", "hilomoe": InjectionConfig(sites=("ffn",))},
+            "or a group: DIN has the groups head, attention, all.",
+        ),
+        (
+            {
+                "backbone": "dien",
+                "dien": DIENConfig(attention="dot"),
+                "hilomoe": InjectionConfig(sites=("attention",)),
+            },
+            "or a group: DIEN has the groups head, gru, all.",
+        ),
+        (
+            {"hilomoe": InjectionConfig(sites=())},
+            "model.hilomoe.sites is empty, so there is no place for experts. BST has the groups "
+            "head, ffn, attention, all; for the plain backbone set model.hilomoe to null.",
+        ),
+        (
             {"hilomoe": InjectionConfig(sites=("head", "head.*"))},
             "'head.hidden.0' is matched twice, by 'head.hidden.*' and by 'head.*'",
         ),
@@ -96,3 +118,26 @@ def test_an_impossible_model_is_refused(options, message):
 def test_a_schema_without_a_history_is_refused():
     with pytest.raises(ValueError, match="BST needs a behaviour sequence"):
         build_task(MODEL, without(SCHEMA, "sequences"))
+
+
+@pytest.mark.parametrize("backbone", BUILDERS)
+def test_histories_that_no_target_can_be_compared_with_are_refused(backbone):
+    """As where a column's table has a name of its own in each of its two places."""
+    events = IdFeature(name="seen", table="seen_item")
+    schema = replace(
+        SCHEMA,
+        tables={**SCHEMA.tables, "seen_item": 20},
+        sequences=(SequenceGroup(name="seen", fields=(events,), max_length=4),),
+    )
+    config = replace(MODEL, backbone=backbone, hilomoe=None)
+    if backbone == "interformer":
+        build_task(config, schema)
+        return
+    message = (
+        f"{backbone} compares events with the candidate, but no field of Schema.sequences shares "
+        "a table with one of Schema.candidate: seen (seen_item) against item (item), kind (kind)."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_task(config, schema)
+    both = (*schema.sequences, *SCHEMA.sequences)  # others of which are compared
+    build_task(config, replace(schema, sequences=both))
