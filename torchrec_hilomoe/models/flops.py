@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
-from torchrec_hilomoe.hilomoe.experts import gathering_pays
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
 from torchrec_hilomoe.models.train_task import TrainTask
@@ -114,7 +113,8 @@ def _activated(
     unused = sum(
         parameter.numel() * (site.config.num_experts - site.config.top_k) // site.config.num_experts
         for site in sites_of(task).values()
-        for parameter in (site.expert_in, site.expert_out)
+        # Tied keys are down-vectors, all of which route.
+        for parameter in ([] if site.config.tie_keys else [site.expert_in]) + [site.expert_out]
     )
     return {
         **parameters,
@@ -187,8 +187,7 @@ def _note_rows(rows: dict[str, int], name: str, site: nn.Module, args: tuple[Ten
 def _expert_flops(site: HiLoMoELinear, rows: int) -> int:
     """FLOPs of the products with the experts' vectors, on their way down and up."""
     config = site.config
-    gathered = gathering_pays(config.num_experts, config.top_k, site.in_features)
-    experts = config.top_k if gathered else config.num_experts
+    experts = config.num_experts if site.plan.experts == "dense" else config.top_k
     vectors = config.num_layers * experts * config.rank
     return 2 * rows * vectors * (site.in_features + site.out_features)
 
@@ -197,16 +196,21 @@ def _routing_flops(site: HiLoMoELinear, rows: int) -> int:
     """FLOPs of the logits.
 
     They are the query, its products with all keys, and what each layer passes on to those below
-    it through the keys' Gram matrix. A router that sites share works once for each sample.
+    it: through the keys' Gram matrix or, where the plan says so, by moving the query. A router
+    that sites share works once for each sample.
     """
-    config, source = site.config, site.in_features
+    config, source, plan = site.config, site.in_features, site.plan
     if site.shared_router is not None:
         if site.shared_router not in site.children():  # its owner has counted it
             return 0
-        rows, source = SAMPLES, site.shared_router.width
+        rows, source, plan = SAMPLES, site.shared_router.width, site.shared_router.plan
     layers, experts = config.num_layers, config.num_experts
     keys, width = layers * experts, config.query_dim or source
     query = 2 * source * config.query_dim if config.query_dim else 0
+    if plan.space == "queries":
+        passed = experts if config.query_update == "soft" else config.top_k
+        moves = 2 * (layers - 1) * passed * width
+        return rows * (query + 2 * keys * width + moves)
     moves = layers * (layers - 1) * experts**2
     return 2 * keys * keys * width + rows * (query + 2 * keys * width + moves)
 

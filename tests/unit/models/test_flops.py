@@ -13,9 +13,10 @@ from tests.helpers.models import MODEL
 from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
+from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear
 from torchrec_hilomoe.hilomoe.experts import gathering_pays
 from torchrec_hilomoe.models.build import build_task, BUILDERS
-from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
+from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost, site_flops
 
 BATCH = 1024  # what is computed once a batch is shared by so many samples
 
@@ -107,8 +108,11 @@ def test_flops_and_parameters_of_experts(options: dict[str, Any], gathered: bool
         uses = k if gathering_pays(E, k, D) else E
         experts += 2 * L * uses * R * (D + O)
         logits = 2 * L * E * Q + (2 * D * Q if config.query_dim else 0)
-        moves = L * (L - 1) * E**2  # each layer's scores into the logits of those below it
-        routing += logits + moves + 2 * (L * E) ** 2 * Q / BATCH
+        if E >= 32 and L * E >= 2 * Q:  # many experts: each layer but the last moves the query
+            moves = 2 * (L - 1) * E * Q
+        else:  # each layer's scores go into the logits of those below it
+            moves = L * (L - 1) * E**2 + 2 * (L * E) ** 2 * Q / BATCH
+        routing += logits + moves
         expert_parameters += L * E * R * (D + O)
         keys = 0 if config.tie_keys else L * E * Q
         routing_parameters += keys + (D * Q if config.query_dim else 0)
@@ -119,6 +123,39 @@ def test_flops_and_parameters_of_experts(options: dict[str, Any], gathered: bool
     for component in ("tables", "backbone", "head"):
         assert cost.flops[component] == plain.flops[component]
         assert cost.parameters[component] == plain.parameters[component]
+
+
+@pytest.mark.parametrize(
+    ("options", "plan"),
+    [
+        ({"num_experts": 4, "rank": 3, "top_k": 2}, ("dense", "scores")),
+        ({"num_experts": 4, "query_dim": 3, "query_update": "selected"}, ("dense", "scores")),
+        ({"num_experts": 4, "tie_keys": True, "query_norm": True}, ("dense", "scores")),
+        ({"num_experts": 64}, ("dense", "queries")),
+        ({"num_experts": 64, "query_dim": 3}, ("dense", "queries")),
+    ],
+    ids=str,
+)
+def test_a_site_adds_what_pytorch_counts(options: dict[str, Any], plan: tuple[str, str]):
+    """The kernels of gathered experts, which PyTorch does not count, are counted by hand above."""
+    site, rows = HiLoMoELinear(6, 5, HiLoMoEConfig(**options)), BATCH
+    assert (site.plan.experts, site.plan.space) == plan
+
+    def in_place(total: Any, left: Any, right: Any, **_: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    mapping: dict[Any, Any] = {torch.ops.aten.addmm_: in_place}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        site(torch.randn(rows, 6))
+    assert counter.get_total_flops() == site_flops(site, rows) + 2 * rows * 6 * 5
+
+
+def test_tied_keys_use_every_down_vector():
+    options: dict[str, Any] = {"num_layers": 2, "num_experts": 4}
+    tied = cost_of(replace(MODEL, hilomoe=InjectionConfig(tie_keys=True, **options)))
+    apart = cost_of(replace(MODEL, hilomoe=InjectionConfig(**options)))
+    down = 2 * 4 * (42 + 8)  # of the two hidden layers of the head
+    assert tied.activated["experts"] == apart.activated["experts"] + down * 3 // 4
 
 
 def test_components_add_up_and_lookups_count_every_id():
