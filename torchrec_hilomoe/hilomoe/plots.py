@@ -56,17 +56,21 @@ def _label(site: SiteReport, layer: int) -> str:
 
 def _draw_paths(axes, site: SiteReport) -> None:
     """Experts as dots, as large as their load; transitions as lines, as wide as their share."""
-    for layer, flow in enumerate(site.transitions):
-        for source, shares in enumerate(flow):
-            for target, share in enumerate(shares):
-                if share > 0:
-                    axes.plot(
-                        [source, target],
-                        [layer, layer + 1],
-                        color="tab:blue",
-                        alpha=min(1.0, 0.15 + share),
-                        linewidth=0.3 + 12 * share,
-                    )
+    from matplotlib.collections import LineCollection
+
+    flows = [
+        (((source, layer), (target, layer + 1)), share)
+        for layer, flow in enumerate(site.transitions)
+        for source, shares in enumerate(flow)
+        for target, share in enumerate(shares)
+        if share > 0
+    ]
+    lines = LineCollection(  # one, because there may be tens of thousands
+        [line for line, _ in flows],
+        linewidths=[0.3 + 12 * share for _, share in flows],
+        colors=[("tab:blue", min(1.0, 0.15 + share)) for _, share in flows],
+    )
+    axes.add_collection(lines)
     for layer, report in enumerate(site.layers):
         sizes = [10 + 600 * load for load in report.load]
         colors = ["tab:red" if load == 0 else "tab:orange" for load in report.load]

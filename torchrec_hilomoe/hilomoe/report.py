@@ -163,7 +163,8 @@ def _record(module: nn.Module, args: tuple, output: Tensor) -> None:
     routing = site.compute(x_ND).routing if router is None else router.routing
     scores_LEN = routing.scores_LEN.double()
     base_NO = F.linear(x_ND, site.weight, site.bias)
-    paths_PL, path_rows_P = scores_LEN.argmax(dim=1).t().unique(dim=0, return_counts=True)
+    # The best experts; of equal scores, the one that was chosen.
+    paths_PL, path_rows_P = routing.chosen_LkN[:, 0].t().unique(dim=0, return_counts=True)
     _recorded[site].add(
         _Part(
             rows=scores_LEN.shape[2],

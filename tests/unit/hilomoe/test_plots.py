@@ -14,6 +14,7 @@ from torchrec_hilomoe.hilomoe import (
     routing_report,
     RoutingReport,
 )
+from torchrec_hilomoe.hilomoe.plots import _draw_paths
 
 
 @pytest.fixture
@@ -31,6 +32,16 @@ def test_draws_one_picture_a_site(report, tmp_path):
     assert [file.name for file in files] == ["routing-0.png", "routing-2.png"]
     for file in files:
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_draws_a_line_for_each_transition_in_use(report):
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    site, axes = report.sites[0], matplotlib.Figure().subplots()
+    _draw_paths(axes, site)
+    (lines, _, _, _) = axes.collections  # and the experts of three layers
+    used = [share for flow in site.transitions for row in flow for share in row if share > 0]
+    assert len(lines.get_segments()) == len(lines.get_linewidths()) == len(used)
+    assert sorted(lines.get_linewidths()) == pytest.approx([0.3 + 12 * s for s in sorted(used)])
 
 
 def test_names_the_extra(report, tmp_path, monkeypatch):

@@ -56,6 +56,24 @@ def test_matches_the_reference(top_k):
     assert site.output_ratio == pytest.approx(((out.y_NO - base).norm() / base.norm()).item())
 
 
+def test_of_equal_scores_the_chosen_expert_is_on_the_path():
+    """A logit may be the larger by less than what a score can show."""
+    model = nn.Sequential(nn.Linear(1, 2))
+    inject_hilomoe(model, HiLoMoEConfig(num_layers=1, num_experts=3), sites=["0"])
+    site, x = sites_of(model)["0"], torch.ones(1, 1)
+    with torch.no_grad():
+        site.expert_keys[0, :, 0] = torch.tensor([-1.0, 1e-8, 2e-8])
+    routing = site.compute(x).routing
+    assert routing.chosen_LkN.item() == 2
+    assert routing.scores_LEN[0, 1] == routing.scores_LEN[0, 2]
+    seen = []
+    handle = "torchrec_hilomoe.hilomoe.report._Totals.add"
+    with pytest.MonkeyPatch.context() as patch, record_routing(model):
+        patch.setattr(handle, lambda totals, part: seen.append(part))
+        model(x)
+    assert seen[0].paths_PL.tolist() == [[2]]
+
+
 def test_is_plain_data():
     model, batches = model_and_batches()
     with record_routing(model):
