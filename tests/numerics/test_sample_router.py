@@ -228,6 +228,9 @@ def test_refuses_what_it_cannot_route():
     config = HiLoMoEConfig(tie_keys=True)
     with pytest.raises(ValueError, match=r"tie_keys = True needs a router for each site"):
         share_routing(TwoTowers(), config, sites=["up"], query="user", width=USER)
+    config = HiLoMoEConfig(backend="compiled")
+    with pytest.raises(ValueError, match=r"'compiled' compiles routing and experts as one, so it"):
+        share_routing(TwoTowers(), config, sites=["up"], query="user", width=USER)
     model = TwoTowers()
     share_routing(model, HiLoMoEConfig(), sites=["up"], query="user", width=USER + 1)
     with pytest.raises(ValueError, match=r"width is 6, but the query's shape is \(4, 5\)"):

@@ -65,7 +65,12 @@ class SampleRouter(nn.Module):
         if config.backend == "triton":
             raise ValueError(
                 "HiLoMoEConfig.backend = 'triton' routes and computes in one kernel, so it cannot "
-                "share a router. Use backend='auto', 'eager' or 'compiled'."
+                "share a router. Use backend='auto' or 'eager'."
+            )
+        if config.backend == "compiled":
+            raise ValueError(
+                "HiLoMoEConfig.backend = 'compiled' compiles routing and experts as one, so it "
+                "cannot share a router. Use backend='auto' or 'eager'."
             )
         self.width, self.config, self.plan = width, config, plan_for(config, width)
         L, E, Q = config.num_layers, config.num_experts, config.query_dim or width
