@@ -29,7 +29,9 @@ def show(found: Evaluation, arguments: argparse.Namespace) -> None:
     print(report)
     if arguments.out:
         arguments.out.write_text(report + "\n")
-    if arguments.plots and found.routing is not None:
+    if arguments.plots and found.routing is None:
+        print("drew nothing: no expert computes in this checkpoint's stage", file=sys.stderr)
+    elif arguments.plots and found.routing is not None:
         for path in draw_routing(found.routing, arguments.plots):
             print(f"drew {path}", file=sys.stderr)
 

@@ -1,5 +1,6 @@
 """What one does with a run afterwards: evaluate a checkpoint of it, and look at it."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -11,6 +12,8 @@ import pytest
 
 from tests.helpers.processes import ROOT, run_ranks
 from tests.helpers.runs import train
+from torchrec_hilomoe.training.evaluation import Evaluation
+from torchrec_hilomoe.training.metrics import Metrics
 
 SPLIT_ROWS = 512  # of the small run
 
@@ -43,7 +46,8 @@ def evaluate(argv):
 def test_a_checkpoint_evaluates_to_the_run_and_its_slices_add_up(out, tmp_path):
     """On another number of ranks than it was trained on, from the checkpoint's own folder."""
     path, file = out / "checkpoints" / "step_18", tmp_path / "result.json"
-    argv = [path, "--out", file, "--slice", "hour", "--device", "cpu"]
+    pytest.importorskip("matplotlib")
+    argv = [path, "--out", file, "--slice", "hour", "--device", "cpu", "--plots", tmp_path]
     ((code, shown),) = run_ranks(evaluate, 1, argv, joined=False)
     assert code == 0, shown
     result = json.loads(file.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
@@ -54,7 +58,18 @@ def test_a_checkpoint_evaluates_to_the_run_and_its_slices_add_up(out, tmp_path):
     assert sum(part["rows"] for part in slices) == SPLIT_ROWS
     loss = sum(part["logloss"] * part["rows"] for part in slices) / SPLIT_ROWS
     assert loss == pytest.approx(result["metrics"]["logloss"])
-    assert result["routing"]["sites"]
+    sites = [site["name"] for site in result["routing"]["sites"]]
+    assert sites
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"routing-{s}.png" for s in sites}
+
+
+def test_nothing_to_draw_is_said(tmp_path, capsys):
+    app = runpy.run_path(str(ROOT / "apps" / "evaluate.py"))
+    metrics = Metrics(auc=0.5, gauc=0.5, logloss=0.7, ne=1.0, rows=1)
+    arguments = argparse.Namespace(split="test", out=None, plots=tmp_path / "plots")
+    app["show"](Evaluation(step=1, metrics=metrics, routing=None), arguments)
+    assert "drew nothing: no expert computes" in capsys.readouterr().err
+    assert not (tmp_path / "plots").exists()
 
 
 def test_a_slice_of_lists_is_refused(out):
