@@ -12,6 +12,7 @@ import logging
 import torch
 from torch import nn, Tensor
 
+from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.sites import sites_of
 
 __all__ = ["CollapseWatch"]
@@ -24,7 +25,8 @@ class CollapseWatch:
 
     Call `observe` after each training step. Counts are summed where they lie and looked at once in
     ``steps`` steps, so watching costs one small addition a site and step. They are those that the
-    balance loss uses, over all ranks; a model without auxiliary losses is not watched.
+    balance loss uses, over all ranks; what has no auxiliary losses is not watched, and that is
+    said once. Sites that share a router are one.
 
     Args:
         model: The model; its sites may change later.
@@ -44,12 +46,20 @@ class CollapseWatch:
         self._counts: dict[str, Tensor] = {}
         self._seen = 0
         self._warned: set[tuple[str, int]] = set()
+        self._unwatched: set[str] = set()
 
     def observe(self) -> list[str]:
         """Count the last training forward; return the warnings given now."""
+        routers: set[nn.Module] = set()
         for name, site in sites_of(self._model).items():
+            router = site if site.shared_router is None else site.shared_router
+            if router in routers:
+                continue
+            routers.add(router)
             record = site.routing_record
-            if record is not None:
+            if record is None:
+                self._say_unwatched(name, site)
+            else:
                 counts_LE, before = record.counts_LE, self._counts.get(name)
                 if before is not None and before.shape == counts_LE.shape:  # no layer has joined
                     counts_LE = counts_LE + before
@@ -66,6 +76,18 @@ class CollapseWatch:
         for message in messages:
             _log.warning(message)
         return messages
+
+    def _say_unwatched(self, name: str, site: HiLoMoELinear) -> None:
+        config = site.config
+        silent = config.balance_weight == config.z_weight == 0 and site.active_layers > 0
+        if silent and name not in self._unwatched:
+            self._unwatched.add(name)
+            _log.warning(
+                "Router at %r is not watched for collapse: balance_weight and z_weight are both 0, "
+                "so nothing is counted, and most routers collapse then. Set balance_weight=0.01, "
+                "or look at routing_report.",
+                name,
+            )
 
     def _judge(self, name: str, counts_LE: Tensor) -> list[str]:
         messages = []

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from torchrec_hilomoe.hilomoe import CollapseWatch, HiLoMoEConfig, inject_hilomoe, sites_of
+from torchrec_hilomoe.backbones.layers.tap import Tap
+from torchrec_hilomoe.hilomoe import (
+    CollapseWatch,
+    HiLoMoEConfig,
+    inject_hilomoe,
+    share_routing,
+    sites_of,
+)
 
 
 def model_with(collapsed: bool) -> nn.Sequential:
@@ -40,6 +47,31 @@ def test_is_silent_about_sound_layers():
     for _ in range(4):
         model(torch.randn(512, 6))
         assert watch.observe() == []
+
+
+def test_sites_that_share_a_router_are_told_of_once():
+    model = nn.Sequential(Tap(), nn.Linear(6, 6), nn.Linear(6, 4))
+    share_routing(model, HiLoMoEConfig(num_layers=1, num_experts=4), ["[12]"], "0", width=6)
+    with torch.no_grad():
+        keys = sites_of(model)["1"].get_parameter("router.expert_keys")
+        keys.zero_()[0, 2] = 100
+    watch = CollapseWatch(model, steps=1)
+    model(torch.rand(256, 6))
+    (message,) = watch.observe()
+    assert "'1', layer 1" in message
+
+
+def test_says_once_what_it_cannot_watch(caplog):
+    model = nn.Sequential(nn.Linear(6, 4))
+    inject_hilomoe(model, HiLoMoEConfig(balance_weight=0, z_weight=0), sites=["0"])
+    watch, site = CollapseWatch(model, steps=2), sites_of(model)["0"]
+    with caplog.at_level(logging.WARNING, logger="torchrec_hilomoe"):
+        for layers in (0, 1, 3):
+            site.active_layers = layers
+            model(torch.rand(8, 6))
+            assert watch.observe() == []
+            assert len(caplog.records) == min(layers, 1)
+    assert "'0' is not watched for collapse" in caplog.text
 
 
 def test_layers_may_join_later():
