@@ -34,6 +34,32 @@ PUBLISHED = {
 }
 
 
+# What counts of parameters do not show of BARS's tuned runs: rate and batch of a set, whether its
+# heads are normalised; and of DIN attention's dropout and softmax, of BST heads and pooling.
+RUNS = {
+    "amazon-electronics": ((5e-4, 1024, True), (0.1, True), (8, True, "target")),
+    "taobao-ad": ((1e-3, 8192, False), (0.4, False), (4, True, "mean")),
+    "kuaivideo": ((1e-3, 8192, False), (0.2, False), (8, False, "target")),
+    "microvideo": ((5e-4, 2048, True), (0.2, True), (4, False, "target")),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_recipe_has_the_tuned_settings(name):
+    run, din, bst = RUNS[name]
+    for backbone in ("din", "dien", "bst"):
+        config = parse_run(["--config", f"{backbone}-{name}"]).config
+        train, model = config.train, config.model
+        assert (train.learning_rate, train.batch_size, model.batch_norm) == run
+        assert train.clip_norm == 10
+        if backbone == "din":
+            assert (model.din.attention_dropout, model.din.softmax) == din
+        if backbone == "bst":
+            assert (model.bst.num_heads, model.bst.residual, model.bst.pooling) == bst
+    config = parse_run(["--config", f"interformer-{name}"]).config
+    assert (config.model.head, config.train.batch_size) == ((1024, 512, 256, 128), 2048)
+
+
 def test_every_backbone_has_a_recipe_for_every_set():
     assert {f"{backbone}-{name}" for backbone in BUILDERS for name in SETS} < set(recipe_names())
 
