@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -91,7 +92,8 @@ class EventRuns:
             users = events.column(self._order[0])
             start = 0 if part.first is None else _first_at_least(users, part.first)
             stop = len(users) if part.stop is None else _first_at_least(users, part.stop)
-            pieces.append(events.slice(start, stop - start))
+            # A copy, so that the run is not mapped while others are: mapped pages count as memory.
+            pieces.append(events.take(pa.array(np.arange(start, stop))))
         return _sorted(pa.Table.from_batches(pieces), self._order)
 
     def empty(self) -> pa.Table:
