@@ -16,7 +16,7 @@ from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.metrics import compute_metrics, Metrics, Predictions
-from torchrec_hilomoe.training.trainer import evaluate
+from torchrec_hilomoe.training.pipelines.evaluate import evaluate
 
 ROWS = 37
 

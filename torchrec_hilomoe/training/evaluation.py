@@ -21,8 +21,9 @@ from torchrec_hilomoe.training.inputs import loader_of, schedule_of, schema_of, 
 from torchrec_hilomoe.training.log.curves import finite
 from torchrec_hilomoe.training.metrics import Metrics
 from torchrec_hilomoe.training.metrics.slices import Slicer
+from torchrec_hilomoe.training.pipelines.evaluate import evaluate
 from torchrec_hilomoe.training.stages.staging import activate_layers
-from torchrec_hilomoe.training.trainer import evaluate, training_state
+from torchrec_hilomoe.training.trainer import training_state
 
 __all__ = ["Evaluation", "evaluate_checkpoint"]
 
