@@ -17,7 +17,6 @@ the same experts, whose routers were drawn and never learn. Seeds draw world, st
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from benchmarks.evidence_report import report
-from benchmarks.harness import append, environment
+from benchmarks.harness import append, environment, read_lines
 from torchrec_hilomoe import HiLoMoEConfig, inject_hilomoe, routing_report
 from torchrec_hilomoe.data.synthetic.worlds import expected_auc
 from torchrec_hilomoe.hilomoe.controls import fix_random_routing
@@ -311,7 +310,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="with report: draw AUC over FLOPs to this file")
     args = parser.parse_args()
     if args.action == "report":
-        report([json.loads(line) for line in args.out.read_text().splitlines()], args.plot)
+        report(read_lines(args.out), args.plot)
         return
     stamp = environment("cpu")
     for seed, name in itertools.product(args.seeds, args.worlds):

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.data_peers import fuxictr_loader, iterate, padded_columns, torch_loader
-from benchmarks.harness import append, environment, measure
+from benchmarks.harness import append, environment, measure, read_lines
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import ParquetSource
 from torchrec_hilomoe.data.synthetic import write_synthetic
@@ -114,6 +114,7 @@ def bench(folder: Path, args: argparse.Namespace) -> list[dict]:
             "rows_per_second": round(rows / result.median_us * 1e6),
             "of_pyarrow": round(1 / result.ratio, 3),
             "ratio_iqr": round(result.ratio_iqr, 3),
+            "conclusive": result.conclusive,
             **stamp(),
         }
         for name, result in results.items()
@@ -157,6 +158,7 @@ def bench_peers(folder: Path, args: argparse.Namespace) -> list[dict]:
             "rows_per_second": round(table.num_rows / result.median_us * 1e6),
             "times_as_long": round(result.ratio, 2),
             "ratio_iqr": round(result.ratio_iqr, 3),
+            "conclusive": result.conclusive,
             **stamp(),
         }
         for name, result in results.items()
@@ -292,7 +294,7 @@ def main() -> None:
             if args.out:
                 append(args.out, lines)
     if args.plot and args.out:
-        plot([json.loads(line) for line in args.out.read_text().splitlines()], args.plot)
+        plot(read_lines(args.out), args.plot)
 
 
 CASES = {"rate": bench, "peers": bench_peers, "memory": bench_memory, "padding": bench_padding}

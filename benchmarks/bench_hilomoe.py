@@ -11,7 +11,6 @@ Shape legend:
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness import append, environment, measure, Measurement, peak_bytes
+from benchmarks.harness import append, environment, measure, Measurement, peak_bytes, read_lines
 from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear, reference
 
 CHECKED_ROWS = 4
@@ -239,7 +238,7 @@ def draw(results: Path, picture: Path) -> None:
     """Ratios over width, for each pass and contender; the last result of each counts."""
     from matplotlib import pyplot as plt
 
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = read_lines(results)
     widths = sorted(case.width for case in MAIN)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     for axis, part in zip(axes, ("forward", "forward_backward"), strict=True):

@@ -16,7 +16,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -25,25 +25,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from benchmarks.driving import ALL, assembled, check_same_state, copy_state
 from benchmarks.harness import append, environment, measure
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.loader import Loader
-from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import Job, join
-from torchrec_hilomoe.training.assemble import assemble, Assembly
+from torchrec_hilomoe.training.assemble import Assembly
 from torchrec_hilomoe.training.checkpoint import Saver
 from torchrec_hilomoe.training.inputs import loader_of, schema_of
 from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.pipelines.pipeline import PipelineOptions, Unpipelined
 from torchrec_hilomoe.training.stages import Course, Stage, StageSchedule, StageSpan
 from torchrec_hilomoe.training.stages.staging import enter_stage
-from torchrec_hilomoe.training.trainer import Rhythm, Trainer, training_state
+from torchrec_hilomoe.training.trainer import Rhythm, Trainer
 
-ALL = Stage(name="all")
 STAGE_1 = Stage(name="stage 1", active_layers=0)
 FROZEN = Stage(name="experts alone", train_backbone=False, train_tables=False)
 WARM = 5  # steps that are trained and not timed
@@ -99,15 +97,15 @@ class Ready(Loader):
     def __init__(self, batches: list[CTRBatch]) -> None:
         self._ready = batches
 
-    def __iter__(self) -> Iterator[CTRBatch]:
-        return cycle(self._ready)
+    def __iter__(self) -> Generator[CTRBatch, None, None]:
+        yield from cycle(self._ready)
 
 
 def overhead(config: RunConfig, job: Job, steps: int, *, ready: bool, pipeline: str) -> dict:
     """Time trainer and bare steps in turns, and check that they trained the same."""
     batches = list(islice(iter(loader_of(config, "train", job.world)), READY))
     assembly, twin = _assemble(config, job), _assemble(config, job)
-    _copy(assembly, twin)
+    copy_state(assembly, twin)
     fresh = iter(loader_of(config, "train", job.world))
     bare = Bare(twin, ALL, cycle(batches) if ready else fresh)
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +121,8 @@ def overhead(config: RunConfig, job: Job, steps: int, *, ready: bool, pipeline: 
         )
         validation = loader_of(config, "valid", job.world)
         trainer.fit(Ready(batches) if ready else loader_of(config, "train", job.world), validation)
-    _check_equal(training_state(trainer.model, assembly.learners), twin, bare)
+    # Refuse to report a loop that trained something else than the bare steps.
+    check_same_state(replace(assembly, model=trainer.model), bare.assembly, bitwise=True)
     run, alone = log.run_seconds[WARM:], log.bare_seconds[WARM:]
     return {
         "case": "overhead",
@@ -145,7 +144,7 @@ def stages(config: RunConfig, job: Job, seconds: float) -> list[dict]:
     built = {"plain": Bare(_assemble(plain, job), ALL, cycle(batches))}
     for stage in (STAGE_1, FROZEN, ALL):
         assembly = _assemble(config, job)
-        _copy(built["plain"].assembly, assembly)
+        copy_state(built["plain"].assembly, assembly)
         built[stage.name] = Bare(assembly, stage, cycle(batches))
     for _ in range(3):
         want, got = built["plain"].step(), built[STAGE_1.name].step()
@@ -158,37 +157,14 @@ def stages(config: RunConfig, job: Job, seconds: float) -> list[dict]:
             "step_ms": found.median_us / 1e3,
             "throughput": 1 / found.ratio,
             "throughput_iqr": found.ratio_iqr / found.ratio**2,
+            "conclusive": found.conclusive,
         }
         for name, found in measure(contenders, seconds, job.device.type).items()
     ]
 
 
 def _assemble(config: RunConfig, job: Job) -> Assembly:
-    torch.manual_seed(config.seed)
-    return assemble(config, build_task(config.model, schema_of(config)), job)
-
-
-def _copy(source: Assembly, target: Assembly) -> None:
-    """Give ``target`` every tensor that ``source`` has by the same name."""
-    state = target.model.state_dict()
-    with torch.no_grad():
-        for name, tensor in source.model.state_dict().items():
-            for mine, its in zip(_local(state[name]), _local(tensor), strict=True):
-                mine.copy_(its)
-
-
-def _local(tensor: Tensor | ShardedTensor) -> list[Tensor]:
-    if isinstance(tensor, ShardedTensor):
-        return [shard.tensor for shard in tensor.local_shards()]
-    return [tensor]
-
-
-def _check_equal(state: Any, twin: Assembly, bare: Bare) -> None:
-    """Refuse to report a loop that trained something else than the bare steps."""
-    other = training_state(bare.assembly.model, twin.learners)
-    for name, tensor in state["model"].items():
-        for mine, its in zip(_local(tensor), _local(other["model"][name]), strict=True):
-            assert torch.equal(mine, its), f"the trainer trained another {name}"
+    return assembled(config, schema_of(config), job)
 
 
 def main() -> None:

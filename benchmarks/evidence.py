@@ -29,7 +29,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.evidence_report import Line, report
-from benchmarks.harness import append, environment
+from benchmarks.harness import append, environment, read_lines
 
 ROOT = Path(__file__).parent.parent
 TUNING_SEED = 1000
@@ -275,7 +275,7 @@ def _command(*arguments: str) -> None:
 
 def read(path: Path) -> list[Line]:
     """The lines that are there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_lines(path) if path.exists() else []
 
 
 def run_missing(cases: Iterable[Case], args: argparse.Namespace) -> int:

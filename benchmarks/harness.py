@@ -1,21 +1,42 @@
 """Case -> check -> time -> JSON line: what every benchmark shares.
 
 Contenders of a case take turns, one call each a round, so that whatever else the machine does falls
-on all of them alike; ratios are taken within a round, and the median over rounds is reported.
+on all of them alike; ratios are taken within a round, and the median over rounds is reported. Where
+rounds differ too much to conclude anything, that is said and recorded.
 """
 
 import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-__all__ = ["Measurement", "append", "environment", "measure", "peak_bytes"]
+__all__ = [
+    "FEWEST_ROUNDS",
+    "TOO_WIDE",
+    "Measurement",
+    "append",
+    "commit_of",
+    "environment",
+    "measure",
+    "peak_bytes",
+    "read_lines",
+    "relative_iqr",
+    "say_too_wide",
+    "settle_heap",
+    "wait_for",
+]
+
+FEWEST_ROUNDS = 5
+TOO_WIDE = 0.1  # of a figure: an interquartile range above it is of a machine that did other things
+CODE = ("torchrec_hilomoe", "benchmarks/*.py")  # what a measurement depends on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,43 +47,76 @@ class Measurement:
         median_us: Median time of a call, in microseconds.
         iqr_us: Interquartile range of the same.
         ratio: Median over rounds of its time over the baseline's.
-        ratio_iqr: Interquartile range of the same: above a tenth of the ratio, the machine was too
-            busy to conclude from.
+        ratio_iqr: Interquartile range of the same.
+        conclusive: Whether that is at most a tenth of the ratio; of the baseline, whose ratio is
+            1, whether its time's is at most a tenth of its time.
     """
 
     median_us: float
     iqr_us: float
     ratio: float
     ratio_iqr: float
+    conclusive: bool
 
 
 def measure(
-    contenders: Mapping[str, Callable[[], object]], seconds: float, device: str
+    contenders: Mapping[str, Callable[[], object]],
+    seconds: float,
+    device: str,
+    *,
+    agree: Callable[[bool], bool] = bool,
 ) -> dict[str, Measurement]:
-    """Time contenders in turns for about ``seconds`` in all; the first is the baseline."""
-    _settle_heap()
+    """Time contenders in turns for about ``seconds`` in all; the first is the baseline.
+
+    Args:
+        contenders: What to call, by name.
+        seconds: At least five rounds are made, however long they take.
+        device: Whose work is waited for.
+        agree: Called before each round with whether this process would make it. Several ranks make
+            as many rounds if it gives all of them the same answer, once all of them have asked.
+    """
+    settle_heap()
     for fn in contenders.values():
         fn()  # warm up: allocate, compile
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    start = time.perf_counter()
-    while len(times[next(iter(times))]) < 5 or time.perf_counter() - start < seconds:
+    start, rounds = time.perf_counter(), 0
+    while agree(rounds < FEWEST_ROUNDS or time.perf_counter() - start < seconds):
+        rounds += 1
         for name, fn in contenders.items():
-            _wait_for(device)
+            wait_for(device)
             begin = time.perf_counter()
             fn()
-            _wait_for(device)
+            wait_for(device)
             times[name].append(time.perf_counter() - begin)
     baseline = next(iter(times.values()))
     results = {}
     for name, values in times.items():
         ratios = [mine / base for mine, base in zip(values, baseline, strict=True)]
+        spread = relative_iqr(values if values is baseline else ratios)
+        if spread > TOO_WIDE:
+            say_too_wide(name, spread)
         results[name] = Measurement(
             median_us=statistics.median(values) * 1e6,
             iqr_us=_iqr(values) * 1e6,
             ratio=statistics.median(ratios),
             ratio_iqr=_iqr(ratios),
+            conclusive=spread <= TOO_WIDE,
         )
     return results
+
+
+def relative_iqr(values: Sequence[float]) -> float:
+    """Return the interquartile range over the median."""
+    return _iqr(values) / statistics.median(values)
+
+
+def say_too_wide(what: str, spread: float) -> None:
+    """Tell a person that a figure is not to be concluded from."""
+    print(
+        f"{what}: spread {spread:.0%} of the figure is too wide to conclude (at most "
+        f"{TOO_WIDE:.0%}): this machine is busy; measure again when nothing else runs",
+        file=sys.stderr,
+    )
 
 
 def peak_bytes(fn: Callable[[], object], device: str) -> int:
@@ -89,24 +143,47 @@ def peak_bytes(fn: Callable[[], object], device: str) -> int:
 
 def environment(device: str) -> dict[str, str | int]:
     """What a reader must know before comparing two result files."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "commit": commit or "none",
+        "commit": commit_of(Path(__file__).parents[1]),
         "torch": torch.__version__,
+        "torchrec": version("torchrec"),
+        "fbgemm": _fbgemm(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
     }
 
 
+def commit_of(root: Path) -> str:
+    """Return the commit of a checkout; marked where the code that is measured is another."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+    if not commit:
+        return "none"
+    changed = git("diff", "--quiet", "HEAD", "--", *CODE).returncode
+    return f"{commit}-dirty" if changed else commit
+
+
 def append(path: Path, rows: list[dict]) -> None:
-    """Append JSON lines."""
+    """Append JSON lines, after removing one that an ended process has left unfinished."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as sink:
-        sink.writelines(json.dumps(row) + "\n" for row in rows)
+    with path.open("ab+") as sink:
+        sink.seek(0)
+        written = sink.read()
+        sink.truncate(written.rfind(b"\n") + 1)
+        sink.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _settle_heap() -> None:
+def read_lines(path: Path) -> list[dict]:
+    """Return a record's lines, less one that an ended process has left unfinished."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def settle_heap() -> None:
     """Free one large block, so that the C library stops returning small ones to the system.
 
     Any process that trains does so sooner or later; before, each fresh block costs page faults.
@@ -115,14 +192,24 @@ def _settle_heap() -> None:
     del block
 
 
-def _wait_for(device: str) -> None:
+def wait_for(device: str) -> None:
+    """Wait until a device has done what it was told."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def _iqr(values: list[float]) -> float:
+def _iqr(values: Sequence[float]) -> float:
     low, _, high = statistics.quantiles(values, n=4)
     return high - low
+
+
+def _fbgemm() -> str:
+    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "none"
 
 
 def _processor() -> str:

@@ -1,0 +1,1 @@
+"""Training throughput, taken apart: what is measured, how it is fed, timed, counted and checked."""
