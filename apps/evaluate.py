@@ -7,7 +7,6 @@ python apps/evaluate.py runs/NAME/checkpoints/step_1500 --split valid --data.pat
 import argparse
 import os
 import sys
-from pathlib import Path
 
 try:
     import torchrec  # noqa: F401  # first, so that a broken set is explained and not traced back
@@ -16,10 +15,12 @@ except (ImportError, OSError):
 
     sys.exit(doctor.main([]))
 
+from torchrec_hilomoe.command_line import check_flags
 from torchrec_hilomoe.hilomoe.plots import draw_routing
 from torchrec_hilomoe.runtime.console import set_up_console
 from torchrec_hilomoe.runtime.distributed import join, PeerLostError
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
+from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
 from torchrec_hilomoe.training.evaluation import evaluate_checkpoint, Evaluation
 
 
@@ -28,7 +29,7 @@ def show(found: Evaluation, arguments: argparse.Namespace) -> None:
     report = found.to_json(arguments.split)
     print(report)
     if arguments.out:
-        arguments.out.write_text(report + "\n")
+        write_text(arguments.out, report + "\n")
     if arguments.plots and found.routing is None:
         print("drew nothing: no expert computes in this checkpoint's stage", file=sys.stderr)
     elif arguments.plots and found.routing is not None:
@@ -38,18 +39,23 @@ def show(found: Evaluation, arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """Return 0, 2 when the user must mend something, or 1 when another rank is lost."""
-    set_up_console(int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_console(rank)
     parser = argparse.ArgumentParser(
-        description="Evaluate a checkpoint. Other flags override the run's configuration."
+        description="Evaluate a checkpoint. Other flags override the run's configuration.",
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", help="a folder step_N of a run")
     parser.add_argument("--split", choices=["valid", "test"], default="test")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--slice", metavar="FEATURE", help="also by each value of this column")
-    parser.add_argument("--out", type=Path, help="also write the result, as JSON, to this file")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the routing there, as PNG")
+    parser.add_argument("--out", metavar="FILE", help="also write the result, as JSON")
+    parser.add_argument("--plots", metavar="DIR", help="draw the routing there, as PNG")
     arguments, overrides = parser.parse_known_args(drop_launcher_residue(sys.argv[1:], __file__))
     try:
+        check_flags(overrides, parser)
+        picture = f"{arguments.plots}/SITE.png" if arguments.plots else None
+        make_folders_for({"--out": arguments.out, "--plots": picture})
         with join(arguments.device) as job:
             path, split = arguments.checkpoint.rstrip("/"), arguments.split
             found = evaluate_checkpoint(
@@ -57,8 +63,8 @@ def main() -> int:
             )
         if job.is_main:
             show(found, arguments)
-    except (ValueError, ImportError, PeerLostError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, ImportError, OSError, PeerLostError) as error:
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
         return 1 if isinstance(error, PeerLostError) else 2
     return 0
 

@@ -7,7 +7,6 @@ Other flags are those of apps/train.py.
 import argparse
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 try:
     import torchrec  # noqa: F401  # first, so that a broken set is explained and not traced back
@@ -16,13 +15,14 @@ except (ImportError, OSError):
 
     sys.exit(doctor.main([]))
 
-from torchrec_hilomoe.command_line import parse_run
+from torchrec_hilomoe.command_line import check_flags, parse_run
 from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.estimate import with_rows
 from torchrec_hilomoe.planning.plots import draw_plan
 from torchrec_hilomoe.planning.remedies import plan_or_explain
 from torchrec_hilomoe.planning.report import plan_text
 from torchrec_hilomoe.runtime.console import set_up_console
+from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
 from torchrec_hilomoe.training.inputs import schema_of
 
 SHORT = {  # of options of the run
@@ -45,9 +45,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     for name, (option, meaning) in SHORT.items():
         parser.add_argument(f"--{name}", help=f"{meaning}; {option}")
     parser.add_argument("--rows", action="append", default=[], metavar="TABLE=N", help="its size")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the plan, as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it, as PNG")
+    parser.add_argument("--out", metavar="FILE", help="also write the plan, as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw it, as PNG or as the ending says")
     asked, overrides = parser.parse_known_args()
+    check_flags(overrides, parser)
+    make_folders_for({"--out": asked.out, "--plot": asked.plot})
     given = {option: getattr(asked, name) for name, (option, _) in SHORT.items()}
     return asked, overrides + [f"{name}={value}" for name, value in given.items() if value]
 
@@ -55,18 +57,17 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     """Return 0 when it fits, 1 when it does not, 2 when the user must mend something."""
     set_up_console(rank=0)
-    asked, overrides = parse()
     try:
+        asked, overrides = parse()
         cluster = Cluster(**{field.name: getattr(asked, field.name) for field in fields(Cluster)})
         config = parse_run(overrides).config
-        schema = with_rows(schema_of(config), asked.rows)
-        plan = plan_or_explain(config, schema, cluster)
+        plan = plan_or_explain(config, with_rows(schema_of(config), asked.rows), cluster)
         if isinstance(plan, str):
             print(plan, file=sys.stderr)
             return 1
         print(plan_text(plan), end="")
         if asked.out:
-            asked.out.write_text(plan.to_json())
+            write_text(asked.out, plan.to_json())
         if asked.plot:
             draw_plan(plan, asked.plot)
     except (ValueError, ImportError, OSError) as error:

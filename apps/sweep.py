@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from torchrec_hilomoe.command_line import parse_run
+from torchrec_hilomoe.command_line import check_flags, parse_run
 from torchrec_hilomoe.runtime.console import set_up_console
 from torchrec_hilomoe.sweep.search import search
 from torchrec_hilomoe.sweep.space import read_space
@@ -22,7 +22,8 @@ def main() -> int:
     """Return 0 when done or stopped on request, 2 when the user must mend something."""
     set_up_console(0)
     parser = argparse.ArgumentParser(
-        description="Search for better options. Other flags are given to every run."
+        description="Search for better options. Other flags are given to every run.",
+        allow_abbrev=False,
     )
     parser.add_argument("--space", type=Path, required=True, help="YAML: options and their values")
     parser.add_argument("--out_dir", type=Path, required=True, help="a folder a trial goes here")
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--sweep_seed", type=int, default=0, help="of the search, not of the runs")
     arguments, options = parser.parse_known_args()
     try:
+        check_flags(options, parser)
         parse_run(options)  # what is wrong for every run is told before the first
 
         def run(own, folder):
@@ -47,7 +49,7 @@ def main() -> int:
             metric=arguments.metric,
             seed=arguments.sweep_seed,
         )
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if best is not None:

@@ -1,5 +1,6 @@
 """The command line of a run: a recipe, dotted overrides, and help for what is mistyped."""
 
+import argparse
 import re
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,16 @@ from jsonargparse import ArgumentParser, Namespace
 
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.option_names import did_you_mean, option_names, unknown_keys
+from torchrec_hilomoe.runtime.paths import path_manager
 
-__all__ = ["DEFAULT_RECIPE", "ParsedRun", "UsageError", "parse_run", "recipe_names"]
+__all__ = [
+    "DEFAULT_RECIPE",
+    "ParsedRun",
+    "UsageError",
+    "check_flags",
+    "parse_run",
+    "recipe_names",
+]
 
 DEFAULT_RECIPE = "bst-synthetic"
 
@@ -66,7 +75,7 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     )
     parser.add_class_arguments(RunConfig, sub_configs=True)
     arguments, recipe = _with_recipe_path(_spell_out_switches(argv))
-    _check_flags(arguments, parser)
+    check_flags(arguments, parser)
     _check_recipe(arguments[1])
     try:
         parsed = parser.parse_args(arguments)
@@ -76,6 +85,26 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     return ParsedRun(
         config=config, resolved=parser.dump(parsed.clone(), skip_unset=False), recipe=recipe
     )
+
+
+def check_flags(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
+    """Refuse a flag that is neither an option of a run nor one of a parser's own.
+
+    Args:
+        arguments: What was given.
+        parser: Of the app.
+
+    Raises:
+        UsageError: Names the nearest of both.
+    """
+    own = {flag for action in parser._actions for flag in action.option_strings}
+    names = {"config", *option_names(RunConfig)}
+    names |= {flag.removeprefix("--") for flag in own if flag.startswith("--")}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        name = flag.removeprefix("--").removesuffix("+")  # --list+=item appends
+        if name and flag.startswith("--") and name not in names:
+            raise UsageError(f"there is no option --{name}. {did_you_mean(name, names)}")
 
 
 def _run_config(instantiated: Namespace) -> RunConfig:
@@ -107,7 +136,7 @@ def _with_recipe_path(argv: Sequence[str]) -> tuple[list[str], str]:
         else:
             rest.append(argument)
     if name.endswith((".yaml", ".yml")) or "/" in name:
-        return ["--config", name, *rest], name.rpartition("/")[2].rpartition(".")[0]
+        return ["--config", _on_this_disk(name), *rest], name.rpartition("/")[2].rpartition(".")[0]
     if name not in recipe_names():
         near = get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
         hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(recipe_names())}."
@@ -115,14 +144,9 @@ def _with_recipe_path(argv: Sequence[str]) -> tuple[list[str], str]:
     return ["--config", str(files("torchrec_hilomoe") / "recipes" / f"{name}.yaml"), *rest], name
 
 
-def _check_flags(arguments: Sequence[str], parser: ArgumentParser) -> None:
-    names = set(option_names(RunConfig))
-    flags = {flag for action in parser._actions for flag in action.option_strings}
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        name = flag.removeprefix("--").removesuffix("+")  # --list+=item appends
-        if name and flag.startswith("--") and flag not in flags and name not in names:
-            raise UsageError(f"there is no option --{name}. {did_you_mean(name, names)}")
+def _on_this_disk(path: str) -> str:
+    """Return a path that the parser can open, of a file that may be in a store of the user's."""
+    return path_manager.get_local_path(path) if path_manager.isfile(path) else path
 
 
 def _check_recipe(path: str) -> None:
@@ -146,6 +170,9 @@ def _check_recipe(path: str) -> None:
 def _explain(error: Exception) -> str:
     """Shorten the parser's report, which lists what it tried for every type a value may have."""
     text = " ".join(str(error).split())
+    # A group may be given as a file, too, so the parser says first that its value is none.
+    text = re.sub(r"- Expected a path but .*? either not accessible or invalid - ", "", text)
+    text = re.sub(r"\": Unable to load config '.*?' - Parser key \"[\w.]+(\.\w+\":)", r"\1", text)
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = re.sub(r"^Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"a typing.Literal\[(.*?)\]", r"one of \1", text)
@@ -159,12 +186,15 @@ def _explain(error: Exception) -> str:
     )
     if union is not None:
         where, errors, value = union.groups()
-        reasons = [reason for reason in errors.split(" - ") if reason != "Expected a NoneType"]
-        nothing_new = value.startswith(("Namespace(", "NestedArg(", "("))
+        reasons = [
+            reason for reason in errors.split(" - ") if not reason.startswith("Expected a NoneType")
+        ]
+        nothing_new = value.startswith(("Namespace(", "NestedArg(", "(")) or "Got value" in errors
         text = f"{where}{'; '.join(reasons)}{'' if nothing_new else f'. Got value: {value}'}"
     # An option of a group that may be null is named by the group and the key.
     text = re.sub(r"^([\w.]+): Problem with given class_path '.*?': Parser key \"", r"\1.", text)
     text = re.sub(r"^([\w.]+)\": ", r"\1: ", text)
+    text = re.sub(r"(\?|of them\.)\.", r"\1", text)
     if "Expected a tuple" in text:
         text = f"{text}. Write a list, even of one: '[a]' or '[a, b]'."
     return text

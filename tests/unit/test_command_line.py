@@ -1,13 +1,22 @@
 """The command line: recipes, overrides, and what is said about mistakes."""
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from torchrec_hilomoe.command_line import DEFAULT_RECIPE, parse_run, recipe_names, UsageError
+from tests.helpers.memory_store import MemoryStore
+from torchrec_hilomoe.command_line import (
+    check_flags,
+    DEFAULT_RECIPE,
+    parse_run,
+    recipe_names,
+    UsageError,
+)
 from torchrec_hilomoe.config import InjectionConfig, RunConfig
+from torchrec_hilomoe.runtime.paths import path_manager
 from torchrec_hilomoe.training.stages import Stage
 
 
@@ -152,6 +161,13 @@ def test_the_saved_configuration_names_every_option():
             "train.stages: Problem with given class_path 'torchrec_hilomoe.Stage': "
             "Option 'stps' is not accepted. Did you mean 'steps'?",
         ),
+        (["--train.max_steps", "1e2"], "train.max_steps: Expected a int. Got value: 100.0"),
+        (
+            ["--model.hilomoe", "{rnk: 3}"],
+            "model.hilomoe: Problem with given class_path 'torchrec_hilomoe.config.InjectionConfig'"
+            ": Option 'rnk' is not accepted. Did you mean 'rank'? Got value: {'rnk': 3}",
+        ),
+        (["--model.bst", "{num_heads: a}"], "model.bst.num_heads: Expected a int. Got value: a"),
         (["--train.stages", "[{name: a, steps: -3}]"], "Stage 'a': steps must be at least 0, got"),
     ],
 )
@@ -184,6 +200,26 @@ def test_a_mistake_in_a_recipe_is_told_too(tmp_path, text, message):
     with pytest.raises(UsageError, match=re.escape(message)) as told:
         parse_run(["--config", write(tmp_path, text)])
     assert "\n" not in str(told.value)
+
+
+def test_a_recipe_in_a_store_of_the_users(monkeypatch):
+    store = MemoryStore()
+    store.objects["memory://runs/mine.yaml"] = b"seed: 7\n"
+    monkeypatch.setitem(path_manager._path_handlers, "memory://", store)
+    parsed = parse_run(["--config", "memory://runs/mine.yaml"])
+    assert (parsed.recipe, parsed.config.seed) == ("mine", 7)
+    with pytest.raises(UsageError, match=r"there is no file memory://runs/other\.yaml"):
+        parse_run(["--config", "memory://runs/other.yaml"])
+
+
+def test_flags_of_an_app_are_known_beside_those_of_a_run():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--world_size")
+    check_flags(["--config", "x", "--seed=1", "--world_size=2", "value", "--data.lanes+=1"], parser)
+    for mistyped, meant in (("wrold_size", "world_size"), ("train.max_stps", "train.max_steps")):
+        told = f"there is no option --{mistyped}. Did you mean '{meant}'?"
+        with pytest.raises(UsageError, match=re.escape(told)):
+            check_flags([f"--{mistyped}", "3"], parser)
 
 
 def test_a_recipe_that_is_no_text_is_told(tmp_path):

@@ -134,6 +134,8 @@ def with_rows(schema: Schema, sizes: Sequence[str]) -> Schema:
             tables[table] = int(float(rows))
         except (ValueError, OverflowError):
             raise ValueError(f"--rows {size}: write it as {table}=10000000 or 1e7.") from None
+        if tables[table] < 1:
+            raise ValueError(f"--rows {size}: a table has at least one row.")
     return replace(schema, tables=tables)
 
 

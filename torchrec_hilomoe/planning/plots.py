@@ -1,16 +1,23 @@
 """A plan as a picture: memory and time of every rank, and what bounds a step. Extra ``plots``."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from torchrec_hilomoe.planning.run_plan import RunPlan
+from torchrec_hilomoe.runtime.console import counted
+from torchrec_hilomoe.runtime.paths import open_binary
+from torchrec_hilomoe.training.sharding.report import shown_bytes
 
 __all__ = ["draw_plan"]
 
 NAMED = 8  # tables with a colour of their own; the others share one
 OTHERS = "other tables"
+GRAYS = ("0.55", "0.8")  # of what is no table
+COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C9", "C8")  # the others'; C7 is a gray
+APART = 32  # ranks at most that are bars of their own; more are one band
 GIGABYTE = 2**30
 MEGABYTE = 2**20
+SMALL = 8
 
 
 def draw_plan(plan: RunPlan, file: Path | str) -> None:
@@ -18,10 +25,12 @@ def draw_plan(plan: RunPlan, file: Path | str) -> None:
 
     Args:
         plan: What to draw.
-        file: Where to write the PNG; its folder is made if it does not exist.
+        file: Where to write it, in a folder that exists; its ending says in which format, and PNG
+            is taken where it has none.
 
     Raises:
         ImportError: If matplotlib is not installed.
+        ValueError: If matplotlib does not know the format.
     """
     try:
         from matplotlib.figure import Figure
@@ -30,20 +39,19 @@ def draw_plan(plan: RunPlan, file: Path | str) -> None:
             "draw_plan needs matplotlib: pip install 'torchrec-hilomoe[plots]'"
         ) from error
 
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(11, 9), layout="constrained")
     memory, time, step = figure.subplots(3, 1, height_ratios=[3, 2, 1.4])
     cluster = plan.cluster
     fits = "fits" if plan.excess <= 0 else "does NOT fit"
+    where = f"{counted(cluster.world_size, 'rank')} on {counted(cluster.hosts, 'host')}"
     figure.suptitle(
-        f"{cluster.world_size} ranks on {cluster.hosts} hosts, {plan.step.samples:,} rows a step: "
-        f"{fits}, bound by {plan.step.bound}"
+        f"{where}, {plan.step.samples:,} rows a step: {fits}, bound by {plan.step.bound}"
     )
     _draw_memory(memory, plan)
     _draw_time(time, plan)
     _draw_step(step, plan)
-    figure.savefig(file, dpi=120)
+    with open_binary(str(file), "wb") as sink:
+        figure.savefig(sink, format=PurePath(file).suffix[1:] or "png", dpi=120)
 
 
 def _draw_memory(axes, plan: RunPlan) -> None:
@@ -70,21 +78,17 @@ def _draw_memory(axes, plan: RunPlan) -> None:
         ]
     highest = max(plan.needed(rank) for rank in ranks)
     unit, name = (GIGABYTE, "GB") if highest > GIGABYTE / 10 else (MEGABYTE, "MB")
-    colors = ["0.55", "0.8", *(f"C{i}" for i in range(10))]
     below = [0.0] * len(plan.ranks)
-    for color, (label, amounts) in zip(colors, layers.items(), strict=False):
+    for color, (label, amounts) in zip(GRAYS + COLORS, layers.items(), strict=False):
         above = [low + amount / unit for low, amount in zip(below, amounts, strict=True)]
         _fill(axes, below, above, color=color, label=label)
         below = above
-    axes.set_ylabel(f"device memory, {name}")
+    axes.set_title(f"memory of a device, of {shown_bytes(plan.capacity)}", loc="left", fontsize=9)
+    axes.set_ylabel(name)
     if plan.usable < 20 * highest:
         axes.axhline(plan.capacity / unit, color="black", label="a device's memory")
         axes.axhline(plan.usable / unit, color="black", linestyle=":", label="less headroom")
-    else:
-        axes.set_title(f"of {plan.capacity / unit:,.1f} {name} a device", loc="right", fontsize=9)
-    axes.set_xlim(-0.5, len(plan.ranks) - 0.5)
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    _finish(axes, len(plan.ranks))
 
 
 def _draw_time(axes, plan: RunPlan) -> None:
@@ -93,11 +97,10 @@ def _draw_time(axes, plan: RunPlan) -> None:
     _fill(axes, [0.0] * len(lookup), lookup, color="C0", label="lookup and update")
     _fill(axes, lookup, both, color="C1", label="exchange")
     axes.axhline(sum(both) / len(both), color="black", linestyle=":", label="mean")
-    axes.set_ylabel("est. ms a micro-batch")
+    axes.set_title("time of its tables in a micro-batch, estimated", loc="left", fontsize=9)
+    axes.set_ylabel("ms")
     axes.set_xlabel("rank")
-    axes.set_xlim(-0.5, len(plan.ranks) - 0.5)
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    _finish(axes, len(both))
 
 
 def _draw_step(axes, plan: RunPlan) -> None:
@@ -113,16 +116,25 @@ def _draw_step(axes, plan: RunPlan) -> None:
     for place, (_, shares) in enumerate(parts.items()):
         start = 0.0
         for label, milliseconds, color in shares:
+            if not milliseconds:
+                continue
             axes.barh(place, milliseconds, left=start, color=color, label=label)
             start += milliseconds
     axes.set_yticks(range(len(parts)), list(parts))
     axes.invert_yaxis()
-    axes.set_xlabel("ms of a step, slowest rank")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    axes.set_title("a step of the slowest rank, by what may bound it", loc="left", fontsize=9)
+    axes.set_xlabel("ms")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=SMALL)
 
 
-def _fill(axes, below: list[float], above: list[float], *, color: str, label: str) -> None:
-    """A band over ranks; a step for each, however many there are."""
+def _fill(axes, below: Sequence[float], above: Sequence[float], *, color: str, label: str) -> None:
+    """Draw an amount of every rank, on top of another; nothing where there is none."""
+    if max(above, default=0.0) <= 0 or list(below) == list(above):
+        return
+    if len(below) <= APART:
+        heights = [high - low for low, high in zip(below, above, strict=True)]
+        axes.bar(range(len(below)), heights, bottom=below, color=color, label=label, width=0.8)
+        return
     edges = [rank - 0.5 for rank in range(len(below) + 1)]
     axes.fill_between(
         edges,
@@ -133,3 +145,12 @@ def _fill(axes, below: list[float], above: list[float], *, color: str, label: st
         label=label,
         linewidth=0,
     )
+
+
+def _finish(axes, ranks: int) -> None:
+    """Set the limits, number ranks, and list what is seen, the highest first."""
+    axes.set_xlim(-0.5, ranks - 0.5)
+    axes.set_ylim(bottom=0)
+    if ranks <= APART:
+        axes.set_xticks(range(ranks))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=SMALL, reverse=True)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from torchrec_hilomoe.planning.run_plan import RankPlan, RunPlan
+from torchrec_hilomoe.runtime.console import counted
 from torchrec_hilomoe.training.sharding.report import shown_bytes
 
 __all__ = ["plan_text"]
@@ -17,9 +18,9 @@ def plan_text(plan: RunPlan) -> str:
     """Return the report."""
     cluster = plan.cluster
     lines = [
-        f"{cluster.world_size} ranks on {cluster.hosts} hosts, {cluster.device}, "
-        f"{shown_bytes(plan.capacity)} a device",
-        f"{plan.step.samples:,} rows in a step: {plan.rows:,} on each rank"
+        f"{counted(cluster.world_size, 'rank')} on {counted(cluster.hosts, 'host')}, "
+        f"{cluster.device}, {shown_bytes(plan.capacity)} a device",
+        f"{counted(plan.step.samples, 'row')} in a step: {plan.rows:,} on each rank"
         + (f", {plan.micro_batches} times" if plan.micro_batches > 1 else ""),
         "",
         "Tables (memory and time of all by TorchRec's estimator)",

@@ -103,7 +103,8 @@ class Step:
 def rank_times(chosen: Sequence[ShardingOption], world_size: int) -> list[RankTime]:
     """Add up TorchRec's estimates by rank.
 
-    As in TorchRec's own total, the exchange of ids is left out: it overlaps the step before.
+    As in TorchRec's own total, the exchange of ids is left out: it overlaps the step before. One
+    rank exchanges nothing, whatever TorchRec says.
     """
     lookup, exchange = [0.0] * world_size, [0.0] * world_size
     for option in chosen:
@@ -112,7 +113,8 @@ def rank_times(chosen: Sequence[ShardingOption], world_size: int) -> list[RankTi
             assert shard.perf is not None
             perf = shard.perf
             lookup[shard.rank] += perf.fwd_compute + perf.bwd_compute + perf.prefetch_compute
-            exchange[shard.rank] += perf.fwd_comms + perf.bwd_comms
+            if world_size > 1:
+                exchange[shard.rank] += perf.fwd_comms + perf.bwd_comms
     return [RankTime(lookup=a, exchange=b) for a, b in zip(lookup, exchange, strict=True)]
 
 

@@ -4,7 +4,17 @@ import logging
 import sys
 import warnings
 
-__all__ = ["set_up_console"]
+__all__ = ["counted", "set_up_console"]
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number and what it counts.
+
+    Example:
+        >>> counted(1, "rank"), counted(1024, "rank")
+        ('1 rank', '1,024 ranks')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def set_up_console(rank: int) -> None:

@@ -73,7 +73,7 @@ def read_space(path: Path) -> tuple[Dimension, ...]:
 
 
 def _dimension(option: str, entry: Any) -> Dimension:
-    names = option_names(RunConfig)
+    names = set(option_names(RunConfig))
     if option not in names:
         raise ValueError(f"space: there is no option {option!r}. {did_you_mean(option, names)}")
     if isinstance(entry, list) and entry:

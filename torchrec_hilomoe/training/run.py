@@ -16,6 +16,7 @@ from torchrec_hilomoe.command_line import ParsedRun
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
+from torchrec_hilomoe.runtime.console import counted
 from torchrec_hilomoe.runtime.distributed import broadcast_text, Job
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
@@ -54,7 +55,8 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
     cost = count_cost(task, schema, config.model.embedding_dim)
     check_capabilities(config.train, schedule_of(config).stages, job.device.type)
     folder = _make_folder(parsed, job)
-    logger.info("run %s: %s, %d ranks on %s", folder, parsed.recipe, job.world.size, job.device)
+    ranks = counted(job.world.size, "rank")
+    logger.info("run %s: %s, %s on %s", folder, parsed.recipe, ranks, job.device)
     logger.info("%s", cost_table(cost))
     if config.dry_run:
         _write_config(folder, parsed, job)

@@ -56,11 +56,25 @@ def test_what_does_not_fit_ends_with_1(plan):
     assert "It does NOT fit: rank 0 needs" in text
 
 
+def test_the_ending_says_the_format_and_there_may_be_none(plan, tmp_path):
+    for name, start in (("plan", b"\x89PNG"), ("plan.svg", b"<?xml")):
+        code, _, _ = plan("--hbm", "80GB", "--plot", str(tmp_path / name))
+        assert code == 0
+        assert (tmp_path / name).read_bytes().startswith(start)
+    code, _, error = plan("--hbm", "80GB", "--plot", str(tmp_path / "plan.doc"))
+    assert code == 2
+    assert "'doc' is not supported" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "error: sharding.hbm is null, and the GPUs are not here to be asked"),
         (["--hbm", "much"], "sharding.hbm is 'much', which is no amount of memory"),
+        (["--wrold_size", "8"], "no option --wrold_size. Did you mean 'world_size'?"),
+        (["--hbm", "80GB", "--out", "apps"], "error: --out apps is a folder. Name a file"),
+        (["--hbm", "80GB", "--plot", "README.md/p.png"], "--plot README.md/p.png: its folder"),
+        (["--hbm", "80GB", "--rows", "item=0"], "--rows item=0: a table has at least one row"),
         (["--modle.backbone", "din"], "error: there is no option --modle.backbone. Did you mean"),
         (["--hbm", "80GB", "--world_size", "3", "--hosts", "2"], "cannot be shared by --hosts 2"),
     ],

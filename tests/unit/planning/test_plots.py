@@ -30,6 +30,7 @@ def test_memory_is_drawn_in_proportion(ranks, tmp_path):
     for name, rows in (("small", 1_000), ("large", 4_000_000)):
         schema = replace(SCHEMA, tables={**SCHEMA.tables, "user": rows})
         file = tmp_path / "plans" / f"{name}.png"
+        file.parent.mkdir(exist_ok=True)
         draw_plan(plan_run(config, schema, cluster), file)
         shares.append(color_share(matplotlib.image.imread(file), blue))
     assert shares[1] > 2 * shares[0]

@@ -20,11 +20,13 @@ from torchrec_hilomoe.data.prepare.movielens import prepare_movielens
 from torchrec_hilomoe.embeddings.frozen import load_frozen_tables
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.runtime.paths import (
+    make_folders_for,
     open_binary,
     open_text,
     path_manager,
     remove_tree,
     rename,
+    write_text,
 )
 
 OUT = "memory://prepared/kuai"
@@ -128,3 +130,18 @@ def test_files_are_renamed_and_removed_in_the_store(store):
     assert store.objects == {}
     with pytest.raises(OSError, match="could not rename memory://a to memory://z"):
         rename("memory://a", "memory://z")
+
+
+def test_folders_are_made_for_files_to_come(store, tmp_path):
+    out, remote = tmp_path / "a" / "b" / "plan.json", "memory://plans/plan.json"
+    make_folders_for({"--out": str(out), "--far": remote, "--plot": None, "--here": "plan.json"})
+    assert out.parent.is_dir()
+    write_text(str(out), "x")
+    write_text(remote, "y")
+    assert (out.read_text(), store.objects[remote]) == ("x", b"y")
+    make_folders_for({"--out": str(out)})
+    assert out.read_text() == "x"
+    with pytest.raises(ValueError, match=r"--out .*/a is a folder\. Name a file"):
+        make_folders_for({"--out": str(tmp_path / "a")})
+    with pytest.raises(ValueError, match=r"--plot .*folder cannot be made: .*plan\.json is a file"):
+        make_folders_for({"--plot": str(out / "below.png")})

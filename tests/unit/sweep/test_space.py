@@ -24,7 +24,10 @@ def test_lists_and_ranges(tmp_path):
     [
         ("", "is not a mapping"),
         ("[1", "cannot read"),
-        ("train.learning_rat: [1]", "there is no option 'train.learning_rat'"),
+        (
+            "train.learning_rat: [1]",
+            "there is no option 'train.learning_rat'. Did you mean 'train.learning_rate'",
+        ),
         ("train.learning_rate: 3", "must be a list of values, or numbers low and high"),
         ("train.learning_rate: []", "must be a list of values"),
         ("train.learning_rate: {low: 1}", "must be a list of values"),

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from torchrec_hilomoe.runtime.console import counted
 from torchrec_hilomoe.training.page import pictures
 from torchrec_hilomoe.training.page.files import read_run, RunFiles
 
@@ -71,10 +72,9 @@ def _where(run: RunFiles) -> str:
         last = run.metrics[-1] if run.metrics else {"step": 0}
         return f"{run.folder}: not finished; step {last['step']:,} so far."
     versions = ", ".join(f"{name} {it}" for name, it in run.summary.get("versions", {}).items())
-    ranks, device = run.summary.get("world_size"), run.summary.get("device")
-    return (
-        f"{run.folder}: {run.summary.get('steps', 0):,} steps, {ranks} ranks, {device}; {versions}"
-    )
+    steps = counted(run.summary.get("steps", 0), "step")
+    ranks = counted(run.summary.get("world_size", 1), "rank")
+    return f"{run.folder}: {steps}, {ranks}, {run.summary.get('device')}; {versions}"
 
 
 def _tiles(run: RunFiles) -> str:
