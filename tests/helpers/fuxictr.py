@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-__all__ = ["build_fuxictr", "fuxictr_layers", "fuxictr_model", "fuxictr_preprocessing"]
+__all__ = [
+    "build_fuxictr",
+    "fuxictr_features",
+    "fuxictr_layers",
+    "fuxictr_model",
+    "fuxictr_preprocessing",
+]
 
 # What its preprocessing imports of ray, a cluster's worth of packages that no model needs.
 RAY = {
@@ -41,12 +47,7 @@ def build_fuxictr(
         embedding_dim: Of all of them.
         **options: The model's own.
     """
-    feature_map = _imported("fuxictr.features").FeatureMap("parity", "unused")
-    for source, fields in (("user", context), ("item", item)):
-        for field, vocabulary in fields.items():
-            kind = {"type": "categorical", "vocab_size": vocabulary, "padding_idx": 0}
-            feature_map.features[field] = {"source": source, **kind}
-    feature_map.labels = ["label"]
+    feature_map = fuxictr_features(item, context)
     feature_map.default_emb_dim = embedding_dim
     feature_map.num_fields = feature_map.get_num_fields()
     common: dict[str, Any] = {"verbose": 0, "model_root": "unused", "metrics": ["AUC"]}
@@ -58,6 +59,17 @@ def build_fuxictr(
         **training,
         **options,
     )
+
+
+def fuxictr_features(item: Mapping[str, int], context: Mapping[str, int]) -> Any:
+    """Its description of fields that an item has and of those that a row has once."""
+    feature_map = _imported("fuxictr.features").FeatureMap("parity", "unused")
+    for source, fields in (("user", context), ("item", item)):
+        for field, vocabulary in fields.items():
+            kind = {"type": "categorical", "vocab_size": vocabulary, "padding_idx": 0}
+            feature_map.features[field] = {"source": source, **kind}
+    feature_map.labels = ["label"]
+    return feature_map
 
 
 def fuxictr_layers() -> ModuleType:

@@ -3,7 +3,7 @@
 Where there is Dice, histories are of full length: FuxiCTR lets padding into its statistics.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 
 from tests.helpers.fuxictr import build_fuxictr
+from tests.helpers.fuxictr_dien import dien_weights
 from torchrec_hilomoe.backbones.dien import Attention, DIEN
-from torchrec_hilomoe.backbones.layers.gru import GRU
 from torchrec_hilomoe.backbones.layers.mlp import Activation
 from torchrec_hilomoe.embeddings.features import (
     FeatureWidths,
@@ -68,56 +68,6 @@ def build_pair(
     return ours, theirs
 
 
-def turned(gates: Tensor) -> Tensor:
-    """``nn.GRU`` has reset, keep, new; ours is update, which is what it does not keep."""
-    reset, keep, new = gates.chunk(3)
-    return torch.cat([-keep, reset, new])
-
-
-def sliced(head: Tensor) -> Tensor:
-    """Theirs reads the context first, ours the candidate."""
-    context, candidate, evolved = head.split([DIM * len(CONTEXT), WIDTH, WIDTH], dim=-1)
-    return torch.cat([candidate, context, evolved], dim=-1)
-
-
-def layers_of(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    return [module for module in modules if list(module.state_dict())]
-
-
-def pairs(ours: DIEN, theirs: Any) -> Iterator[tuple[nn.Parameter | Tensor, Tensor, Any]]:
-    """Every tensor of ours, theirs, and how theirs becomes ours."""
-
-    def same(tensor: Tensor) -> Tensor:
-        return tensor
-
-    interest = ours.get_submodule("interests.0")
-    extraction, evolution = (getattr(interest, name) for name in ("extraction", "evolution"))
-    assert isinstance(extraction, GRU)
-    assert isinstance(evolution, GRU)
-    gru, cell = theirs.extraction_modules[0], theirs.evolving_modules[0].gru_cell
-    yield extraction.input.weight, gru.weight_ih_l0, turned
-    yield extraction.input.bias, gru.bias_ih_l0, turned
-    yield extraction.hidden_weight, gru.weight_hh_l0, turned
-    yield extraction.hidden_bias, gru.bias_hh_l0, turned
-    yield evolution.input.weight, cell.x2h.weight, same
-    yield evolution.input.bias, cell.x2h.bias, same
-    yield evolution.hidden_weight, cell.h2h.weight, same
-    yield evolution.hidden_bias, cell.h2h.bias, same
-    attention, their_attention = interest.get_submodule("attention"), theirs.attention_modules[0]
-    if their_attention.attention_type == "bilinear_attention":
-        yield attention.get_parameter("hidden.weight"), their_attention.W_kernel, torch.t
-    mlps: list[tuple[Any, Any]] = [(ours.head, theirs.dnn)]
-    if their_attention.attention_type == "din_attention":
-        mlps.append((attention.get_submodule("mlp"), their_attention.attn_mlp))
-    for mine, other in mlps:
-        mine_layers = layers_of([*mine.hidden.children(), mine.output])
-        for layer, their_layer in zip(mine_layers, layers_of(list(other.mlp)), strict=True):
-            theirs_by_name: Mapping[str, Tensor] = their_layer.state_dict(keep_vars=True)
-            for name, tensor in layer.state_dict(keep_vars=True).items():
-                first = layer is ours.head.hidden[0] and name == "weight"
-                yield tensor, theirs_by_name[name], sliced if first else same
-
-
 def make_features(
     items: Mapping[str, Tensor],
     users: Mapping[str, Tensor],
@@ -163,9 +113,9 @@ def test_dien(
 ):
     ours, theirs = build_pair(attention, activation, head_activation, batch_norm)
     with torch.no_grad():
-        for mine, other, as_ours in pairs(ours, theirs):
+        for mine, other, as_ours in dien_weights(ours, theirs):
             mine.copy_(as_ours(other))
-    assert len(list(pairs(ours, theirs))) == len(ours.state_dict())
+    assert len(list(dien_weights(ours, theirs))) == len(ours.state_dict())
     layers = theirs.embedding_layer.embedding_layer.embedding_layers
     tables = {n: layers[n].weight.detach().clone().requires_grad_() for n in (*ITEM, *CONTEXT)}
 
@@ -183,7 +133,7 @@ def test_dien(
     labels = torch.randint(2, (ROWS,)).float()
     for logits in (got, want):
         F.binary_cross_entropy_with_logits(logits, labels).backward()
-    for mine, other, as_ours in pairs(ours, theirs):
+    for mine, other, as_ours in dien_weights(ours, theirs):
         if isinstance(mine, nn.Parameter):
             assert mine.grad is not None
             assert other.grad is not None

@@ -4,9 +4,11 @@ import logging
 from dataclasses import dataclass
 
 import torch
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.embeddings.bags_of_one import look_up_bags_of_one
 from torchrec_hilomoe.embeddings.frozen import load_frozen_tables
 from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
 from torchrec_hilomoe.models.train_task import TrainTask
@@ -54,6 +56,8 @@ def assemble(config: RunConfig, task: TrainTask, job: Job) -> Assembly:
     # Tables are drawn on each rank for itself, so ranks must not draw the same numbers.
     torch.manual_seed(config.seed * 100_003 + job.world.rank + 1)
     model = shard(task, planned.plan, job.device, sharders=sharders_of(train))
+    assert isinstance(task.model.sparse.unpooled, ShardedEmbeddingCollection)
+    look_up_bags_of_one(task.model.sparse.unpooled)
     if config.data.path is not None:
         load_frozen_tables(task.model.sparse, config.data.path)
     use_precision(task, train.precision, job.device)

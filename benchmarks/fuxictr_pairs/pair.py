@@ -1,0 +1,128 @@
+"""What every pair has, and the proof that its two models are one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, cast, ClassVar
+
+import torch
+from torch import nn, Tensor
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from benchmarks.driving import local_parts
+from benchmarks.fuxictr_pairs.size import CLIP, ITEM, Size
+from torchrec_hilomoe.config import InjectionConfig, RunConfig
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.models.train_task import TrainTask
+
+__all__ = ["Pair", "mlp_weights", "padded"]
+
+Weights = Iterator[tuple[Tensor, Tensor]]  # ours, and what it shall be
+
+
+class Pair(ABC):
+    """Ours and FuxiCTR's of one backbone.
+
+    Args:
+        size: Of both.
+
+    Attributes:
+        size: As given.
+        theirs: FuxiCTR's model, ready to train: dense Adam over all parameters, gradients clipped.
+        PADS_BEHIND: Whether theirs takes a history's events first and its padding last.
+    """
+
+    PADS_BEHIND: ClassVar[bool] = False
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.theirs = self.build()
+        self.theirs._max_gradient_norm, self.theirs._batch_index = CLIP, 0
+        self.theirs.train()
+
+    @abstractmethod
+    def config(self, hilomoe: InjectionConfig | None = None) -> RunConfig:
+        """Return ours of the same widths."""
+
+    @abstractmethod
+    def build(self) -> Any:
+        """Return theirs."""
+
+    @abstractmethod
+    def weights(self, backbone: nn.Module) -> Weights:
+        """Yield each tensor of ours outside the tables, with theirs in our form."""
+
+    def batch(self, batch: CTRBatch) -> Any:
+        """Return the same rows as their loader for long histories gives them.
+
+        They are padded to the longest, on the side that the model asks for, and the target is a
+        row's last item.
+        """
+        ids = {
+            name: torch.cat(
+                [
+                    padded(batch.unpooled, f"{name}_history", behind=self.PADS_BEHIND),
+                    batch.unpooled[name].values()[:, None],
+                ],
+                dim=1,
+            )
+            for name in ITEM
+        }
+        mask = (ids["item"][:, :-1] > 0).float()
+        return {"label": batch.labels}, {name: drawn.flatten() for name, drawn in ids.items()}, mask
+
+    @torch.no_grad()
+    def copy_weights(self, model: DistributedModelParallel) -> None:
+        """Copy theirs into ours, whose tables are whole on one rank each, or in rows of several."""
+        backbone = cast("TrainTask", model.module).model.backbone
+        for ours, theirs in self.weights(backbone):
+            ours.copy_(theirs)
+        for name, value in model.state_dict().items():
+            if isinstance(value, ShardedTensor):
+                whole = self._tables[name.split(".")[-2]].weight
+                for shard, part in zip(value.local_shards(), local_parts(value), strict=True):
+                    where = zip(shard.metadata.shard_offsets, part.shape, strict=True)
+                    part.copy_(whole[tuple(slice(at, at + length) for at, length in where)])
+
+    @torch.no_grad()
+    def check(self, model: DistributedModelParallel, batch: CTRBatch) -> None:
+        """Refuse to time another model: with the same weights, the logits are the same."""
+        model.eval()
+        self.theirs.eval()
+        _, output = model(batch)
+        want = torch.logit(self.theirs(self.batch(batch))["y_pred"][:, 0].double())
+        torch.testing.assert_close(output.logits.double(), want, rtol=1e-4, atol=1e-4)
+        model.train()
+        self.theirs.train()
+
+    @property
+    def _tables(self) -> Any:
+        layer = self.theirs.embedding_layer
+        return getattr(layer, "embedding_layer", layer).embedding_layers
+
+
+def mlp_weights(ours: nn.Module, theirs: Sequence[nn.Module]) -> Weights:
+    """Yield an MLP's tensors by layers; experts are not among theirs, and start at zero."""
+    mine = [*ours.get_submodule("hidden").children(), ours.get_submodule("output")]
+    for to, source in zip(_layers(mine), _layers(theirs), strict=True):
+        state = to.state_dict()
+        for name, tensor in source.state_dict().items():
+            yield state[name], tensor
+
+
+def padded(
+    ids: KeyedJaggedTensor, key: str, longest: int | None = None, *, behind: bool = False
+) -> Tensor:
+    """Return ``(B, longest)`` ids, padded in front or behind with 0, which is no id."""
+    lengths, values = ids[key].lengths(), ids[key].values()
+    longest = int(lengths.max()) if longest is None else longest
+    found = values.new_zeros(len(lengths), longest)
+    place = torch.arange(longest)
+    valid = place < lengths[:, None] if behind else place >= longest - lengths[:, None]
+    found[valid] = values
+    return found
+
+
+def _layers(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if list(module.state_dict())]
