@@ -16,6 +16,7 @@ from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import assembled
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.embeddings.bags_of_one import look_up_bags_of_one
+from torchrec_hilomoe.models.train_task import TrainTask
 
 ROWS, WIDTH = (7, 50), 8
 TABLES = (0, 0, 1)  # of three features, of which two share one
@@ -102,10 +103,13 @@ def test_twice_is_once_and_pooled_lookups_stay_as_they_are():
 
 
 def modes_of_a_job() -> set[str]:
-    lookups = assembled(RunConfig()).model.module.model.sparse.unpooled._lookups
+    task = assembled(RunConfig()).model.module
+    assert isinstance(task, TrainTask)
+    sharded = task.model.sparse.unpooled
+    assert isinstance(sharded, ShardedEmbeddingCollection)
     return {
         PoolingMode(module.pooling_mode).name
-        for lookup in lookups
+        for lookup in sharded._lookups
         for module in lookup.modules()
         if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
     }
