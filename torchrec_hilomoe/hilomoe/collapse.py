@@ -29,7 +29,7 @@ class CollapseWatch:
     said once. Sites that share a router are one.
 
     Args:
-        model: The model; its sites may change later.
+        model: The model, after injection: sites that join later are not watched.
         steps: Steps over which a layer must be collapsed to be called so.
         min_entropy: The least entropy of a sound load, as a share of the largest possible.
     """
@@ -42,7 +42,8 @@ class CollapseWatch:
                 f"CollapseWatch.min_entropy must lie between 0 and 1, got {min_entropy}: it is a "
                 "share of the entropy of a balanced load. Use 0.2."
             )
-        self._model, self._steps, self._min_entropy = model, steps, min_entropy
+        self._sites = sites_of(model)  # once: to walk all modules takes longer than to count
+        self._steps, self._min_entropy = steps, min_entropy
         self._counts: dict[str, Tensor] = {}
         self._seen = 0
         self._warned: set[tuple[str, int]] = set()
@@ -51,7 +52,7 @@ class CollapseWatch:
     def observe(self) -> list[str]:
         """Count the last training forward; return the warnings given now."""
         routers: set[nn.Module] = set()
-        for name, site in sites_of(self._model).items():
+        for name, site in self._sites.items():
             router = site if site.shared_router is None else site.shared_router
             if router in routers:
                 continue

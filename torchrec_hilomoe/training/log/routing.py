@@ -36,16 +36,16 @@ class RoutingLog:
     """Adds up the choices of all ranks; without auxiliary losses there are none to be seen.
 
     Args:
-        model: The model; its sites may change later.
+        model: The model, after injection.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        self._sites = sites_of(model)
         self._counts: dict[str, Tensor] = {}
 
     def observe(self) -> None:
         """Count the last training forward: one small addition a site."""
-        for name, site in sites_of(self._model).items():
+        for name, site in self._sites.items():
             record = site.routing_record
             if record is None:
                 continue
