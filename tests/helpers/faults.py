@@ -1,6 +1,5 @@
 """Runs in which something goes wrong on purpose, and what their ends are compared by."""
 
-import json
 import os
 import random
 import runpy
@@ -11,13 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tests.helpers.processes import RankFailed, ROOT, run_ranks
-from tests.helpers.runs import Ended, read_tensors, run_app_here
+from tests.helpers.runs import Ended, read_lines, read_tensors, run_app_here
 from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
 
 __all__ = ["FAST", "Kill", "assert_same_run", "fail_with", "run_with"]
 
@@ -99,7 +98,8 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     tensors = [read_tensors(Path(str(end))) for end in ends]
     assert tensors[0].keys() == tensors[1].keys()
     assert [n for n in tensors[0] if not torch.equal(tensors[0][n], tensors[1][n])] == []
-    assert _lines(ours) == _lines(theirs)
+    for name in (METRICS_FILE, ROUTING_FILE):
+        assert read_lines(ours / name) == read_lines(theirs / name)
 
 
 def _run_with(fault: Callable[[], None] | None, argv: list[str]) -> Ended:
@@ -117,11 +117,3 @@ def _fail_with(fault: Callable[[], None], argv: list[str]) -> None:
     fault()
     sys.argv = ["apps/train.py", *argv]
     runpy.run_path(str(ROOT / "apps" / "train.py"), run_name="__main__")
-
-
-def _lines(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        for of_the_machine in ("samples_per_second", "memory_gib"):
-            line.pop(of_the_machine, None)
-    return lines

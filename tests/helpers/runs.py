@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import runpy
 import signal
@@ -11,6 +12,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -33,6 +35,7 @@ __all__ = [
     "SMALL",
     "Ended",
     "load",
+    "read_lines",
     "read_tensors",
     "run_app",
     "run_app_here",
@@ -86,6 +89,15 @@ def train_and_signal(
 def load(folder: Path, *overrides: str, ranks: int) -> dict[str, Tensor]:
     """Load a checkpoint into the model and optimizers of a job; return what its ranks then hold."""
     return joined(run_ranks(_load, ranks, [*SMALL, *overrides], folder))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """What a run logged, but for what the machine did."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        for of_the_machine in ("samples_per_second", "memory_gib"):
+            line.pop(of_the_machine, None)
+    return lines
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from tests.helpers.processes import RankFailed, ROOT
-from tests.helpers.runs import load, read_tensors, SMALL, train, train_and_signal
+from tests.helpers.runs import load, read_lines, read_tensors, SMALL, train, train_and_signal
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint.audit import OF_A_RANK
+from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
@@ -35,6 +36,13 @@ def assert_same_end(out, other):
     assert ends[0] == ends[1]
 
 
+def assert_same_lines(out, other, *, after):
+    """What is logged later on, by windows that were open when the checkpoint was saved, too."""
+    for name in (METRICS_FILE, ROUTING_FILE):
+        ours, theirs = (read_lines(run / name) for run in (out, other))
+        assert theirs == [line for line in ours if line["step"] > after]
+
+
 # Inside the backbone's stage, at its end, at the end of an expert layer's, inside one, and late.
 @pytest.mark.parametrize("step", [3, 5, 7, 11, 16])
 def test_resumed_equals_uninterrupted(whole, step, tmp_path):
@@ -43,6 +51,7 @@ def test_resumed_equals_uninterrupted(whole, step, tmp_path):
     shutil.copytree(out / "checkpoints" / f"step_{step}", kept)
     train(tmp_path, ranks=ranks)
     assert_same_end(out, tmp_path)
+    assert_same_lines(out, tmp_path, after=step)
 
 
 def test_another_number_of_ranks_holds_the_same_tensors(whole):

@@ -127,7 +127,7 @@ class Trainer:
         state = training_state(self.model, self._learners)
         window = checkpoint.load(path, state, allow_missing=allow_missing)
         if window is not None:
-            self._steps.window.restore(window)
+            self._steps.restore(window)
         self.step, self.position = progress.step, progress.position
         self._learners.restored()
         if progress.schedule:
@@ -250,7 +250,7 @@ class Trainer:
         )
         with self._watchdog.paused():
             state = training_state(self.model, self._learners)
-            self._saver.save(state, progress, window=self._steps.window.rows())
+            self._saver.save(state, progress, window=self._steps.open_window())
         self._saved_step = self.step
 
     def _judge(self, metrics: Metrics) -> None:

@@ -14,11 +14,13 @@ from torchrec_hilomoe.training.checkpoint.index import Reader
 from torchrec_hilomoe.training.checkpoint.loading import check_schema, load, read_document
 from torchrec_hilomoe.training.checkpoint.marker import Best, Progress, read_progress
 from torchrec_hilomoe.training.checkpoint.saver import Saved, Saver
+from torchrec_hilomoe.training.checkpoint.state import OpenWindow
 from torchrec_hilomoe.training.checkpoint.storage import latest
 
 __all__ = [
     "Best",
     "CheckpointError",
+    "OpenWindow",
     "Progress",
     "Reader",
     "Saved",

@@ -8,10 +8,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from torchrec_hilomoe.training.checkpoint.errors import CheckpointError
 
-__all__ = ["OF_A_RANK", "Audit", "audit"]
+__all__ = ["CHOICES", "OF_A_RANK", "Audit", "audit"]
+
+CHOICES = "choices."
 
 # Tensors that belong to one rank, not to the model: a rank of another job may have none.
-OF_A_RANK = ("rng.", "rng_device.", "window.")
+OF_A_RANK = ("rng.", "rng_device.", "window.", CHOICES)
 SHOWN = 10
 
 

@@ -15,12 +15,12 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.runtime.paths import open_text
-from torchrec_hilomoe.training.checkpoint.audit import audit
+from torchrec_hilomoe.training.checkpoint.audit import audit, CHOICES
 from torchrec_hilomoe.training.checkpoint.errors import cause_of, CheckpointError
 from torchrec_hilomoe.training.checkpoint.index import Reader
 from torchrec_hilomoe.training.checkpoint.marker import read_marker
 from torchrec_hilomoe.training.checkpoint.saver import device_rng
-from torchrec_hilomoe.training.checkpoint.state import flatten, sizes_over_ranks
+from torchrec_hilomoe.training.checkpoint.state import flatten, OpenWindow, sizes_over_ranks
 from torchrec_hilomoe.training.checkpoint.storage import find_damage
 
 __all__ = ["check_schema", "load", "read_document"]
@@ -36,7 +36,7 @@ def load(
     *,
     allow_missing: Sequence[str] = (),
     restore_random: bool = True,
-) -> Tensor | None:
+) -> OpenWindow | None:
     """Fill ``state``'s tensors from a checkpoint, in place; a collective call.
 
     Args:
@@ -48,7 +48,7 @@ def load(
             for it.
 
     Returns:
-        Rows of the window of metrics that was open, this rank's share of them, if there were.
+        The window that was open, this rank's share of its rows, if there is one.
 
     Raises:
         CheckpointError: If it is damaged, or a tensor is missing on either side or has another
@@ -76,8 +76,7 @@ def load(
         torch.set_rng_state(own[f"rng.rank{rank}"])
         if f"rng_device.rank{rank}" in own and device_rng() is not None:
             torch.cuda.set_rng_state(own[f"rng_device.rank{rank}"])
-    windows = [tensor for name, tensor in own.items() if name.startswith("window.")]
-    return torch.cat(windows) if windows else None
+    return _window(own)
 
 
 def read_document(path: str | Path, name: str) -> str:
@@ -112,6 +111,16 @@ def check_schema(path: str | Path, schema: Schema) -> None:
         )
 
 
+def _window(own: Mapping[str, Tensor]) -> OpenWindow | None:
+    rows = [tensor for name, tensor in own.items() if name.startswith("window.")]
+    choices = {
+        name.removeprefix(CHOICES).rpartition(".rank")[0]: counts
+        for name, counts in own.items()
+        if name.startswith(CHOICES)
+    }
+    return OpenWindow(rows=torch.cat(rows), choices=choices) if rows else None
+
+
 def _of_this_rank(metadata: Metadata) -> dict[str, Tensor]:
     """Room for what belongs to a rank: its own random state, and its share of all windows."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -120,7 +129,7 @@ def _of_this_rank(metadata: Metadata) -> dict[str, Tensor]:
         kind, _, saved_by = name.rpartition(".rank")
         if not isinstance(entry, TensorStorageMetadata) or not saved_by.isdecimal():
             continue
-        if (kind in ("rng", "rng_device") and int(saved_by) == rank) or (
+        if (kind.startswith(("rng", CHOICES)) and int(saved_by) == rank) or (
             kind == "window" and int(saved_by) % size == rank
         ):
             room[name] = torch.empty(entry.size, dtype=entry.properties.dtype)

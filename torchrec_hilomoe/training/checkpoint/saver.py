@@ -14,9 +14,10 @@ from torch import distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
+from torchrec_hilomoe.training.checkpoint.audit import CHOICES
 from torchrec_hilomoe.training.checkpoint.errors import cause_of, CheckpointError
 from torchrec_hilomoe.training.checkpoint.marker import FileSum, Progress, write_marker
-from torchrec_hilomoe.training.checkpoint.state import flatten, Snapshot
+from torchrec_hilomoe.training.checkpoint.state import flatten, OpenWindow, Snapshot
 from torchrec_hilomoe.training.checkpoint.storage import Folder, write_documents, Writer
 
 __all__ = ["Saved", "Saver"]
@@ -91,14 +92,14 @@ class Saver:
         return self._folder.at(step)
 
     def save(
-        self, state: Mapping[str, Any], progress: Progress, *, window: Tensor | None = None
+        self, state: Mapping[str, Any], progress: Progress, *, window: OpenWindow | None = None
     ) -> None:
         """Write a checkpoint, or begin to; then remove the oldest.
 
         Args:
             state: Tensors, replicated or sharded, in nested mappings.
             progress: What belongs to them.
-            window: Rows of the window of metrics that is open, on this rank.
+            window: What the next line of the log is to know of the steps so far.
 
         Raises:
             CheckpointError: If it, or the one before, cannot be written, as on a full disk.
@@ -189,8 +190,11 @@ def device_rng() -> Tensor | None:
     return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
-def _of_this_rank(window: Tensor | None) -> dict[str, Tensor]:
+def _of_this_rank(window: OpenWindow | None) -> dict[str, Tensor]:
     """Everything random in this package draws from PyTorch's generators."""
-    found = {"rng": torch.get_rng_state(), "rng_device": device_rng(), "window": window}
+    found = {"rng": torch.get_rng_state(), "rng_device": device_rng()}
+    if window is not None:
+        choices = {f"{CHOICES}{site}": counts for site, counts in window.choices.items()}
+        found |= {"window": window.rows, **choices}
     rank = dist.get_rank()
     return {f"{name}.rank{rank}": it for name, it in found.items() if it is not None}

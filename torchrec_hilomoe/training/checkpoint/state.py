@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: by flat names, whole over ranks, copied to memory of the host."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,20 @@ from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
 
-__all__ = ["Snapshot", "flatten", "sizes_over_ranks"]
+__all__ = ["OpenWindow", "Snapshot", "flatten", "sizes_over_ranks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenWindow:
+    """What was trained since the last line of the log, for the next line to be complete.
+
+    Attributes:
+        rows: This rank's predictions.
+        choices: Of the routers, by site; of all ranks, and kept by the first one alone.
+    """
+
+    rows: Tensor
+    choices: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ Shape legend:
     L  active expert layers     E  experts
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,14 @@ class RoutingLog:
 
     Args:
         model: The model, after injection.
+
+    Attributes:
+        counts: The choices since the last flush, by site.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._sites = sites_of(model)
-        self._counts: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
 
     def observe(self) -> None:
         """Count the last training forward: one small addition a site."""
@@ -49,14 +52,18 @@ class RoutingLog:
             record = site.routing_record
             if record is None:
                 continue
-            counts_LE, before = record.counts_LE, self._counts.get(name)
+            counts_LE, before = record.counts_LE, self.counts.get(name)
             if before is not None and before.shape == counts_LE.shape:  # no layer has joined
-                counts_LE = counts_LE + before
-            self._counts[name] = counts_LE
+                counts_LE = counts_LE + before.to(counts_LE.device)
+            self.counts[name] = counts_LE
+
+    def restore(self, counts: Mapping[str, Tensor]) -> None:
+        """Go on from the :attr:`counts` of a run that was stopped."""
+        self.counts = {name: found for name, found in counts.items() if name in self._sites}
 
     def flush(self) -> Iterator[LayerLoad]:
         """Yield every layer's load since the last time, and start anew."""
-        counts, self._counts = self._counts, {}
+        counts, self.counts = self.counts, {}
         for name, counts_LE in counts.items():
             load_LE = counts_LE.double().cpu()
             load_LE = load_LE / load_LE.sum(dim=1, keepdim=True).clamp(min=1)

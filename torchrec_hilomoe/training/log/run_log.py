@@ -48,7 +48,7 @@ class RunLog:
         )
         self._total = total_steps
         self._start = start
-        self._curves = Curves(folder / "tensorboard", start) if enabled else None
+        self._curves = Curves(folder / "tensorboard", start + 1) if enabled else None
 
     def cut_back(self) -> None:
         """Drop lines of steps that are to be trained again, and of a test that is.

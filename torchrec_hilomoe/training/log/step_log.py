@@ -7,6 +7,7 @@ from torchrec_hilomoe.hilomoe.collapse import CollapseWatch
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
 from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
 from torchrec_hilomoe.runtime.memory import peak_memory_gib
+from torchrec_hilomoe.training.checkpoint import OpenWindow
 from torchrec_hilomoe.training.log.routing import RoutingLog
 from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.log.window import Window
@@ -43,6 +44,17 @@ class StepLog:
         if self._routing is not None:
             self._routing.observe()
         self._log.step(stage)
+
+    def open_window(self) -> OpenWindow:
+        """Return what the next line is to know of the steps so far."""
+        choices = {} if self._routing is None else self._routing.counts
+        return OpenWindow(rows=self.window.rows(), choices=choices)
+
+    def restore(self, found: OpenWindow) -> None:
+        """Go on with what :meth:`open_window` gave."""
+        self.window.restore(found.rows)
+        if self._routing is not None:
+            self._routing.restore(found.choices)
 
     def tell(self, step: int, stage: str, rate: float) -> None:
         """Write a line, unless one of this step was written; a collective call.

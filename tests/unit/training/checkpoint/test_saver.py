@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.checkpoints import progress, save, state, tensors
 from torchrec_hilomoe.training import checkpoint
-from torchrec_hilomoe.training.checkpoint import CheckpointError, Saver
+from torchrec_hilomoe.training.checkpoint import CheckpointError, OpenWindow, Saver
 from torchrec_hilomoe.training.checkpoint import saver as saver_module
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -33,11 +33,15 @@ def test_tensors_progress_and_documents_come_back(tmp_path):
 
 
 def test_an_open_window_comes_back(tmp_path):
-    rows = torch.arange(12).reshape(4, 3)
-    Saver(tmp_path).save(state(), progress(3), window=rows)
+    window = OpenWindow(
+        rows=torch.arange(12).reshape(4, 3), choices={"head.rank.0": torch.tensor([[3, 5]])}
+    )
+    Saver(tmp_path).save(state(), progress(3), window=window)
     found = checkpoint.load(tmp_path / "step_3", state())
     assert found is not None
-    assert torch.equal(found, rows)
+    assert torch.equal(found.rows, window.rows)
+    assert found.choices.keys() == window.choices.keys()
+    assert torch.equal(found.choices["head.rank.0"], window.choices["head.rank.0"])
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):

@@ -100,3 +100,19 @@ def test_curves_are_drawn_where_tensorboard_looks(log, tmp_path):
     assert "train/gauc" not in tags
     assert [event.step for event in events.Scalars("train/logloss")] == [10, 20]
     assert "stage/text_summary" in events.Tags()["tensors"]
+
+
+def test_curves_of_a_run_that_goes_on_have_each_step_once(log, tmp_path):
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator
+    fill(log, 10, 20, 30)
+    log.close()
+    again = RunLog(tmp_path, 100, 20, enabled=True)
+    again.close()  # as when it was refused: nothing before is lost
+    fill(again := RunLog(tmp_path, 100, 20, enabled=True), 25, 30)
+    again.close()
+    events = accumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for tag in ("train/logloss", "router/a/layer1/entropy"):
+        assert [event.step for event in events.Scalars(tag)] == [10, 20, 25, 30]
