@@ -5,7 +5,7 @@ long and short together, and a window's rows are the same with and without sorti
 
 Shape legend:
     N  rows of a window
-    K  keys of both jagged tensors, the unpooled ones first
+    G  kinds of lengths: one a row, then those of each of ``Layout.lists``
 """
 
 from collections import deque
@@ -13,46 +13,51 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from torchrec_hilomoe.data.decode import DecodedBlock, lengths_of_ids, Rows
-from torchrec_hilomoe.data.ragged import Cut
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.decode import DecodedBlock, Rows
+from torchrec_hilomoe.data.layout import Layout
+from torchrec_hilomoe.data.ragged import cut_alike, CutColumns, Ragged
 
 __all__ = ["SortedLane", "sort_rows"]
 
 
-def sort_rows(schema: Schema, parts: Sequence[Rows], *, descending: bool) -> DecodedBlock:
+def sort_rows(layout: Layout, parts: Sequence[Rows], *, descending: bool) -> DecodedBlock:
     """Join rows and sort them by their longest history; rows of equal length keep their order.
 
     Args:
-        schema: What the rows were decoded with.
+        layout: What the rows were decoded with.
         parts: At least one row in all.
         descending: Whether the longest come first.
 
     Returns:
         All rows; ``bad`` is empty, since bad rows are reported before.
     """
-    lengths_KN = np.concatenate([part.lengths for part in parts], axis=1)
-    histories = slice(len(schema.candidate), len(schema.unpooled_keys))
-    longest_N = lengths_KN[histories].max(axis=0, initial=0)
+    lengths_GN = np.concatenate([part.lengths for part in parts], axis=1)
+    longest_N = lengths_GN[1 : 1 + len(layout.schema.sequences)].max(axis=0, initial=0)
     order_N = np.argsort(-longest_N if descending else longest_N, kind="stable")
-    ids: list[np.ndarray] = []
-    offsets: list[np.ndarray | None] = []
-    columns = zip(*(part.ids for part in parts), strict=True)
-    for pieces, key in zip(columns, lengths_of_ids(schema), strict=True):
+    columns = [np.concatenate(pieces) for pieces in zip(*(p.lists for p in parts), strict=True)]
+    sorted_lists: list[CutColumns] = []
+    for lengths_N, lists in zip(lengths_GN[1:], layout.lists, strict=True):
         stored = np.zeros(len(order_N) + 1, dtype=np.int64)
-        np.cumsum(lengths_KN[key], out=stored[1:])
-        cut = Cut(
-            stored, order_N=order_N, bad_N=None, max_length=np.iinfo(np.int32).max, keep="last"
+        np.cumsum(lengths_N, out=stored[1:])
+        mine = [columns.pop(0) for _ in lists.columns]
+        sorted_lists.append(
+            cut_alike(
+                [Ragged(values=values, offsets=stored) for values in mine],
+                order_N=order_N,
+                bad_N=None,
+                max_length=lists.max_length,
+                keep=lists.keep,
+            )
         )
-        ids.append(cut.take(np.concatenate(pieces)))
-        offsets.append(cut.offsets)
     rows = Rows(
-        ids=ids,
-        lengths=lengths_KN.take(order_N, axis=1),
+        singles=np.concatenate([part.singles for part in parts], axis=1).take(order_N, axis=1),
+        lists=[values for lists in sorted_lists for values in lists.values],
+        lengths=lengths_GN.take(order_N, axis=1),
         dense=np.concatenate([part.dense for part in parts]).take(order_N, axis=0),
         floats=np.concatenate([part.floats for part in parts], axis=1).take(order_N, axis=1),
         integers=np.concatenate([part.integers for part in parts], axis=1).take(order_N, axis=1),
     )
+    offsets = [lists.offsets for lists in sorted_lists for _ in lists.values]
     return DecodedBlock(rows=rows, offsets=offsets, bad={})
 
 
@@ -60,7 +65,7 @@ class SortedLane:
     """The rows of one lane, sorted within windows, a batch's share at a time.
 
     Args:
-        schema: What the rows were decoded with.
+        layout: What the rows were decoded with.
         take_window: Returns the next window's rows, as they stand; none at the end.
         descending: Says of each window, counted from the first one taken, which end comes first.
         rows: How many are taken at a time.
@@ -69,14 +74,14 @@ class SortedLane:
 
     def __init__(
         self,
-        schema: Schema,
+        layout: Layout,
         take_window: Callable[[], list[Rows]],
         descending: Callable[[int], bool],
         *,
         rows: int,
         skip: int,
     ) -> None:
-        self._schema = schema
+        self._layout = layout
         self._take_window = take_window
         self._descending = descending
         self._rows = rows
@@ -90,7 +95,7 @@ class SortedLane:
             parts = self._take_window()
             if not parts:
                 return []
-            window = sort_rows(self._schema, parts, descending=self._descending(self._windows))
+            window = sort_rows(self._layout, parts, descending=self._descending(self._windows))
             stop = window.rows.lengths.shape[1]
             borders = [*range(min(self._skip, stop), stop, self._rows), stop]
             self._pieces.extend(window.pieces(borders))

@@ -1,14 +1,17 @@
-"""Rows of decoded blocks become a ``CTRBatch``: the only place that builds a KeyedJaggedTensor.
+"""Rows become a ``CTRBatch``: the only place that builds a ``KeyedJaggedTensor``.
 
 Rows of weight 0 end here. What counts nowhere must not be seen by what looks at a whole batch, such
 as batch norm or a router's balance, and those could not tell which rows it is.
 
 Shape legend:
     B  rows of the batch
+    S  keys of one id a row
+    G  kinds of lengths: one a row, then those of each of ``Layout.lists``
     K  keys of both jagged tensors, the unpooled ones first
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,21 +19,21 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_hilomoe.data.batch import CTRBatch, Position
-from torchrec_hilomoe.data.decode import lengths_of_ids, Rows
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.decode import Rows
+from torchrec_hilomoe.data.layout import Layout
 
 __all__ = ["collate"]
 
 
 def collate(
-    schema: Schema, parts: Sequence[Rows], *, mean_rows: float, position: Position
+    layout: Layout, parts: Sequence[Rows], *, mean_rows: float, position: Position
 ) -> CTRBatch:
     """Join the rows that count into a batch, in the order given.
 
     A schema without pooled features gets a ``pooled`` with no keys.
 
     Args:
-        schema: What the rows were decoded with.
+        layout: What the rows were decoded with.
         parts: One at least, which may be without rows.
         mean_rows: See :class:`~torchrec_hilomoe.data.batch.CTRBatch`.
         position: See :class:`~torchrec_hilomoe.data.batch.CTRBatch`.
@@ -38,50 +41,59 @@ def collate(
     Returns:
         The batch, on the CPU, in memory of its own.
     """
-    floats_2B = _joined([part.floats for part in parts], axis=1)
+    floats_2B = np.concatenate([part.floats for part in parts], axis=1)
     if not floats_2B[1].all():
-        parts = [_counted(schema, part) for part in parts]
-        floats_2B = _joined([part.floats for part in parts], axis=1)
-    lengths_KB = np.concatenate([part.lengths for part in parts], axis=1)
-    # All ids of the batch, key by key, are copied at once into one buffer.
-    columns = list(zip(*(part.ids for part in parts), strict=True))
-    ids = torch.from_numpy(
-        np.concatenate([piece for column in columns for piece in column], dtype=np.int64)
-    )
-    sizes = [sum(map(len, column)) for column in columns]
-    unpooled, keys = len(schema.unpooled_keys), len(lengths_KB)
+        parts = [_counted(layout, part) for part in parts]
+        floats_2B = np.concatenate([part.floats for part in parts], axis=1)
+    lengths_GB = np.concatenate([part.lengths for part in parts], axis=1)
+    longest_B = lengths_GB[1 : 1 + len(layout.schema.sequences)].max(axis=0, initial=0)
+    pieces = _pieces(layout, parts)
+    # All ids of the batch are copied at once into one buffer.
+    ids = torch.from_numpy(np.concatenate([*chain.from_iterable(pieces)], dtype=np.int64))
+    sizes = [sum(map(len, of_place)) for of_place in pieces]
+    lengths_KB = lengths_GB.take(layout.place_lengths, axis=0)
+    integers_2B = np.concatenate([part.integers for part in parts], axis=1)
+    unpooled = len(layout.unpooled_keys)
+    keys = unpooled + len(layout.pooled_keys)
     border, end = sum(sizes[:unpooled]), sum(sizes[:keys])
-    integers_2B = _joined([part.integers for part in parts], axis=1)
-    longest_B = lengths_KB[len(schema.candidate) : unpooled].max(axis=0, initial=0)
     return CTRBatch(
         pooled=_jagged(
-            schema.pooled_keys, ids[border:end], lengths_KB[unpooled:], sizes[unpooled:keys]
+            layout.pooled_keys, ids[border:end], lengths_KB[unpooled:keys], sizes[unpooled:keys]
         ),
         unpooled=_jagged(
-            schema.unpooled_keys, ids[:border], lengths_KB[:unpooled], sizes[:unpooled]
+            layout.unpooled_keys, ids[:border], lengths_KB[:unpooled], sizes[:unpooled]
         ),
-        dense=_joined([part.dense for part in parts], axis=0),
-        labels=floats_2B[0],
-        weights=floats_2B[1],
-        groups=integers_2B[0],
+        dense=torch.from_numpy(np.concatenate([part.dense for part in parts])),
+        labels=torch.from_numpy(floats_2B[0]),
+        weights=torch.from_numpy(floats_2B[1]),
+        groups=torch.from_numpy(integers_2B[0]),
         longest=int(longest_B.max(initial=1)),
         mean_rows=mean_rows,
         position=position,
         steps=int(longest_B.sum()),
-        time=integers_2B[1] if schema.time is not None else None,
+        time=torch.from_numpy(integers_2B[1]) if layout.schema.time is not None else None,
         times=ids[end:].split(sizes[keys:]) if sizes[keys:] else (),
     )
 
 
-def _counted(schema: Schema, rows: Rows) -> Rows:
+def _pieces(layout: Layout, parts: Sequence[Rows]) -> list[Sequence[np.ndarray]]:
+    """Return the ids of each place, part by part."""
+    singles_SB = np.concatenate([part.singles for part in parts], axis=1)
+    columns = [(of_key,) for of_key in singles_SB]
+    columns += zip(*(part.lists for part in parts), strict=True)
+    return [columns[place] for place in layout.places]
+
+
+def _counted(layout: Layout, rows: Rows) -> Rows:
     """Leave out rows of weight 0."""
     counts_N = rows.floats[1] > 0
     if counts_N.all():
         return rows
     return Rows(
-        ids=[
-            array[np.repeat(counts_N, rows.lengths[key])]
-            for array, key in zip(rows.ids, lengths_of_ids(schema), strict=True)
+        singles=rows.singles[:, counts_N],
+        lists=[
+            array[np.repeat(counts_N, rows.lengths[n])]
+            for array, n in zip(rows.lists, layout.list_lengths, strict=True)
         ],
         lengths=rows.lengths[:, counts_N],
         dense=rows.dense[counts_N],
@@ -103,7 +115,3 @@ def _jagged(
         # Known here for nothing; asking the tensor later would wait for the device.
         length_per_key=per_key,
     )
-
-
-def _joined(pieces: Sequence[np.ndarray], axis: int) -> Tensor:
-    return torch.from_numpy(np.concatenate(pieces, axis=axis))

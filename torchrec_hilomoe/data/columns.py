@@ -9,6 +9,7 @@ Shape legend:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +58,7 @@ class Faults:
 
 def single_ids(table: pa.Table, name: str, table_rows: int, faults: Faults) -> np.ndarray:
     """Return a column of one id a row; nulls and ids outside the table are bad."""
-    array = table.column(name).combine_chunks()
+    array = _whole(table, name)
     values_N = _integers(_without_nulls(array, faults, lambda row: f"{name} is null"))
     if _any_outside(values_N, table_rows):
         wrong_N = (values_N < 0) | (values_N >= table_rows)
@@ -82,7 +83,7 @@ def many_ids(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Rag
 
 def many_integers(table: pa.Table, name: str, faults: Faults) -> Ragged:
     """Return a column of many integers a row; nulls are bad."""
-    array = table.column(name).combine_chunks()
+    array = _whole(table, name)
     offsets = array.offsets.to_numpy()
     flat = array.values
     if len(flat) != offsets[-1] or offsets[0]:
@@ -99,7 +100,7 @@ def many_integers(table: pa.Table, name: str, faults: Faults) -> Ragged:
 
 def flat_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
     """Return a column of numbers; nulls become 0 and are bad."""
-    array = table.column(name).combine_chunks()
+    array = _whole(table, name)
     array = _without_nulls(array, faults, lambda row: f"{name} is null")
     return array.to_numpy(zero_copy_only=False)
 
@@ -150,6 +151,12 @@ def check_parallel(group: SequenceGroup, columns: Mapping[str, Ragged], faults: 
         return f"the fields of sequence group {group.name!r} have unequal lengths ({lengths})"
 
     faults.add(unequal_N, describe)
+
+
+def _whole(table: pa.Table, name: str) -> Any:
+    column = table.column(name)
+    # Even of a single chunk, combine_chunks() makes a copy.
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _without_nulls(array: pa.Array, faults: Faults, describe: Callable[[int], str]) -> pa.Array:

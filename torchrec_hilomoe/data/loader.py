@@ -19,6 +19,7 @@ from torchrec_hilomoe.data.collate import collate
 from torchrec_hilomoe.data.decode import decode_block, DecodedBlock, no_rows, Rows
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.lanes import choose_lanes, Epoch, Segment
+from torchrec_hilomoe.data.layout import Layout
 from torchrec_hilomoe.data.prefetch import map_ahead, prefetch
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.runtime.world import World
@@ -94,6 +95,7 @@ class Loader:
         self.world = world or World()
         self.lanes = choose_lanes(batch_size, self.world.size, start.lanes if start else None)
         self._source = source
+        self._layout = Layout(source.schema)
         share = self.lanes // self.world.size
         self._lanes = range(self.world.rank * share, (self.world.rank + 1) * share)
         self._rows_per_lane = batch_size // self.lanes
@@ -153,7 +155,7 @@ class Loader:
     def _decode(self, needed: tuple[Epoch, int]) -> DecodedBlock:
         epoch, block = needed
         table = self._source.read(epoch.number, block)
-        return decode_block(table, self._source.schema, epoch.row_order(block, table.num_rows))
+        return decode_block(table, self._layout, epoch.row_order(block, table.num_rows))
 
     def _batches(self) -> Generator[CTRBatch, None, None]:
         # Lanes may come to a next block all at once.
@@ -168,15 +170,14 @@ class Loader:
         self, epoch: Epoch, lane_rows: int, decoded: Iterator[DecodedBlock]
     ) -> Iterator[CTRBatch]:
         lanes = self._open_lanes(epoch, lane_rows, decoded)
-        schema = self._source.schema
         while lane_rows < epoch.longest_lane:
             rows = epoch.batch_rows(lane_rows, self._rows_per_lane)
             parts = [part for lane in lanes for part in lane.take()]
             lane_rows += self._rows_per_lane
             over = lane_rows >= epoch.longest_lane
             batch = collate(
-                schema,
-                parts or [no_rows(schema)],
+                self._layout,
+                parts or [no_rows(self._layout)],
                 mean_rows=rows / self.world.size,
                 position=Position(
                     epoch=epoch.number + 1 if over else epoch.number,
@@ -200,7 +201,7 @@ class Loader:
         first = begin // self._window_rows
         return [
             SortedLane(
-                self._source.schema,
+                self._layout,
                 lane.take,
                 lambda window: epoch.descending(first + window),
                 rows=self._rows_per_lane,

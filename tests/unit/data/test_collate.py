@@ -13,6 +13,7 @@ from tests.helpers.datasets import replace_column, SCHEMA, toy_table, without
 from torchrec_hilomoe.data.batch import Position
 from torchrec_hilomoe.data.collate import collate
 from torchrec_hilomoe.data.decode import decode_block, no_rows
+from torchrec_hilomoe.data.layout import Layout
 
 POSITION = Position(epoch=0, lane_rows=0, lanes=1)
 TYPES = toy_table(1).schema
@@ -119,12 +120,14 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
     table = pa.concat_tables([pa.Table.from_pylist(part, schema=TYPES) for part in parts])
     order = data.draw(st.permutations(range(len(stored))))
     in_order = data.draw(st.booleans())
-    block = decode_block(table, SCHEMA, None if in_order else np.array(order))
+    block = decode_block(table, Layout(SCHEMA), None if in_order else np.array(order))
     ordered = stored if in_order else [stored[n] for n in order]
     assert sorted(block.bad) == [n for n, row in enumerate(ordered) if not is_good(row)]
 
     cut = data.draw(st.integers(0, len(stored)))
-    batch = collate(SCHEMA, block.pieces([0, cut, len(stored)]), mean_rows=3.5, position=POSITION)
+    batch = collate(
+        Layout(SCHEMA), block.pieces([0, cut, len(stored)]), mean_rows=3.5, position=POSITION
+    )
     expected = [expected_row(row) for row in ordered if is_good(row)]
     assert actual_rows(batch) == expected
     assert batch.pooled.stride() == batch.unpooled.stride() == max(1, len(expected))
@@ -136,8 +139,8 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
 
 
 def collated(table, schema=SCHEMA):
-    block = decode_block(table, schema, None)
-    return collate(schema, [block.rows], mean_rows=1.0, position=POSITION)
+    block = decode_block(table, Layout(schema), None)
+    return collate(Layout(schema), [block.rows], mean_rows=1.0, position=POSITION)
 
 
 def test_dtypes_are_what_torchrec_wants():
@@ -179,7 +182,9 @@ def test_schemas_without_a_kind_of_feature(missing):
     ],
 )
 def test_tells_what_is_wrong_with_a_row(column, values, fault):
-    block = decode_block(replace_column(toy_table(3), column, values), SCHEMA, np.array([2, 1, 0]))
+    block = decode_block(
+        replace_column(toy_table(3), column, values), Layout(SCHEMA), np.array([2, 1, 0])
+    )
     assert list(block.bad) == [1]
     assert block.bad[1].startswith(f"row 1: {fault}")
 
@@ -188,7 +193,7 @@ def test_tells_which_sequence_group_is_unequal():
     table = replace_column(toy_table(2), "clicks_item", [[1, 2], [3]])
     table = replace_column(table, "clicks_kind", [[1, 2], []])
     table = replace_column(table, "label", [1, 3])
-    assert decode_block(table, SCHEMA, None).bad == {
+    assert decode_block(table, Layout(SCHEMA), None).bad == {
         1: "row 1: the fields of sequence group 'clicks' have unequal lengths "
         "(clicks_item 1, clicks_kind 0); label is 3, not 0 or 1"
     }
@@ -212,17 +217,17 @@ def test_reads_large_lists_and_slices_of_tables():
 @pytest.mark.parametrize("order", [None, np.arange(4)], ids=["stored", "shuffled"])
 def test_a_batch_does_not_share_memory_with_its_block(order):
     table = toy_table(4)
-    part = decode_block(table, SCHEMA, order).rows
-    batch = collate(SCHEMA, [part], mean_rows=1.0, position=POSITION)
+    part = decode_block(table, Layout(SCHEMA), order).rows
+    batch = collate(Layout(SCHEMA), [part], mean_rows=1.0, position=POSITION)
     batch.unpooled.values().zero_()
     batch.dense.zero_()
-    again = collate(SCHEMA, [part], mean_rows=1.0, position=POSITION)
+    again = collate(Layout(SCHEMA), [part], mean_rows=1.0, position=POSITION)
     assert actual_rows(again) == actual_rows(collated(table))
 
 
 def test_a_batch_may_be_without_rows():
     whole = collated(toy_table(2))
-    nothing = collate(SCHEMA, [no_rows(SCHEMA)], mean_rows=1.0, position=POSITION)
+    nothing = collate(Layout(SCHEMA), [no_rows(Layout(SCHEMA))], mean_rows=1.0, position=POSITION)
     all_bad = collated(replace_column(toy_table(2), "label", [7, 8]))
     for batch in (nothing, all_bad):
         assert actual_rows(batch) == []
