@@ -12,8 +12,9 @@ from torchrec_hilomoe.data.loader import choose_lanes, Loader
 from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSource
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.data.source import BlockSource
-from torchrec_hilomoe.data.synthetic import best_auc, SyntheticSource
+from torchrec_hilomoe.data.synthetic import SyntheticSource
 from torchrec_hilomoe.runtime.world import World
+from torchrec_hilomoe.training.metrics.best_auc import best_auc
 from torchrec_hilomoe.training.pipelines.pipeline import PipelineOptions
 from torchrec_hilomoe.training.stages import StageSchedule
 

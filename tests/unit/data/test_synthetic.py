@@ -9,8 +9,9 @@ from sklearn.metrics import roc_auc_score
 
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import ParquetSource
-from torchrec_hilomoe.data.synthetic import best_auc, SyntheticSource, WORLDS, write_synthetic
+from torchrec_hilomoe.data.synthetic import SyntheticSource, WORLDS, write_synthetic
 from torchrec_hilomoe.data.synthetic.source import PROBABILITY
+from torchrec_hilomoe.training.metrics.best_auc import best_auc
 
 ROWS = 3 * 4096 + 17
 

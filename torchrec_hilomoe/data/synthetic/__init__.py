@@ -5,8 +5,8 @@
 numbered blocks of rows, and ``write`` stores them as a prepared folder for those who ask.
 """
 
-from torchrec_hilomoe.data.synthetic.source import best_auc, SyntheticSource
+from torchrec_hilomoe.data.synthetic.source import SyntheticSource
 from torchrec_hilomoe.data.synthetic.worlds import WorldName, WORLDS
 from torchrec_hilomoe.data.synthetic.write import write_synthetic
 
-__all__ = ["WORLDS", "SyntheticSource", "WorldName", "best_auc", "write_synthetic"]
+__all__ = ["WORLDS", "SyntheticSource", "WorldName", "write_synthetic"]

@@ -22,9 +22,8 @@ from torchrec_hilomoe.data.synthetic.population import (
 )
 from torchrec_hilomoe.data.synthetic.sessions import DENSE, MAX_HISTORY, Sessions
 from torchrec_hilomoe.data.synthetic.worlds import World, WorldName, WORLDS
-from torchrec_hilomoe.training.metrics import auc
 
-__all__ = ["PROBABILITY", "SPLITS", "SyntheticSource", "best_auc"]
+__all__ = ["PROBABILITY", "SPLITS", "SyntheticSource"]
 
 SPLITS = ("train", "valid", "test")
 BLOCK_ROWS = 4096
@@ -108,19 +107,6 @@ class SyntheticSource(BlockSource):
                 PROBABILITY: probability_B,
             }
         )
-
-
-def best_auc(source: SyntheticSource) -> float:
-    """AUC of the true probabilities on epoch 0 of ``source``: no model can expect more.
-
-    Reads the whole epoch, and keeps two numbers a row.
-    """
-    tables = [
-        source.read(epoch=0, block=block).select([PROBABILITY, source.schema.label])
-        for block in range(len(source.block_rows))
-    ]
-    table = pa.concat_tables(tables)
-    return auc(table[PROBABILITY].to_numpy(), table[source.schema.label].to_numpy())
 
 
 def _schema_of(world: str) -> Schema:

@@ -2,7 +2,7 @@
 
 definitions.py  what is computed, of arrays     predictions.py  collected while a model runs
 pairs.py        AUCs as counts of pairs         runs.py         rows, sorted, on disk if many
-over_ranks.py   a sort shared out over ranks
+over_ranks.py   a sort shared out over ranks      best_auc.py  of known probabilities
 """
 
 from torchrec_hilomoe.training.metrics.definitions import (
