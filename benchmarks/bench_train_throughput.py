@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import append
-from benchmarks.launching import exit_code, per_rank_threads, run_on_ranks
+from benchmarks.launching import exit_code, per_rank_threads, run_on_ranks, without_ranks
 from benchmarks.throughput.cases import Base, cases_of, parse_sweeps, SWEEPS
 from benchmarks.throughput.scaling import scaling_table
 from benchmarks.throughput.session import Effort, measure_case, say
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     quick = args.quick
     sweeps = parse_sweeps(args.sweep or (QUICK if quick else FULL))
     if args.ranks is not None:
-        own = _without_ranks(argv)
+        own = without_ranks(argv)
         begin = args.out.stat().st_size if args.out.exists() else 0
         run_on_ranks(MODULE, args.ranks, own)
         print(scaling_table(args.out, begin))
@@ -108,17 +108,6 @@ def main(argv: Sequence[str]) -> None:
             if job.is_main:
                 append(args.out, [line])
                 print(say(line), flush=True)
-
-
-def _without_ranks(argv: Sequence[str]) -> list[str]:
-    """The arguments for one of the numbers of ranks."""
-    kept: list[str] = []
-    skipping = False
-    for word in argv:
-        skipping = word == "--ranks" or (skipping and word.isdigit())
-        if not skipping:
-            kept.append(word)
-    return kept
 
 
 if __name__ == "__main__":

@@ -23,7 +23,16 @@ from torchrec_hilomoe.training.stages import Stage, StageSpan
 from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
-__all__ = ["ALL", "Driven", "assembled", "check_same_state", "copy_state", "local_parts"]
+__all__ = [
+    "ALL",
+    "LONG",
+    "Driven",
+    "assembled",
+    "check_same_state",
+    "copy_state",
+    "fill_table",
+    "local_parts",
+]
 
 ALL = Stage(name="all")
 LONG = 10**6  # steps of the stage, for rates that do not change
@@ -98,6 +107,14 @@ def check_same_state(one: Assembly, other: Assembly, *, bitwise: bool) -> None:
         for mine, its in zip(local_parts(tensor), local_parts(twin[name]), strict=True):
             same = torch.equal(mine, its) if bitwise else _close(mine, its)
             assert same, f"two ways to train came to another {name}"
+
+
+@torch.no_grad()
+def fill_table(table: ShardedTensor, whole: Tensor) -> None:
+    """Copy a whole table into what this rank holds of it, in whatever pieces."""
+    for shard, part in zip(table.local_shards(), local_parts(table), strict=True):
+        where = zip(shard.metadata.shard_offsets, part.shape, strict=True)
+        part.copy_(whole[tuple(slice(at, at + length) for at, length in where)])
 
 
 def local_parts(tensor: Tensor | ShardedTensor) -> list[Tensor]:

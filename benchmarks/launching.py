@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from torchrec_hilomoe.runtime.console import set_up_console
 from torchrec_hilomoe.runtime.distributed import PeerLostError
 
-__all__ = ["exit_code", "per_rank_threads", "run_on_ranks"]
+__all__ = ["exit_code", "per_rank_threads", "run_on_ranks", "without_ranks"]
 
 INTERRUPTED = 130  # as a shell says it of SIGINT
 
@@ -70,6 +70,17 @@ def run_on_ranks(module: str, ranks: Sequence[int], argv: Sequence[str]) -> None
                 raise
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def without_ranks(argv: Sequence[str]) -> list[str]:
+    """Return the arguments for one of the numbers of ranks that ``--ranks`` named."""
+    kept: list[str] = []
+    skipping = False
+    for word in argv:
+        skipping = word == "--ranks" or (skipping and word.isdigit())
+        if not skipping:
+            kept.append(word)
+    return kept
 
 
 def per_rank_threads(asked: int | None) -> int:

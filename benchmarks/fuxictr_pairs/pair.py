@@ -10,7 +10,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.driving import local_parts
+from benchmarks.driving import fill_table
 from benchmarks.fuxictr_pairs.size import CLIP, ITEM, Size
 from torchrec_hilomoe.config import InjectionConfig, RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
@@ -80,10 +80,7 @@ class Pair(ABC):
             ours.copy_(theirs)
         for name, value in model.state_dict().items():
             if isinstance(value, ShardedTensor):
-                whole = self._tables[name.split(".")[-2]].weight
-                for shard, part in zip(value.local_shards(), local_parts(value), strict=True):
-                    where = zip(shard.metadata.shard_offsets, part.shape, strict=True)
-                    part.copy_(whole[tuple(slice(at, at + length) for at, length in where)])
+                fill_table(value, self._tables[name.split(".")[-2]].weight)
 
     @torch.no_grad()
     def check(self, model: DistributedModelParallel, batch: CTRBatch) -> None:
@@ -118,7 +115,7 @@ def padded(
     lengths, values = ids[key].lengths(), ids[key].values()
     longest = int(lengths.max()) if longest is None else longest
     found = values.new_zeros(len(lengths), longest)
-    place = torch.arange(longest)
+    place = torch.arange(longest, device=values.device)
     valid = place < lengths[:, None] if behind else place >= longest - lengths[:, None]
     found[valid] = values
     return found

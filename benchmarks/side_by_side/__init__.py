@@ -1,0 +1,1 @@
+"""Ours beside others' training, of the same model, on the same batches."""
