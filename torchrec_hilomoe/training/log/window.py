@@ -28,7 +28,7 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self._kept: deque[Tensor] = deque()
+        self._kept: deque[Tensor | TaskOutput] = deque()
         self._kept_rows = 0
         self._losses: list[tuple[int, TaskOutput]] = []
         self._rows = self._all_rows = 0.0
@@ -37,7 +37,7 @@ class Window:
     def add(self, step: int, output: TaskOutput, seconds: float) -> None:
         """Take a step's output, and how long it took."""
         self._losses.append((step, output))
-        self.restore(pack_rows(output.logits, output.labels, output.groups, output.weights))
+        self._keep(output)  # as it is: it is packed when somebody asks, which is not at every step
         self._rows += output.mean_rows * dist.get_world_size()
         self._seconds += seconds
 
@@ -47,10 +47,7 @@ class Window:
 
     def restore(self, rows: Tensor) -> None:
         """Go on with what :meth:`rows` gave, on this rank or another."""
-        self._kept.append(rows)
-        self._kept_rows += len(rows)
-        while self._kept_rows - len(self._kept[0]) >= METRIC_ROWS:
-            self._kept_rows -= len(self._kept.popleft())
+        self._keep(rows)
 
     def speed(self, *, since_start: bool) -> float:
         """Return rows of all ranks per second of training steps."""
@@ -92,10 +89,16 @@ class Window:
         self._rows, self._seconds = 0.0, 0.0
         return metrics
 
+    def _keep(self, rows: Tensor | TaskOutput) -> None:
+        self._kept.append(rows)
+        self._kept_rows += _count(rows)
+        while self._kept_rows - _count(self._kept[0]) >= METRIC_ROWS:
+            self._kept_rows -= _count(self._kept.popleft())
+
     def _predictions(self) -> Predictions:
         predictions = Predictions()
         for rows in self._kept:
-            predictions.restore(rows)
+            predictions.restore(rows if isinstance(rows, Tensor) else _pack(rows))
         return predictions
 
     def _non_finite(self) -> str | None:
@@ -109,3 +112,11 @@ class Window:
             f"the loss is {float(output.loss)} at step {step} on rank {dist.get_rank()}, in the "
             f"batch that ends at {output.position}"
         )
+
+
+def _count(rows: Tensor | TaskOutput) -> int:
+    return len(rows if isinstance(rows, Tensor) else rows.labels)
+
+
+def _pack(output: TaskOutput) -> Tensor:
+    return pack_rows(output.logits, output.labels, output.groups, output.weights)
