@@ -6,6 +6,7 @@ say what it is of, and ``progress.json``, which is written last and makes it who
     marker.py   where a run stood, and the sums of the files      storage.py  folders and files
     saver.py    writing, in the background                        state.py    the tensors, copied
     loading.py  reading    audit.py  does it fit?                 index.py    DCP's index, safely
+    recut.py    tables cut into other columns
 """
 
 from torchrec_hilomoe.training.checkpoint.audit import audit

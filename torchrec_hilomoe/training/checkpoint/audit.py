@@ -1,6 +1,6 @@
 """Whether a checkpoint holds exactly the tensors that a model and its optimizers want."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -36,6 +36,8 @@ def audit(
     metadata: Metadata,
     wanted: Mapping[str, tuple[int, ...]],
     allow_missing: Sequence[str] = (),
+    *,
+    recut: Container[str] = (),
 ) -> Audit:
     """Refuse a checkpoint that does not hold the wanted tensors, optimizer state included.
 
@@ -44,6 +46,7 @@ def audit(
         metadata: The checkpoint's index.
         wanted: Name to size of every tensor that the ranks hold together.
         allow_missing: Patterns of names that may differ.
+        recut: Names whose other size is no difference.
 
     Raises:
         CheckpointError: Listing what is missing, unexpected or of another size.
@@ -61,7 +64,7 @@ def audit(
     reshaped = {
         key: f"{saved[key]} in the checkpoint, {wanted[key]} in the model"
         for key in saved.keys() & wanted.keys()
-        if saved[key] != wanted[key]
+        if saved[key] != wanted[key] and key not in recut
     }
     problems = [f"{key}: is not a tensor in the checkpoint" for key in objects]
     problems += [

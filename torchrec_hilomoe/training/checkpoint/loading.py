@@ -19,6 +19,7 @@ from torchrec_hilomoe.training.checkpoint.audit import audit, CHOICES
 from torchrec_hilomoe.training.checkpoint.errors import cause_of, CheckpointError
 from torchrec_hilomoe.training.checkpoint.index import Reader
 from torchrec_hilomoe.training.checkpoint.marker import read_marker
+from torchrec_hilomoe.training.checkpoint.recut import find_recuts, load_recut
 from torchrec_hilomoe.training.checkpoint.saver import device_rng
 from torchrec_hilomoe.training.checkpoint.state import flatten, OpenWindow, sizes_over_ranks
 from torchrec_hilomoe.training.checkpoint.storage import find_damage
@@ -59,10 +60,15 @@ def load(
     flat = flatten(state)
     try:
         metadata = reader.read_metadata()
-        checked = audit(str(path), metadata, sizes_over_ranks(flat), allow_missing)
-        whole = {name: value for name, value in flat.items() if name not in checked.fresh}
+        sizes = sizes_over_ranks(flat)
+        recuts = {recut.name: recut for recut in find_recuts(metadata, flat, sizes)}
+        checked = audit(str(path), metadata, sizes, allow_missing, recut=recuts)
+        apart = checked.fresh | recuts.keys()
+        whole = {name: value for name, value in flat.items() if name not in apart}
         own = _of_this_rank(metadata)
         dcp.load({**whole, **own}, storage_reader=reader)
+        for name, recut in recuts.items():
+            load_recut(recut, flat.get(name), reader)
     except (OSError, pickle.UnpicklingError, dcp.CheckpointException) as error:
         raise CheckpointError(
             f"checkpoint {path} is incomplete or damaged: {cause_of(error)}. Give an older one "
@@ -71,6 +77,8 @@ def load(
     if checked.fresh or checked.ignored:
         names = ", ".join(sorted(checked.fresh | checked.ignored))
         logger.info("allowed to differ from %s, and left as they are: %s", path, names)
+    if recuts:
+        logger.info("tables are cut into other columns than in %s: %s", path, ", ".join(recuts))
     rank = dist.get_rank()
     if restore_random and f"rng.rank{rank}" in own:
         torch.set_rng_state(own[f"rng.rank{rank}"])
