@@ -10,6 +10,7 @@ import pytest
 
 from tests.helpers.datasets import toy_table, write_folder
 from tests.helpers.faults import run_with
+from tests.helpers.runs import read_lines
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import storage
 
@@ -50,11 +51,19 @@ def test_a_full_disk_of_one_rank_ends_all_and_the_run_goes_on_later(tmp_path, as
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of two megabytes, where this process may mount one."""
+def small_disk(request, tmp_path):
+    """A file system of two megabytes, or as asked, where this process may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mount = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        f"size={getattr(request, 'param', '2m')}",
+        "tmpfs",
+        str(disk),
+    ]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("may not mount a file system here")
     yield disk
@@ -68,6 +77,23 @@ def test_a_disk_that_is_full_in_earnest(tmp_path, small_disk):
     newest = checkpoint.latest(small_disk / "checkpoints")
     assert newest is not None
     assert not list((tmp_path / "out").rglob("summary.json"))
+
+
+@pytest.mark.parametrize("small_disk", ["24k", "40k"], indirect=True)
+def test_a_disk_that_is_full_of_the_log(tmp_path, small_disk):
+    """Whatever file notices it: curves, whose thread shows its own trace before, or the summary."""
+    kept = f"--checkpoint.folder={tmp_path}/checkpoints"
+    flags = [f"--out_dir={small_disk}/out", kept, "--train.log_every=1"]
+    (ended,) = run_with(None, flags, ranks=1)
+    assert ended.code == 2, ended.shown
+    last = ended.shown.splitlines()[-1]
+    assert re.match(r"error: .* cannot be written: No space left.*make room and run again", last)
+    subprocess.run(["mount", "-o", "remount,size=2m", str(small_disk)], check=True)
+    (again,) = run_with(None, flags, ranks=1)
+    assert again.code == 0, again.shown
+    lines = read_lines(small_disk / "out" / "metrics.jsonl")
+    steps = [line["step"] for line in lines if line["split"] == "train"]
+    assert steps == list(range(1, 9))
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut"])

@@ -18,6 +18,7 @@ from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
 from torchrec_hilomoe.runtime.console import counted
 from torchrec_hilomoe.runtime.distributed import broadcast_text, Job
+from torchrec_hilomoe.runtime.full_disk import full_disk_told
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 
 
+@full_disk_told()
 def run_training(parsed: ParsedRun, job: Job) -> None:
     """Train, evaluate and report; a collective call.
 
