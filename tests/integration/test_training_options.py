@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from tests.helpers.faults import assert_same_run, run_with
 from tests.helpers.runs import run_app
 
 TOGETHER = (
@@ -68,6 +69,15 @@ def test_a_plain_model_gets_experts(tmp_path):
     shown, _ = run(tmp_path / "warm", f"--init_from={path}", "--train.max_steps=20")
     assert "started from" not in shown
     assert "resumed" in shown
+
+
+def test_debugging_trains_to_the_same_bits(tmp_path):
+    """Without a pipeline, on two ranks, over validations and stages."""
+    for name, flag in {"piped": "false", "plain": "true"}.items():
+        flags = [f"--out_dir={tmp_path / name}", f"--train.debug={flag}"]
+        ended = run_with(None, [*flags, "--train.evaluate_every=3"], ranks=2)
+        assert ended[0].code == 0, ended[0].shown
+    assert_same_run(tmp_path / "plain", tmp_path / "piped")
 
 
 def test_what_a_cpu_cannot_do_is_told_before_anything_is_made(tmp_path):

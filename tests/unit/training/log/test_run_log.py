@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+import sys
+import termios
 
 import pytest
 
@@ -72,6 +76,24 @@ def test_lines_after_the_checkpoint_are_cut_away(log, tmp_path):
     earlier.close()
     assert [row["step"] for row in rows_of(tmp_path)] == [10]
     assert [row["step"] for row in rows_of(tmp_path, "routing.jsonl")] == [10]
+
+
+def test_on_a_terminal_a_bar_says_where_training_is(tmp_path, monkeypatch):
+    leader, follower = os.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
+    with open(follower, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        log = RunLog(tmp_path, 100, 40, enabled=True)
+        for _ in range(10):
+            log.step("expert_warmup[1]")
+        fill(log, 50)
+        log.close()
+    shown = os.read(leader, 2**16).decode()
+    os.close(leader)
+    assert re.search(
+        r"expert_warmup\[1\]: .*50/100 \[\d+:\d+<[^,]+, .*loss 0.5000, auc 0.7500", shown
+    )
+    assert "8 samples/s" in shown
 
 
 def test_other_ranks_write_nothing(tmp_path):

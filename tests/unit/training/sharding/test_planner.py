@@ -233,6 +233,18 @@ def test_two_collections_with_one_name_are_refused():
         make_plan(both, CPU, ShardingConfig(ddr="1GB"), batch_size=32)
 
 
+class OfOnesOwn(EmbeddingBagCollection):
+    """TorchRec shards its own classes and no other."""
+
+
+def test_a_table_that_would_not_be_sharded_is_refused():
+    both = large(100)
+    config = EmbeddingBagConfig(name="own", embedding_dim=64, num_embeddings=9, feature_names=["g"])
+    both["own"] = OfOnesOwn(tables=[config], device=META)
+    with pytest.raises(ValueError, match="tables own are in the model or in the plan, not in both"):
+        make_plan(both, CPU, ShardingConfig(ddr="1GB"), batch_size=32)
+
+
 @pytest.mark.parametrize(("ranks", "rows"), [(128, 10_000_000_000)])
 def test_a_machine_that_is_not_there_can_be_planned_for(ranks, rows):
     machine = Machine(world_size=ranks, local_world_size=8, device="cuda")
