@@ -12,6 +12,8 @@ PACKAGE = ROOT / "torchrec_hilomoe"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 APPS = sorted((ROOT / "apps").glob("*.py"))
 TEXTS = [*MODULES, *APPS, *sorted(ROOT.glob("*.md"))]
+# Of the map in the package's docstring, in its order.
+FLOW = ("data", "embeddings", "hilomoe", "backbones", "models", "training")
 
 
 def lines(path: Path) -> int:
@@ -35,3 +37,15 @@ def test_every_folder_with_modules_is_a_package():
 def test_every_module_command_that_a_text_names_exists(path):
     named = re.findall(r"python -m ((?:torchrec_hilomoe|benchmarks)[\w.]*\w)", path.read_text())
     assert [name for name in named if importlib.util.find_spec(name) is None] == []
+
+
+def test_no_step_of_the_flow_imports_a_later_one():
+    upwards = {}
+    for place, step in enumerate(FLOW):
+        for path in (PACKAGE / step).rglob("*.py"):
+            imported = re.findall(
+                r"^\s*(?:from|import) torchrec_hilomoe\.(\w+)", path.read_text(), re.M
+            )
+            if later := set(imported) & set(FLOW[place + 1 :]):
+                upwards[str(path.relative_to(PACKAGE))] = later
+    assert upwards == {}
