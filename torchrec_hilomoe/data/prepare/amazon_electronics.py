@@ -5,7 +5,10 @@ does. ``test.csv`` has each user's last purchase; whole users of ``train.csv`` v
 user is no feature and the rows of one are nearly alike.
 """
 
+from typing import Unpack
+
 from torchrec_hilomoe.data.prepare.folder import Report
+from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Plan
 from torchrec_hilomoe.data.prepare.public_sets import counted, csv_inputs, prepare_set
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
@@ -48,27 +51,17 @@ def amazon_electronics_schema(
 def prepare_amazon_electronics(
     *,
     raw: str,
-    out: str,
     max_history: int = 100,
     valid_percent: int = 5,
-    seed: int = 0,
-    workers: int = 2,
-    max_bad_rows: int = 100,
-    scratch: str | None = None,
-    overwrite: bool = False,
+    **common: Unpack[Common],
 ) -> Report:
     """Prepare AmazonElectronics_x1: tell a user's next item from a random one.
 
     Args:
         raw: Folder with train.csv and test.csv, each plain or gzipped (.gz).
-        out: Folder to make.
         max_history: How many of the user's first items a row keeps; a run can cut further.
         valid_percent: About how many of a hundred users of train.csv validate.
-        seed: Of their choice, and of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw rows that are skipped before it is fatal.
-        scratch: Local folder for rows that wait; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
+        common: Options that every command has.
 
     Returns:
         The report that is also written.
@@ -81,11 +74,6 @@ def prepare_amazon_electronics(
     return prepare_set(
         csv_inputs(raw, source=SOURCE),
         Plan(schema=schema),
-        out=out,
         hold_out=HoldOut(valid_percent=valid_percent, by="group"),
-        seed=seed,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        scratch=scratch,
-        overwrite=overwrite,
+        **common,
     )

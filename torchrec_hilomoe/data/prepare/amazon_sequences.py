@@ -12,6 +12,7 @@ Shape legend:
 
 from collections.abc import Mapping
 from itertools import chain
+from typing import Unpack
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,7 @@ from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.lines import LineFile
 from torchrec_hilomoe.data.prepare.log import history_group, prepare_log
 from torchrec_hilomoe.data.prepare.negatives import draw_negatives
+from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.raw import Piece
 from torchrec_hilomoe.data.prepare.records import BadRecords, find_raw, good_lines, read_json
 from torchrec_hilomoe.data.prepare.runs import runs
@@ -51,27 +53,17 @@ PATTERN = "(?P<user>[0-9]{1,18})(?P<items>(?: [0-9]{1,18})+)"
 def prepare_amazon_sequences(
     *,
     raw: str,
-    out: str,
     name: str = "Toys_and_Games",
     max_history: int = 100,
-    seed: int = 0,
-    workers: int = 2,
-    max_bad_rows: int = 100,
-    scratch: str | None = None,
-    overwrite: bool = False,
+    **common: Unpack[Common],
 ) -> Report:
     """Prepare Amazon purchases: tell a user's next item from a random one.
 
     Args:
         raw: Folder with NAME.txt and NAME_item2attributes.json, each plain or gzipped (.gz).
-        out: Folder to make.
         name: Which category's files, for example Toys_and_Games or Beauty.
         max_history: How many of the user's last items a row keeps; a run can cut further.
-        seed: Of the negatives, and of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw lines that are skipped before it is fatal.
-        scratch: Local folder for rows that wait; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
+        common: Options that every command has.
 
     Returns:
         The report that is also written.
@@ -81,15 +73,10 @@ def prepare_amazon_sequences(
         ValueError: If an option is out of range.
     """
     return prepare_log(
-        lambda _: _Purchases(raw, name, max_history, seed),
-        out=out,
+        lambda _, seed: _Purchases(raw, name, max_history, seed),
         lengths={"max_history": max_history},
-        seed=seed,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        scratch=scratch,
-        overwrite=overwrite,
-        options={"name": name},
+        named={"name": name},
+        **common,
     )
 
 

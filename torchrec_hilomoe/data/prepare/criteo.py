@@ -8,11 +8,13 @@ There is no history and no user: ``C1`` stands as the candidate, the other field
 and GAUC has one group, so that it is AUC.
 """
 
+from typing import Unpack
+
 import pyarrow as pa
 
 from torchrec_hilomoe.data.prepare.arrow import call
 from torchrec_hilomoe.data.prepare.folder import Report, vocabulary_file
-from torchrec_hilomoe.data.prepare.log import check_least
+from torchrec_hilomoe.data.prepare.options import check_least, Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.public_sets import prepare_set
 from torchrec_hilomoe.data.prepare.raw import CsvFile
@@ -58,29 +60,19 @@ def criteo_schema(tables: dict[str, int] | None = None, *, min_count: int = 10) 
 def prepare_criteo(
     *,
     raw: str,
-    out: str,
     min_count: int = 10,
     valid_percent: int = 10,
     test_percent: int = 10,
-    seed: int = 0,
-    workers: int = 2,
-    max_bad_rows: int = 100,
-    scratch: str | None = None,
-    overwrite: bool = False,
+    **common: Unpack[Common],
 ) -> Report:
     """Prepare Criteo's display advertisements: predict whether one is clicked.
 
     Args:
         raw: Folder with train.txt, or with train.csv, valid.csv and test.csv; plain or .gz.
-        out: Folder to make.
         min_count: Values of a field that are rarer in training rows are unknown.
         valid_percent: How many of a hundred rows of train.txt, near its end, validate.
         test_percent: How many of a hundred rows of train.txt, at its end, test.
-        seed: Of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw rows that are skipped before it is fatal.
-        scratch: Local folder for rows that wait; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
+        common: Options that every command has.
 
     Returns:
         The report that is also written.
@@ -100,14 +92,9 @@ def prepare_criteo(
     return prepare_set(
         _inputs(raw),
         plan,
-        out=out,
         hold_out=HoldOut(valid_percent=valid_percent, test_percent=test_percent, by="tail"),
-        seed=seed,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        scratch=scratch,
-        overwrite=overwrite,
         named={"min_count": min_count},
+        **common,
     )
 
 

@@ -4,7 +4,10 @@ Each video has an id, if it occurs ten times, and a frozen vector of its cover. 
 ``train.csv`` validate. The file's times are scrambled but in order.
 """
 
+from typing import Unpack
+
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
+from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Plan
 from torchrec_hilomoe.data.prepare.public_sets import counted, csv_inputs, prepare_set
 from torchrec_hilomoe.data.prepare.records import find_raw
@@ -79,27 +82,17 @@ def kuaivideo_schema(
 def prepare_kuaivideo(
     *,
     raw: str,
-    out: str,
     max_history: int = 100,
     valid_percent: int = 5,
-    seed: int = 0,
-    workers: int = 2,
-    max_bad_rows: int = 100,
-    scratch: str | None = None,
-    overwrite: bool = False,
+    **common: Unpack[Common],
 ) -> Report:
     """Prepare KuaiVideo_x1: predict whether a user clicks a video.
 
     Args:
         raw: Folder with train.csv, test.csv (plain or .gz) and item_visual_emb_dim64.h5.
-        out: Folder to make.
         max_history: How many of the user's last videos of each kind a row keeps.
         valid_percent: About how many of a hundred rows of train.csv, the latest, validate.
-        seed: Of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw rows that are skipped before it is fatal.
-        scratch: Local folder for rows that wait; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
+        common: Options that every command has.
 
     Returns:
         The report that is also written.
@@ -113,12 +106,7 @@ def prepare_kuaivideo(
     return prepare_set(
         csv_inputs(raw, source=SOURCE),
         Plan(schema=schema, raw=RAW, given={"item_emb": vectors.keys}),
-        out=out,
         hold_out=HoldOut(valid_percent=valid_percent, by="time"),
-        seed=seed,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        scratch=scratch,
-        overwrite=overwrite,
         vectors={"item_emb": vectors},
+        **common,
     )

@@ -13,7 +13,7 @@ Shape legend:
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -21,53 +21,44 @@ from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.event_log import Encoding, EventLog, Read, Tally
 from torchrec_hilomoe.data.prepare.event_runs import EventRuns, Part
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
+from torchrec_hilomoe.data.prepare.options import check_least, Common, Options
 from torchrec_hilomoe.data.prepare.pieces import each_piece, in_order
 from torchrec_hilomoe.data.prepare.raw import Piece
 from torchrec_hilomoe.data.prepare.records import BadRecords
 from torchrec_hilomoe.data.prepare.scratch import scratch_folder
-from torchrec_hilomoe.data.prepare.shards import Noted, shard_rows, Shards, SPLITS
+from torchrec_hilomoe.data.prepare.shards import Noted, shard_rows, Shards
 from torchrec_hilomoe.data.prepare.split_rules import waiting_shard
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
-__all__ = ["check_least", "history_group", "prepare_log"]
+__all__ = ["history_group", "prepare_log"]
 
 ENCODED_BYTES = 1 << 24  # about so much is made of a part at once
 
 
 def prepare_log(
-    open_log: Callable[[str], EventLog],
+    open_log: Callable[[str, int], EventLog],
     *,
-    out: str,
     lengths: Mapping[str, int],
-    seed: int,
-    workers: int,
-    max_bad_rows: int,
-    scratch: str | None,
-    overwrite: bool,
-    options: Mapping[str, Any] | None = None,
+    named: Mapping[str, Any] | None = None,
+    **common: Unpack[Common],
 ) -> Report:
     """Check what every such data set's options have in common, read, count, encode, and write.
 
     Args:
-        open_log: Finds the raw files; is given a local folder.
-        out: Folder to make.
+        open_log: Finds the raw files; is given a local folder, and the seed of what is drawn.
         lengths: Options that limit lists, which a list of one would make plain columns.
-        seed: Of what is drawn, and of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw records that are skipped before it is fatal.
-        scratch: A local folder for what waits; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
-        options: Further ones that change the result, for the report.
+        named: Further ones that change the result, for the report.
+        common: Options that every command has.
     """
     check_least(2, **lengths)
-    check_least(0, seed=seed, max_bad_rows=max_bad_rows)
-    check_least(1, workers=workers)
-    bad = BadRecords(max_bad_rows)
+    options = Options(**common)
+    workers = options.workers
+    bad = BadRecords(options.max_bad_rows)
     with (
-        prepared_folder(out, overwrite=overwrite) as folder,
-        scratch_folder(folder, scratch) as local,
+        prepared_folder(options.out, overwrite=options.overwrite) as folder,
+        scratch_folder(folder, options.scratch) as local,
     ):
-        log = open_log(local)
+        log = open_log(local, options.seed)
         runs = EventRuns(local, log.order)
         records = _read(log, runs, workers, bad)
         counting = log.counting(local, bad)
@@ -86,18 +77,15 @@ def prepare_log(
         schema = encoding.schema
         folder.write_schema(schema)
         rows_per_file = shard_rows(4 * total.entries / total.rows + 8 * len(schema.columns))
-        shards = Shards(scratch=local, seed=seed)
+        shards = Shards(scratch=local, seed=options.seed)
         _encode(encoding, runs, parts, before, total, rows_per_file, shards, workers)
         columns = encoding.encode(runs.empty(), Tally()).rows(np.empty(0, np.int64)).schema
-        splits = {
-            split: shards.write_split(
-                folder, split, columns=columns, rows_per_file=rows_per_file, workers=workers
-            )
-            for split in SPLITS
-        }
+        splits = shards.write_splits(
+            folder, columns=columns, rows_per_file=rows_per_file, workers=workers
+        )
         report = Report(
             dataset=schema.dataset,
-            options={**(options or {}), **lengths, "seed": seed},
+            options={**(named or {}), **lengths, "seed": options.seed},
             rows_read=records + counting.records + bad.counts.total(),
             rows_kept=sum(split.rows for split in splits.values()),
             rows_bad=dict(bad.counts),
@@ -118,17 +106,6 @@ def history_group(tables: Mapping[str, str], max_length: int) -> SequenceGroup:
         ),
         max_length=max_length,
     )
-
-
-def check_least(least: int, **options: int) -> None:
-    """Refuse options that are too small.
-
-    Raises:
-        ValueError: Naming the option, its value and the least.
-    """
-    for name, value in options.items():
-        if value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}.")
 
 
 def _read(log: EventLog, runs: EventRuns, workers: int, bad: BadRecords) -> int:

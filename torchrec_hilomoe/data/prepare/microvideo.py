@@ -3,7 +3,10 @@
 A video is its cover's frozen vector and its category. The latest rows of ``train.csv`` validate.
 """
 
+from typing import Unpack
+
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
+from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Plan
 from torchrec_hilomoe.data.prepare.public_sets import counted, csv_inputs, prepare_set
 from torchrec_hilomoe.data.prepare.records import find_raw
@@ -68,27 +71,17 @@ def microvideo_schema(
 def prepare_microvideo(
     *,
     raw: str,
-    out: str,
     max_history: int = 100,
     valid_percent: int = 5,
-    seed: int = 0,
-    workers: int = 2,
-    max_bad_rows: int = 100,
-    scratch: str | None = None,
-    overwrite: bool = False,
+    **common: Unpack[Common],
 ) -> Report:
     """Prepare MicroVideo1.7M_x1: predict whether a user clicks a new video.
 
     Args:
         raw: Folder with train.csv, test.csv (plain or .gz) and item_image_emb_dim64.h5.
-        out: Folder to make.
         max_history: How many of the user's last videos a row keeps; a run can cut further.
         valid_percent: About how many of a hundred rows of train.csv, the latest, validate.
-        seed: Of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw rows that are skipped before it is fatal.
-        scratch: Local folder for rows that wait; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
+        common: Options that every command has.
 
     Returns:
         The report that is also written.
@@ -102,12 +95,7 @@ def prepare_microvideo(
     return prepare_set(
         csv_inputs(raw, source=SOURCE),
         Plan(schema=schema, raw=RAW, given={"item": vectors.keys}),
-        out=out,
         hold_out=HoldOut(valid_percent=valid_percent, by="time"),
-        seed=seed,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        scratch=scratch,
-        overwrite=overwrite,
         vectors={"item": vectors},
+        **common,
     )

@@ -8,7 +8,7 @@ of.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Unpack
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ import yaml
 from torchrec_hilomoe.data.column_types import is_list
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
+from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.public_sets import prepare_set
 from torchrec_hilomoe.data.prepare.raw import ParquetFile
@@ -33,17 +34,12 @@ def prepare_parquet(
     *,
     raw: str,
     schema: str,
-    out: str,
     valid_percent: int = 5,
     test_percent: int = 5,
     valid_by: Literal["rows", "group", "time", "tail"] | None = None,
     separator: str = "^",
     fill_dense: float | None = None,
-    seed: int = 0,
-    workers: int = 2,
-    max_bad_rows: int = 100,
-    scratch: str | None = None,
-    overwrite: bool = False,
+    **common: Unpack[Common],
 ) -> Report:
     """Prepare your own Parquet files, as a schema file describes them.
 
@@ -51,7 +47,6 @@ def prepare_parquet(
         raw: Folder with train/, valid/ and test/, each of .parquet files, or train.parquet and so
             on. Without validation or test files, training rows are held out.
         schema: A YAML or JSON file that says what the columns are.
-        out: Folder to make.
         valid_percent: About how many of a hundred training rows validate, without such files.
         test_percent: About how many test, without such files.
         valid_by: Which rows are held out: random ``rows``, those of random values of the group
@@ -59,11 +54,7 @@ def prepare_parquet(
             latest if the schema has a time, else random rows.
         separator: Between entries of lists that are stored as text.
         fill_dense: Stands for a missing dense value; without it such a row is bad.
-        seed: Of the choice of rows, and of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw rows that are skipped before it is fatal.
-        scratch: Local folder for rows that wait; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
+        common: Options that every command has.
 
     Returns:
         The report that is also written.
@@ -99,17 +90,12 @@ def prepare_parquet(
     return prepare_set(
         inputs,
         plan,
-        out=out,
         hold_out=HoldOut(
             valid_percent=valid_percent, test_percent=test_percent, by=valid_by or by_time
         ),
-        seed=seed,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        scratch=scratch,
-        overwrite=overwrite,
         vectors=vectors,
         named={} if fill_dense is None else {"fill_dense": fill_dense},
+        **common,
     )
 
 

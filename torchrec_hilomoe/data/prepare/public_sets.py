@@ -7,13 +7,14 @@ and the last id is "unknown".
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report, vocabulary_file
+from torchrec_hilomoe.data.prepare.options import Common, Options
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.raw import CsvFile
 from torchrec_hilomoe.data.prepare.records import find_raw
-from torchrec_hilomoe.data.prepare.two_pass import Options, prepare_tables
+from torchrec_hilomoe.data.prepare.two_pass import prepare_tables
 from torchrec_hilomoe.data.prepare.vectors import Vectors
 from torchrec_hilomoe.data.schema import VocabularyRule
 
@@ -43,21 +44,20 @@ def prepare_set(
     inputs: Inputs,
     plan: Plan,
     *,
-    out: str,
     hold_out: HoldOut,
-    seed: int,
-    workers: int,
-    max_bad_rows: int,
-    scratch: str | None,
-    overwrite: bool,
     vectors: Mapping[str, Vectors] | None = None,
     named: Mapping[str, Any] | None = None,
+    **common: Unpack[Common],
 ) -> Report:
-    """Prepare a set whose rows are whole in its files; arguments as in the commands."""
-    options = Options(
-        hold_out=hold_out, seed=seed, workers=workers, max_bad_rows=max_bad_rows, scratch=scratch
-    )
-    with prepared_folder(out, overwrite=overwrite) as folder:
+    """Prepare a set whose rows are whole in its files; arguments as in ``prepare_tables``."""
+    options = Options(**common)
+    with prepared_folder(options.out, overwrite=options.overwrite) as folder:
         return prepare_tables(
-            folder, inputs, plan, options, vectors=vectors or {}, named=named or {}
+            folder,
+            inputs,
+            plan,
+            options,
+            hold_out=hold_out,
+            vectors=vectors or {},
+            named=named or {},
         )

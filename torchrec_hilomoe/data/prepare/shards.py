@@ -152,6 +152,17 @@ class Shards:
         for shard, place in noted.places:
             self._places[noted.split, shard].append(place)
 
+    def write_splits(
+        self, folder: PreparedFolder, *, columns: pa.Schema, rows_per_file: int, workers: int
+    ) -> dict[str, Split]:
+        """Write every split; arguments as in :meth:`write_split`."""
+        return {
+            split: self.write_split(
+                folder, split, columns=columns, rows_per_file=rows_per_file, workers=workers
+            )
+            for split in SPLITS
+        }
+
     def write_split(
         self,
         folder: PreparedFolder,

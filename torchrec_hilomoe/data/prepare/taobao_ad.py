@@ -8,12 +8,15 @@ entries of the lists belong together, and the brands that lack are unknown.
 The files tell no times, so a random share of the rows of ``train.csv`` validates.
 """
 
+from typing import Unpack
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.arrow import call
 from torchrec_hilomoe.data.prepare.folder import Report
+from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.public_sets import counted, prepare_set
 from torchrec_hilomoe.data.prepare.raw import CsvFile
@@ -105,31 +108,21 @@ def taobao_ad_schema(*, tables: dict[str, int] | None = None, max_history: int =
 def prepare_taobao_ad(
     *,
     raw: str,
-    out: str,
     train: str = "train.csv",
     test: str = "test.csv",
     max_history: int = HISTORY,
     valid_percent: int = 5,
-    seed: int = 0,
-    workers: int = 2,
-    max_bad_rows: int = 100,
-    scratch: str | None = None,
-    overwrite: bool = False,
+    **common: Unpack[Common],
 ) -> Report:
     """Prepare TaobaoAd_x1: predict whether a user clicks an advertisement.
 
     Args:
         raw: Folder with the two files, each plain or gzipped (.gz).
-        out: Folder to make.
         train: Name of the training file, of the benchmark or in the raw layout.
         test: Name of the test file.
         max_history: How many of the user's last events a row keeps; a run can cut further.
         valid_percent: About how many of a hundred rows of the training file validate.
-        seed: Of their choice, and of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw rows that are skipped before it is fatal.
-        scratch: Local folder for rows that wait; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
+        common: Options that every command has.
 
     Returns:
         The report that is also written.
@@ -158,13 +151,8 @@ def prepare_taobao_ad(
     return prepare_set(
         Inputs(train=(files[0],), test=(files[1],)),
         plan,
-        out=out,
         hold_out=HoldOut(valid_percent=valid_percent, by="rows"),
-        seed=seed,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        scratch=scratch,
-        overwrite=overwrite,
+        **common,
     )
 
 

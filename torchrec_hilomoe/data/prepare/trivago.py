@@ -5,8 +5,11 @@ which one is a click. The history is the user's earlier actions on hotels, each 
 split is by time, and GAUC groups the rows of a request.
 """
 
+from typing import Unpack
+
 from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.log import prepare_log
+from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.trivago_log import Sessions
 
 __all__ = ["prepare_trivago"]
@@ -15,25 +18,15 @@ __all__ = ["prepare_trivago"]
 def prepare_trivago(
     *,
     raw: str,
-    out: str,
     max_history: int = 50,
-    seed: int = 0,
-    workers: int = 2,
-    max_bad_rows: int = 100,
-    scratch: str | None = None,
-    overwrite: bool = False,
+    **common: Unpack[Common],
 ) -> Report:
     """Prepare trivago's sessions: predict which hotel of a list is clicked.
 
     Args:
         raw: Folder with sessions.parquet.
-        out: Folder to make.
         max_history: How many of the user's last actions a row keeps; a run can cut further.
-        seed: Of the order in which training rows are written.
-        workers: Threads.
-        max_bad_rows: Malformed raw rows that are skipped before it is fatal.
-        scratch: Local folder for rows that wait; by default beside the result.
-        overwrite: Replace prepared data that is in the way.
+        common: Options that every command has.
 
     Returns:
         The report that is also written.
@@ -43,12 +36,7 @@ def prepare_trivago(
         ValueError: If an option is out of range.
     """
     return prepare_log(
-        lambda scratch: Sessions(raw, max_history, scratch),
-        out=out,
+        lambda scratch, _: Sessions(raw, max_history, scratch),
         lengths={"max_history": max_history},
-        seed=seed,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        scratch=scratch,
-        overwrite=overwrite,
+        **common,
     )

@@ -9,7 +9,7 @@ Shape legend:
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -19,43 +19,19 @@ from torchrec_hilomoe.data.prepare.encoders import Encoder
 from torchrec_hilomoe.data.prepare.encoding import count_unknown, encode_rows, encoders_of
 from torchrec_hilomoe.data.prepare.first_pass import count, Counted
 from torchrec_hilomoe.data.prepare.folder import PreparedFolder, Report
+from torchrec_hilomoe.data.prepare.options import Options
 from torchrec_hilomoe.data.prepare.parsing import parse
 from torchrec_hilomoe.data.prepare.pieces import each_piece
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.raw import Piece
 from torchrec_hilomoe.data.prepare.records import BadRecords
 from torchrec_hilomoe.data.prepare.scratch import scratch_folder
-from torchrec_hilomoe.data.prepare.shards import Noted, Shards, SPLITS
+from torchrec_hilomoe.data.prepare.shards import Noted, Shards
 from torchrec_hilomoe.data.prepare.split_rules import Rule
 from torchrec_hilomoe.data.prepare.vectors import Vectors, write_vectors
 from torchrec_hilomoe.data.schema import Schema
 
-__all__ = ["Options", "prepare_tables"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to prepare, whatever the data.
-
-    Attributes:
-        hold_out: Which training rows validate, where no file does.
-        seed: Of that choice and of the order of training rows.
-        workers: Threads.
-        max_bad_rows: More bad rows are fatal.
-        scratch: A local folder for rows that wait; null takes one beside the result, or the
-            system's if the result is remote.
-    """
-
-    hold_out: HoldOut
-    seed: int
-    workers: int
-    max_bad_rows: int
-    scratch: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("workers", 1), ("max_bad_rows", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}.")
+__all__ = ["prepare_tables"]
 
 
 def prepare_tables(
@@ -64,6 +40,7 @@ def prepare_tables(
     plan: Plan,
     options: Options,
     *,
+    hold_out: HoldOut,
     vectors: Mapping[str, Vectors],
     named: Mapping[str, Any],
 ) -> Report:
@@ -74,6 +51,7 @@ def prepare_tables(
         inputs: The raw files.
         plan: What to make of them.
         options: How.
+        hold_out: Which training rows validate, where no file does.
         vectors: Of frozen tables; their keys are what the plan gives as vocabularies.
         named: Further options that change the result, for the report.
 
@@ -102,20 +80,16 @@ def prepare_tables(
             write_vectors(folder, table, given, schema.tables[table])
         folder.write_schema(schema)
         encoders = encoders_of(schema, vocabularies)
-        rule = Rule.of(inputs, counted, schema, options.hold_out, options.seed)
+        rule = Rule.of(inputs, counted, schema, hold_out, options.seed)
         shards = Shards(scratch=scratch, seed=options.seed)
         unknown = _encode(inputs, plan, schema, encoders, rule, shards, options.workers)
         columns = _columns(plan, schema, encoders)
-        splits = {
-            split: shards.write_split(
-                folder,
-                split,
-                columns=columns,
-                rows_per_file=rule.rows_per_file,
-                workers=options.workers,
-            )
-            for split in SPLITS
-        }
+        splits = shards.write_splits(
+            folder,
+            columns=columns,
+            rows_per_file=rule.rows_per_file,
+            workers=options.workers,
+        )
     report = Report(
         dataset=schema.dataset,
         options={**named, "seed": options.seed, **rule.options},

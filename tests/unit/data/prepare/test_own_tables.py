@@ -303,10 +303,14 @@ def test_mistakes_in_the_description_are_named(raw, tmp_path, change, message):
     ],
 )
 def test_wrong_options_are_named(raw, tmp_path, options, message):
+    given: dict[str, Any] = {
+        "raw": str(raw),
+        "schema": str(raw / "schema.yaml"),
+        "out": str(tmp_path),
+    }
+    given |= options
     with pytest.raises(ValueError, match=message):
-        prepare_parquet(
-            **{"raw": str(raw), "schema": str(raw / "schema.yaml"), "out": str(tmp_path), **options}
-        )
+        prepare_parquet(**given)
 
 
 def test_time_is_needed_to_split_by_it(raw, tmp_path):

@@ -11,9 +11,10 @@ import pytest
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare import shards, split_rules
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
+from torchrec_hilomoe.data.prepare.options import Options
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.raw import CsvFile
-from torchrec_hilomoe.data.prepare.two_pass import Options, prepare_tables
+from torchrec_hilomoe.data.prepare.two_pass import prepare_tables
 from torchrec_hilomoe.data.schema import IdFeature, Schema, VocabularyRule
 
 SCHEMA = Schema(
@@ -35,11 +36,17 @@ def write(path: Path, rows: range) -> CsvFile:
 
 def prepare(inputs: Inputs, out: Path, *, workers=2, hold_out=HELD, **options) -> Report:
     settings = Options(
-        hold_out=hold_out, seed=3, workers=workers, max_bad_rows=options.pop("max_bad_rows", 0)
+        out=str(out), seed=3, workers=workers, max_bad_rows=options.pop("max_bad_rows", 0)
     )
     with prepared_folder(str(out), overwrite=False) as folder:
         return prepare_tables(
-            folder, inputs, Plan(schema=SCHEMA), settings, vectors={}, named=options
+            folder,
+            inputs,
+            Plan(schema=SCHEMA),
+            settings,
+            hold_out=hold_out,
+            vectors={},
+            named=options,
         )
 
 
@@ -118,9 +125,11 @@ def test_scratch_files_go_where_they_are_told_and_vanish(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     inputs = Inputs(train=(write(tmp_path / "a", range(100)),))
-    options = Options(hold_out=HELD, seed=0, workers=1, max_bad_rows=0, scratch=str(scratch))
-    with prepared_folder(str(tmp_path / "out"), overwrite=False) as folder:
-        prepare_tables(folder, inputs, Plan(schema=SCHEMA), options, vectors={}, named={})
+    options = Options(out=str(tmp_path / "out"), workers=1, max_bad_rows=0, scratch=str(scratch))
+    with prepared_folder(options.out, overwrite=False) as folder:
+        prepare_tables(
+            folder, inputs, Plan(schema=SCHEMA), options, hold_out=HELD, vectors={}, named={}
+        )
     assert list(scratch.iterdir()) == []
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
