@@ -6,6 +6,7 @@ rounds differ too much to conclude anything, that is said and recorded.
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -128,6 +129,8 @@ def peak_bytes(fn: Callable[[], object], device: str) -> int:
         fn()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    # The profiler's library says on stderr when it starts and stops, at a level above its errors'.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         fn()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["lines_from", "scaling_table"]
+__all__ = ["TOLD_APART", "by_case", "lines_from", "scaling_table", "strong", "weak"]
 
 VARIES = ("world_size", "batch_size")
 TOLD_APART = ("backbone", "layers", "experts", "sites", "pipeline", "feed", "length")
@@ -27,8 +27,8 @@ def scaling_table(path: Path, offset: int = 0) -> str:
     """
     rows = ["| case | scaling | ranks | batch | samples/s | speed-up | efficiency |"]
     rows.append("|---|---|---|---|---|---|---|")
-    for lines in _by_case(lines_from(path, offset)).values():
-        for kind, group in (("strong", _strong(lines)), ("weak", _weak(lines))):
+    for lines in by_case(lines_from(path, offset)).values():
+        for kind, group in (("strong", strong(lines)), ("weak", weak(lines))):
             if len(group) < 2:
                 continue
             first = group[0]
@@ -43,7 +43,8 @@ def scaling_table(path: Path, offset: int = 0) -> str:
     return "\n".join(rows)
 
 
-def _by_case(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def by_case(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Group lines of throughput that differ in ranks and batch alone."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     for line in lines:
         if line.get("bench") == "train_throughput":
@@ -51,14 +52,14 @@ def _by_case(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     return found
 
 
-def _strong(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Lines with the batch of the fewest ranks' first line."""
+def strong(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return lines with the batch of the fewest ranks' first line."""
     first = min(lines, key=lambda line: line["world_size"])
     return _ascending(line for line in lines if line["batch_size"] == first["batch_size"])
 
 
-def _weak(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Lines with as many rows a rank as the fewest ranks' first line."""
+def weak(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return lines with as many rows a rank as the fewest ranks' first line."""
     first = min(lines, key=lambda line: line["world_size"])
     share = first["batch_size"] / first["world_size"]
     return _ascending(line for line in lines if line["batch_size"] == share * line["world_size"])
