@@ -1,7 +1,7 @@
 """How throughput grows with ranks, from the lines of a file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,22 @@ def by_case(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 
 def strong(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return lines with the batch of the fewest ranks' first line."""
-    first = min(lines, key=lambda line: line["world_size"])
-    return _ascending(line for line in lines if line["batch_size"] == first["batch_size"])
+    """Return the lines of one global batch, that which most numbers of ranks share."""
+    return _shared(lines, lambda line: line["batch_size"])
 
 
 def weak(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return lines with as many rows a rank as the fewest ranks' first line."""
-    first = min(lines, key=lambda line: line["world_size"])
-    share = first["batch_size"] / first["world_size"]
-    return _ascending(line for line in lines if line["batch_size"] == share * line["world_size"])
+    """Return the lines with as many rows a rank, as many as most numbers of ranks have."""
+    return _shared(lines, lambda line: line["batch_size"] / line["world_size"])
 
 
-def _ascending(lines: Any) -> list[Mapping[str, Any]]:
-    return sorted(lines, key=lambda line: line["world_size"])
+def _shared(
+    lines: Sequence[Mapping[str, Any]], what: Callable[[Mapping[str, Any]], float]
+) -> list[Mapping[str, Any]]:
+    groups: dict[float, list[Mapping[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: line["world_size"]):
+        groups.setdefault(what(line), []).append(line)
+    return max(groups.values(), key=lambda group: len({line["world_size"] for line in group}))
 
 
 def _title(line: Mapping[str, Any]) -> str:

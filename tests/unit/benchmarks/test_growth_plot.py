@@ -44,6 +44,15 @@ def test_ranks_grow_with_the_batch_or_without():
     assert [it["batch_size"] for it in weak.lines] == [64, 128, 256]
 
 
+def test_weak_scaling_is_found_where_no_line_has_one_rank():
+    """As on hosts of eight, whose own batch is cut into eight."""
+    lines = [line(world_size=ranks, batch_size=64) for ranks in (8, 32)]
+    lines += [line(world_size=ranks, batch_size=64 * ranks) for ranks in (8, 32)]
+    strong, weak = series_of(lines, "world_size")
+    assert [it["batch_size"] for it in strong.lines] == [64, 64]
+    assert [it["batch_size"] for it in weak.lines] == [512, 2048]
+
+
 def test_one_line_is_no_growth():
     assert series_of([line()], "rows") == []
     assert series_of([line()], "world_size") == []
