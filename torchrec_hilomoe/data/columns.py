@@ -106,15 +106,15 @@ def flat_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
 
 
 def dense_columns(table: pa.Table, names: Sequence[str], faults: Faults) -> np.ndarray:
-    """Return float columns as ``(N, F)``; what is not finite as float32 is bad."""
-    dense_NF = np.empty((table.num_rows, len(names)), dtype=np.float32)
+    """Return float columns as ``(F, N)``; what is not finite as float32 is bad."""
+    dense_FN = np.empty((len(names), table.num_rows), dtype=np.float32)
     with np.errstate(over="ignore"):
         for index, name in enumerate(names):
-            dense_NF[:, index] = flat_column(table, name, faults)
-    if not np.isfinite(dense_NF).all():
-        for index, name in enumerate(names):
-            _check_finite(dense_NF[:, index], name, faults)
-    return dense_NF
+            dense_FN[index] = flat_column(table, name, faults)
+    if not np.isfinite(dense_FN).all():
+        for dense_N, name in zip(dense_FN, names, strict=True):
+            _check_finite(dense_N, name, faults)
+    return dense_FN
 
 
 def label_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:

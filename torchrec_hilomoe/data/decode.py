@@ -109,7 +109,7 @@ def decode_block(table: pa.Table, layout: Layout, order_N: np.ndarray | None) ->
     faults = Faults(rows)
     singles_SN = _singles(table, layout, faults)
     lists = [_parallel(table, parallel, schema.tables, faults) for parallel in layout.lists]
-    dense_NF = dense_columns(table, schema.dense, faults)
+    dense_FN = dense_columns(table, schema.dense, faults)
     floats_2N = np.ones((2, rows), dtype=np.float32)
     floats_2N[0] = label_column(table, schema.label, faults)
     if schema.weight is not None:
@@ -124,8 +124,9 @@ def decode_block(table: pa.Table, layout: Layout, order_N: np.ndarray | None) ->
         bad_N = faults.bad_N if order_N is None else faults.bad_N[order_N]
         for place in np.flatnonzero(bad_N).tolist():
             bad[place] = faults.of(place if order_N is None else int(order_N[place]))
-        for array in (singles_SN.T, dense_NF, floats_2N.T, integers_2N.T):
+        for array in (singles_SN.T, dense_FN.T, floats_2N.T, integers_2N.T):
             array[faults.bad_N] = 0
+    dense_NF = np.ascontiguousarray(dense_FN.T)
     if order_N is not None:
         singles_SN = singles_SN.take(order_N, axis=1)
         dense_NF = dense_NF.take(order_N, axis=0)
