@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from benchmarks.harness import append, environment, measure, read_lines
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import ParquetSource
 from torchrec_hilomoe.data.synthetic import write_synthetic
+from torchrec_hilomoe.runtime.memory import peak_resident_bytes
 
 PEER_ROWS = 16_384  # the others are slow, or hold everything in memory
 
@@ -200,11 +200,11 @@ def bench_memory(folder: Path, args: argparse.Namespace) -> list[dict]:
 def peak_of(folder: Path, args: argparse.Namespace) -> dict[str, int]:
     """Read one epoch in this process, and tell its peak memory with and without the imports'."""
     source = ParquetSource(str(folder), "train")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     loader = Loader(source, batch_size=args.batch_size, epochs=1, workers=args.workers)
     rows = sum(len(batch.labels) for batch in loader)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"rows": rows, "peak_mb": peak >> 10, "reading_mb": (peak - before) >> 10}
+    peak = peak_resident_bytes()
+    return {"rows": rows, "peak_mb": peak >> 20, "reading_mb": (peak - before) >> 20}
 
 
 def bench_padding(folder: Path, args: argparse.Namespace) -> list[dict]:

@@ -12,9 +12,10 @@ from tests.helpers.processes import run_command
 from torchrec_hilomoe.data.synthetic import write_synthetic
 
 PEAKS = """
-import json, resource, sys
+import json, sys
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import ParquetSource
+from torchrec_hilomoe.runtime.memory import peak_resident_bytes
 
 workers, *folders = sys.argv[1:]
 peaks = []
@@ -22,7 +23,7 @@ for folder in folders:
     source = ParquetSource(folder, "train", block_bytes=1)
     batches = Loader(source, batch_size=1024, epochs=1, workers=int(workers))
     rows = sum(len(batch.labels) for batch in batches)
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+    peaks.append(peak_resident_bytes())
 print(json.dumps([rows, *peaks]))
 """
 
