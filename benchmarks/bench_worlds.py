@@ -26,10 +26,11 @@ from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.data.source import BlockSource
-from torchrec_hilomoe.data.synthetic import best_auc, SyntheticSource, WorldName, WORLDS
+from torchrec_hilomoe.data.synthetic import SyntheticSource, WorldName, WORLDS
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.ctr_model import CTRModel
 from torchrec_hilomoe.training.metrics import auc
+from torchrec_hilomoe.training.metrics.best_auc import best_auc
 
 BATCH = 1024
 TEST_ROWS = 131_072
