@@ -131,12 +131,12 @@ class DLRMBackbone(Backbone):
     def forward(self, features: SequenceFeatures) -> Tensor:
         """Return logits ``(B,)``."""
         size = self._size
-        vectors = (size.sparse - 1) * size.embedding
-        sparse_BFD = torch.cat([features.candidate, features.context[:, :vectors]], dim=1).reshape(
+        widths = [(size.sparse - 1) * size.embedding, size.dense]
+        pooled, dense = features.context.split(widths, dim=1)
+        sparse_BFD = torch.cat([features.candidate, pooled], dim=1).reshape(
             -1, size.sparse, size.embedding
         )
-        dense_BD = self.bottom(features.context[:, vectors:])
-        return self.top(self.interaction(dense_BD, sparse_BFD)).squeeze(-1)
+        return self.top(self.interaction(self.bottom(dense), sparse_BFD)).squeeze(-1)
 
 
 class TheirLoop:

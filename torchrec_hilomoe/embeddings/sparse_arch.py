@@ -193,7 +193,9 @@ class SparseArch(nn.Module):
         }
 
     def _context(self, pooled: KeyedJaggedTensor, dense_BF: Tensor, rows: int | None) -> Tensor:
-        found = {} if self.pooled is None else {TRAINED: self.pooled(pooled)}
+        # Taken apart at once: picked one by one, each feature's gradient would be as wide as that
+        # of all of them together.
+        found = {} if self.pooled is None else {TRAINED: self.pooled(pooled).to_dict()}
         found |= self._given("pooled", pooled)
         # By key: the order in which a sharded collection returns its features is the plan's.
         parts = [

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.helpers.datasets import SCHEMA, without
@@ -89,6 +90,27 @@ def test_the_context_is_pooled_features_in_order_then_dense_ones():
             vectors = table(sparse, name)[ids]
             pooled.append(vectors.mean(dim=0) if len(ids) else torch.zeros(DIM))
         torch.testing.assert_close(found[row], torch.cat([*pooled, batch.dense[row]]))
+
+
+def test_pooled_features_have_one_gradient_together():
+    """A slice of each would have one as wide as all of them, for every feature."""
+    context = run(arch(), next(batches(ROWS, ROWS))).context
+    assert context.grad_fn is not None
+    seen, ahead = set(), [context.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        seen.add(node.name())
+        ahead += [before for before, _ in node.next_functions if before is not None]
+    assert "SplitWithSizesBackward0" in seen
+    assert "SliceBackward0" not in seen
+
+
+def test_only_lists_are_averaged():
+    sparse = arch()
+    assert sparse.pooled is not None
+    found = {table.name: table.pooling for table in sparse.pooled.embedding_bag_configs()}
+    one, many = PoolingType.SUM, PoolingType.MEAN
+    assert found == {"user": one, "place": one, "tag": many}
 
 
 @pytest.mark.parametrize("kinds", [("pooled",), ("dense",), ("pooled", "dense"), ("sequences",)])
