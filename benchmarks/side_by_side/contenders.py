@@ -25,7 +25,7 @@ __all__ = ["EXPERTS", "TURN", "Contender", "din_contenders", "dlrm_contenders"]
 TURN = 4  # steps of a turn, and batches that lie ready: every turn trains on all of them
 CHECKED = 3 * TURN  # steps whose losses are compared
 EXPERTS = InjectionConfig()  # as many, and where, as the product puts them if not told otherwise
-TOLERANCE = 1e-5  # of a mean over rows
+TOLERANCE = 1e-5  # of a mean over rows, and as much again for each step that rounded before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ def dlrm_contenders(size: DLRMSize, job: Job) -> dict[str, Contender]:
     Raises:
         AssertionError: If they do not.
     """
+    torch.manual_seed(0)
     batches = _batches(size.stream, size.batch_size, job)
     theirs = TheirLoop(size, batches, job.device)
     plain, experts = assemble_dlrm(size, None, job), assemble_dlrm(size, EXPERTS, job)
@@ -117,7 +118,7 @@ def _check_equal(losses: Mapping[str, Tensor], number: int) -> None:
     values = {name: loss.item() for name, loss in losses.items()}
     want = values["torchrec"]
     off = max(abs(value - want) / abs(want) for value in values.values())
-    assert off <= TOLERANCE, f"losses of step {number} are not the same: {values}"
+    assert off <= TOLERANCE * (1 + number), f"losses of step {number} are not the same: {values}"
 
 
 def _plan(plan: ShardingPlan) -> dict[str, int]:
