@@ -18,13 +18,14 @@ class NonFiniteLossError(RuntimeError):
 
 # Of a rank. More would not make a line of the log more telling, but slow down large batches.
 METRIC_ROWS = 2**16
+EMPTY = torch.zeros(0, 2, dtype=torch.int64)
 
 
 class Window:
     """Gathers steps until the next line of the log.
 
-    Its metrics are of the last :data:`METRIC_ROWS` rows of each rank, and the batch that holds
-    the first of them: all of them, unless batches are large or lines are rare.
+    Its metrics are of the last :data:`METRIC_ROWS` rows of each rank: all of them, unless batches
+    are large or lines are rare. Whether they came by steps or from a checkpoint plays no part.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,8 @@ class Window:
 
     def rows(self) -> Tensor:
         """Return this rank's predictions, to be saved with a checkpoint."""
-        return self._predictions().rows()
+        parts = [it if isinstance(it, Tensor) else _pack(it) for it in self._kept]
+        return torch.cat([EMPTY, *(part.cpu() for part in parts)])[-METRIC_ROWS:]
 
     def restore(self, rows: Tensor) -> None:
         """Go on with what :meth:`rows` gave, on this rank or another."""
@@ -79,7 +81,9 @@ class Window:
 
     def metrics(self) -> Metrics:
         """Return the window's metrics over all ranks, and start a new one; collective."""
-        metrics = self._predictions().metrics()
+        predictions = Predictions()
+        predictions.restore(self.rows())
+        metrics = predictions.metrics()
         self._kept.clear()
         self._kept_rows = 0
         self._all_rows, self._all_seconds = (
@@ -94,12 +98,6 @@ class Window:
         self._kept_rows += _count(rows)
         while self._kept_rows - _count(self._kept[0]) >= METRIC_ROWS:
             self._kept_rows -= _count(self._kept.popleft())
-
-    def _predictions(self) -> Predictions:
-        predictions = Predictions()
-        for rows in self._kept:
-            predictions.restore(rows if isinstance(rows, Tensor) else _pack(rows))
-        return predictions
 
     def _non_finite(self) -> str | None:
         if not self._losses:

@@ -16,24 +16,25 @@ from torchrec_hilomoe.training.metrics import compute_metrics
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def output(step, rows=8, loss=0.5):
+def output(step, rows=8, loss=0.5, padded=0):
     rng = torch.Generator().manual_seed(step)
     return TaskOutput(
         loss=torch.tensor(loss),
         logits=torch.randn(rows, generator=rng),
         labels=torch.randint(0, 2, (rows,), generator=rng).float(),
-        weights=torch.ones(rows),
+        weights=(torch.arange(rows) >= padded).float(),
         groups=torch.randint(0, 3, (rows,), generator=rng),
         mean_rows=float(rows),
         position=Position(epoch=0, lane_rows=step, lanes=1),
     )
 
 
-def metrics_of(*steps):
+def metrics_of(*steps, last=None):
     outputs = [output(step) for step in steps]
     names = ("logits", "labels", "groups")
-    columns = (np.concatenate([getattr(it, name).numpy() for it in outputs]) for name in names)
-    return pytest.approx(asdict(compute_metrics(*columns)), nan_ok=True)
+    columns = [np.concatenate([getattr(it, name).numpy() for it in outputs]) for name in names]
+    kept = [column[-(last or len(column)) :] for column in columns]
+    return pytest.approx(asdict(compute_metrics(*kept)), nan_ok=True)
 
 
 def test_a_window_is_of_its_own_steps_alone():
@@ -48,12 +49,18 @@ def test_a_window_is_of_its_own_steps_alone():
     assert asdict(window.metrics()) == metrics_of(3)
 
 
-def test_a_window_goes_on_after_a_restore():
+@pytest.mark.parametrize("most", [2**16, 44, 20, 3])
+def test_a_window_goes_on_after_a_restore(monkeypatch, most):
+    """Also where it forgets rows, some of which pad a batch."""
+    monkeypatch.setattr(window_module, "METRIC_ROWS", most)
     first, second = Window(), Window()
-    first.add(1, output(1), 0.1)
+    for step in range(1, 6):
+        first.add(step, output(step, padded=step), 0.1)
     second.restore(first.rows())
-    for window in (first, second):
-        window.add(2, output(2), 0.1)
+    for step in range(6, 9):
+        for window in (first, second):
+            window.add(step, output(step), 0.1)
+        assert torch.equal(first.rows(), second.rows())
     assert repr(first.metrics()) == repr(second.metrics())
 
 
@@ -62,7 +69,7 @@ def test_of_many_rows_the_last_are_kept(monkeypatch):
     window = Window()
     for step in range(1, 7):
         window.add(step, output(step), 0.1)
-    assert asdict(window.metrics()) == metrics_of(4, 5, 6)
+    assert asdict(window.metrics()) == metrics_of(4, 5, 6, last=20)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
