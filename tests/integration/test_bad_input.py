@@ -29,6 +29,10 @@ MISTAKES = {
     "no such site": (["--model.hilomoe.sites=[nowhere]"], "'nowhere' matches none.*head.hidden.0"),
     "missing layer": (["--train.stages=[{name: a, active_layers: 9}]"], "'a'.*layer 9.*has 3"),
     "stages too long": (["--train.stages=[{name: a, steps: 99}]"], "cover 99 steps.*has 18"),
+    "remote folder": (
+        ["--out_dir=s3://team/run"],
+        "local folder, got 's3://team/run'.*checkpoint.f",
+    ),
     "folder in a file": (["--out_dir=README.md/run"], "out_dir README.md/run cannot be made"),
 }
 

@@ -50,7 +50,7 @@ class RunConfig:
         train: How it learns.
         sharding: Where tables may live.
         checkpoint: What is kept.
-        out_dir: Folder of the run; null makes ``runs/RECIPE-TIME``.
+        out_dir: Folder of the run, a local one; null makes ``runs/RECIPE-TIME``.
         seed: Of everything random.
         resume: ``auto`` goes on from the newest checkpoint in ``out_dir`` if there is one,
             ``never`` starts afresh in an empty folder, a path goes on from that checkpoint.
@@ -79,3 +79,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.stall_seconds is not None and not self.stall_seconds > 0:
             raise ValueError(f"stall_seconds must be above 0 or null, got {self.stall_seconds}.")
+        if self.out_dir is not None and "://" in self.out_dir:
+            raise ValueError(
+                f"out_dir must be a local folder, got {self.out_dir!r}: files there are appended "
+                "to. Checkpoints may be remote: give their place as --checkpoint.folder."
+            )
