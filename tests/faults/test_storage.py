@@ -119,8 +119,9 @@ def finished(tmp_path_factory):
     return out
 
 
-def test_data_that_breaks_while_it_is_read_is_told_with_its_file(tmp_path):
-    """The thread that reads ahead fails; the run must not wait for it."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_data_that_breaks_while_it_is_read_is_told_with_its_file(tmp_path, ranks):
+    """A thread that reads ahead fails; neither its run nor another rank must wait for it."""
     sizes = {"train": [64, 64, 64], "valid": [20], "test": [20]}
     data = write_folder(
         tmp_path / "data",
@@ -131,10 +132,15 @@ def test_data_that_breaks_while_it_is_read_is_told_with_its_file(tmp_path):
     content[4 : len(content) // 3] = os.urandom(len(content) // 3 - 4)  # the footer is whole
     broken.write_bytes(content)
     flags = ["--model.embedding_dim=4", "--train.max_steps=6", "--train.stages=null"]
-    (ended,) = run_with(
-        None, [f"--out_dir={tmp_path / 'out'}", f"--data.path={data}", *flags], ranks=1
-    )
-    assert broken.name in told(ended)
+    argv = [f"--out_dir={tmp_path / 'out'}", f"--data.path={data}", *flags]
+    ended = run_with(None, argv, ranks=ranks)
+    lines = [line for rank in ended for line in rank.shown.splitlines() if "error: " in line]
+    assert not [rank.shown for rank in ended if "Traceback" in rank.shown]
+    assert len(lines) == ranks, lines
+    (found,) = [line for line in lines if broken.name in line]
+    others = [line for line in lines if line != found]
+    assert all("another rank has ended or does not answer" in line for line in others)
+    assert sorted(rank.code for rank in ended) == [1] * (ranks - 1) + [2]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
