@@ -43,8 +43,9 @@ def assert_same_lines(out, other, *, after):
         assert theirs == [line for line in ours if line["step"] > after]
 
 
-# Inside the backbone's stage, at its end, at the end of an expert layer's, inside one, and late.
-@pytest.mark.parametrize("step", [3, 5, 7, 11, 16])
+# Inside the backbone's stage, at its end, at the end of an expert layer's, inside one (a step and
+# two after a line of the log), and late.
+@pytest.mark.parametrize("step", [3, 5, 7, 10, 11, 16])
 def test_resumed_equals_uninterrupted(whole, step, tmp_path):
     out, ranks = whole
     kept = tmp_path / "checkpoints" / f"step_{step}"

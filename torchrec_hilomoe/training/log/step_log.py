@@ -47,7 +47,9 @@ class StepLog:
 
     def open_window(self) -> OpenWindow:
         """Return what the next line is to know of the steps so far."""
-        choices = {} if self._routing is None else self._routing.counts
+        counts = {} if self._routing is None else self._routing.counts
+        # The counts of one step alone may still be on their way from other ranks: a copy is not.
+        choices = {site: found.clone() for site, found in counts.items()}
         return OpenWindow(rows=self.window.rows(), choices=choices)
 
     def restore(self, found: OpenWindow) -> None:
