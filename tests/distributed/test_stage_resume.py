@@ -193,8 +193,8 @@ def owner(name: str) -> str:
 
 
 def test_two_ranks(tmp_path):
-    """Each boundary; the slow tests go around it, in every variant."""
-    check(run_ranks(train_and_resume, 2, tmp_path, {}, (3, 4, 9)))
+    """Each boundary, and a step after one; the slow tests go around it, in every variant."""
+    check(run_ranks(train_and_resume, 2, tmp_path, {}, (3, 4, 5, 9)))
 
 
 @pytest.mark.slow
