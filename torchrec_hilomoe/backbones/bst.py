@@ -200,7 +200,7 @@ class BST(Backbone):
     def _summary(self, index: int, tokens: Tokens) -> Tensor:
         x_NW = tokens.values
         if self.positions:
-            x_NW = torch.cat([x_NW, self.positions[index][tokens.recency]], dim=1)
+            x_NW = torch.cat([x_NW, F.embedding(tokens.recency, self.positions[index])], dim=1)
         offsets = self.rows[index](tokens.offsets)
         x_NW = self.transformers[index](x_NW, offsets, tokens.longest)
         if self.pooling == "target":
