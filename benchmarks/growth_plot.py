@@ -172,7 +172,7 @@ def _draw(axis: Any, drawn: Sequence[Series]) -> None:
     else:
         memory.set_ylim(bottom=0)
     if len(drawn) > 1:
-        axis.legend(loc="best", fontsize=8)
+        axis.legend(loc="lower left", fontsize=8)
 
 
 def _last(lines: Sequence[Line], varied: str) -> list[Line]:
