@@ -64,6 +64,8 @@ def _folder_of(config: RunConfig, stream: Stream, job: Job, scratch: Path | None
     if config.data.path is not None:
         yield config.data.path
         return
+    if scratch is not None and job.is_main:
+        scratch.mkdir(parents=True, exist_ok=True)
     holder = tempfile.TemporaryDirectory(dir=scratch) if job.is_main else None
     try:
         folder = broadcast_text(f"{holder.name}/random" if holder else None)
