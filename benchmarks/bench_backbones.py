@@ -15,7 +15,7 @@ contender; ``median_us`` is of a step, ``ratio`` of its time to ours.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from benchmarks.fuxictr_pairs.din import DINPair
 from benchmarks.fuxictr_pairs.pair import Pair
 from benchmarks.fuxictr_pairs.size import Size
 from benchmarks.harness import append, environment, measure
+from benchmarks.launching import exit_code
 from benchmarks.random_batches import draw_batches
 from torchrec_hilomoe.runtime.distributed import join
 
@@ -95,8 +96,8 @@ def run(case: Case, make: Callable[[Size], Pair], out: Path, seconds: float) -> 
         ours.detach()
 
 
-def main(argv: list[str]) -> int:
-    """Time every case; return 2 if what was asked for cannot be timed."""
+def main(argv: Sequence[str]) -> None:
+    """Time every case."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1.0, help="of a case; 5 rounds at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -126,8 +127,7 @@ def main(argv: list[str]) -> int:
             and (args.lengths is None or case.mean_length in args.lengths)
         ):
             run(case, pairs[case.backbone], args.out, args.seconds)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

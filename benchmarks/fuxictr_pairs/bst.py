@@ -30,13 +30,13 @@ class BSTPair(Pair):
         checkout: A clone of FuxiCTR's repository.
 
     Raises:
-        FileNotFoundError: If it has no BST.
+        ValueError: If it has no BST.
     """
 
     def __init__(self, size: Size, checkout: Path) -> None:
         self._source = checkout / SOURCE
         if not self._source.is_file():
-            raise FileNotFoundError(
+            raise ValueError(
                 f"there is no {self._source}. Clone https://github.com/reczoo/FuxiCTR and name the "
                 "folder with --fuxictr."
             )
