@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -86,7 +86,7 @@ def fuxictr_loader(
     module = import_module("fuxictr.pytorch.dataloaders.npz_dataloader")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npz"
-        np.savez(path, **columns)  # type: ignore[arg-type]  # numpy's stub knows no mappings
+        np.savez(path, **cast(dict[str, Any], columns))
         return module.NpzDataLoader(
             feature_map, str(path), batch_size=batch_size, shuffle=True, num_workers=workers
         )

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -137,9 +138,10 @@ def peak_bytes(fn: Callable[[], object], device: str) -> int:
     assert profile.profiler is not None
     assert profile.profiler.kineto_results is not None
     held = peak = 0
-    for event in profile.profiler.kineto_results.events():
+    events: Any = profile.profiler.kineto_results.events()  # torch's stub lacks their bytes
+    for event in events:
         if event.name() == "[memory]":
-            held += event.nbytes()  # type: ignore[attr-defined]  # missing in torch's stub
+            held += event.nbytes()
             peak = max(peak, held)
     return peak
 

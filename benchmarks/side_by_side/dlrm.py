@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from types import MappingProxyType
-from typing import ClassVar, final
+from typing import cast, ClassVar, final
 
 import torch
 from torch import nn, Tensor
@@ -28,6 +28,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ModuleSharder
 from torchrec.models.dlrm import DenseArch, DLRM, DLRMTrain, InteractionArch, OverArch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
@@ -172,7 +173,7 @@ class TheirLoop:
         self.model = DistributedModelParallel(
             DLRMTrain(dlrm),
             device=device,
-            sharders=[EmbeddingBagCollectionSharder()],  # type: ignore[list-item]  # invariant
+            sharders=cast("list[ModuleSharder[nn.Module]]", [EmbeddingBagCollectionSharder()]),
         )
         optimizer = KeyedOptimizerWrapper(
             dict(in_backward_optimizer_filter(self.model.named_parameters())),

@@ -19,6 +19,7 @@ from torchrec_hilomoe.config import InjectionConfig, ModelConfig, RunConfig, Tra
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.hilomoe.sites import auxiliary_loss, sites_of
 from torchrec_hilomoe.models.build import BUILDERS
+from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
 from torchrec_hilomoe.training.stages import Stage, StageSpan
@@ -109,7 +110,9 @@ def train(model: ModelConfig, whole: dict[str, Tensor], source: Epochs) -> Train
         auxiliary.append(auxiliary_loss(wrapped).item())
     pipeline.detach()
     records = {name: site.routing_record for name, site in sites_of(wrapped.module).items()}
-    tables = set(wrapped.module.model.sparse.tables)  # type: ignore[union-attr]
+    task = wrapped.module
+    assert isinstance(task, TrainTask)
+    tables = set(task.model.sparse.tables)
     return Trained(
         losses=losses,
         auxiliary=auxiliary,

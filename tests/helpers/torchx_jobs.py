@@ -1,13 +1,11 @@
 """What each scheduler of TorchX would be given for a component of ``specs/``."""
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 from torchx.runner import get_runner
 from torchx.specs import AppDef
 
@@ -43,8 +41,6 @@ class Rendered:
 
 def render(scheduler: str, component: str, *arguments: str) -> Rendered:
     """Do what ``torchx run -s SCHEDULER --dryrun specs/COMPONENT.py:COMPONENT ARGUMENTS`` does."""
-    if scheduler == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
-        pytest.skip("needs the extra torchx[kubernetes]")
     with get_runner(component_defaults={}) as runner:
         path = os.path.relpath(ROOT / "specs" / f"{component}.py")
         with warnings.catch_warnings():
