@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from benchmarks.evidence_report import Line, report
+from benchmarks.evidence_lines import Line
+from benchmarks.evidence_report import report
 from benchmarks.harness import append, environment, read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,11 @@ DATA = {
     **{
         world: Data(
             recipe="bst-synthetic",
-            options={"data.world": world},
+            options={
+                "data.world": world,
+                "data.train_rows": "768000",
+                "data.eval_rows": "65536",
+            },
             head=(64, 32),
             tuned_on="composed",
         )
@@ -318,7 +323,8 @@ def main() -> None:
     if absent and args.action != "report":
         parser.error(f"say where {absent[0]} is prepared: --prepared {absent[0]}=FOLDER")
     if args.action == "report":
-        report(read(args.out), args.plot)
+        order = list(DATA)
+        report(sorted(read(args.out), key=lambda line: order.index(line["data"])), args.plot)
     elif args.action == "run":
         run_missing(grid(read(args.out), args), args)
     else:

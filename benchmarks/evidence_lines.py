@@ -1,0 +1,40 @@
+"""What lines of `evidence` and `bench_capacity` say: runs paired by seed with the plain model."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["BASE", "Line", "differences", "flops", "of_base", "variants_of"]
+
+Line = dict[str, Any]
+BASE = "plain"
+
+
+def of_base(runs: Iterable[Line]) -> list[Line]:
+    """Those of the plain model."""
+    return [run for run in runs if run["variant"] == BASE]
+
+
+def variants_of(runs: Sequence[Line]) -> list[str]:
+    """The variants, cheapest first."""
+    costs = {run["variant"]: run["flops"] for run in runs}
+    return sorted(costs, key=lambda variant: (costs[variant], variant))
+
+
+def flops(runs: Iterable[Line]) -> int:
+    """Of a sample, forward; the same for every seed of a variant."""
+    return next(iter(runs))["flops"]
+
+
+def differences(runs: Sequence[Line], variant: str) -> list[float]:
+    """Test AUC less the plain model's of the same seed, in 1e-4, seed by seed.
+
+    Args:
+        runs: Of one backbone on one data set.
+        variant: Whose.
+    """
+    base = {run["seed"]: run["test"]["auc"] for run in of_base(runs)}
+    return [
+        (run["test"]["auc"] - base[run["seed"]]) * 1e4
+        for run in sorted(runs, key=lambda run: run["seed"])
+        if run["variant"] == variant and run["seed"] in base
+    ]

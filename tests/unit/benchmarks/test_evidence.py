@@ -1,0 +1,68 @@
+"""Runs are compared with the plain model of their own seed, never across seeds."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.evidence_lines import differences, Line, variants_of
+from benchmarks.evidence_plot import draw, marks_of
+from benchmarks.evidence_report import table
+
+
+def run(variant: str, seed: int, auc: float, flops: int = 100, data: str = "tree") -> Line:
+    return {
+        "data": data,
+        "backbone": "bst",
+        "variant": variant,
+        "seed": seed,
+        "test": {"auc": auc, "gauc": auc, "logloss": 0.3},
+        "flops": flops,
+        "output_ratio": None if variant == "plain" else 0.1,
+        "samples_per_second": 1000.0,
+    }
+
+
+# Seeds differ by more than variants do, and one variant lacks a seed.
+RUNS = [
+    run("plain", 0, 0.80),
+    run("plain", 1, 0.85),
+    run("head rank 4", 0, 0.801, flops=120),
+    run("head rank 4", 1, 0.853, flops=120),
+    run("head rank 4, random", 1, 0.851, flops=120),
+    run("wider", 2, 0.9, flops=110),
+]
+
+
+def test_differences_are_within_seeds():
+    assert differences(RUNS, "head rank 4") == pytest.approx([10, 30])
+    assert differences(RUNS, "head rank 4, random") == pytest.approx([10])
+    assert differences(RUNS, "wider") == []
+
+
+def test_variants_come_by_their_cost():
+    assert variants_of(RUNS) == ["plain", "wider", "head rank 4", "head rank 4, random"]
+
+
+def test_a_table_has_a_row_a_variant_with_students_interval():
+    rows = table(RUNS).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in variants_of(RUNS)]
+    # Two seeds: 12.706 standard errors of 10.
+    assert "+20.0 ± 127.1 (+10.0, +30.0)" in rows[2]
+    assert "no plain run of its seed" in rows[1]
+
+
+def test_marks_are_relative_to_the_plain_model():
+    marks = {mark.variant: mark for mark in marks_of(RUNS)}
+    assert set(marks) == {"plain", "head rank 4", "head rank 4, random"}
+    mark = marks["head rank 4"]
+    assert (mark.cost, mark.mean, mark.least, mark.most) == pytest.approx((1.2, 20, 10, 30))
+    assert marks["head rank 4, random"].kind is not mark.kind
+
+
+@pytest.mark.parametrize("panels", [1, 4])
+def test_every_panel_is_drawn(panels: int, tmp_path: Path):
+    runs = [{**line, "data": f"world {i}"} for i in range(panels) for line in RUNS]
+    draw(runs, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f"world {i}" in drawn for i in range(panels))
+    assert "routed at random" in drawn
