@@ -45,6 +45,9 @@ class Data:
         recipe: Whose settings hold where the grid says nothing.
         options: Beside them.
         head: Hidden widths of the plain model; wider and narrower ones are derived from it.
+        route_by: Features that decide in each expert layer of the variants "by feature": what is
+            known to choose the map in a generated world; else, chosen before any run, something
+            of the candidate or its place, of who asks, and of the history.
         prepared: Whether the rows come from a folder.
         tuned_on: The data whose tuning chose the rates; where there was none, the recipe's hold.
     """
@@ -52,10 +55,17 @@ class Data:
     recipe: str
     options: Mapping[str, str] = field(default_factory=dict)
     head: tuple[int, ...]
+    route_by: str
     prepared: bool = False
     tuned_on: str
 
 
+# In `smooth` nothing chooses a map; it is a control.
+WORLD_ROUTES = {
+    "composed": "[[category], [hour], [category_history]]",
+    "tree": "[[category], [category], [category]]",
+    "smooth": "[[category], [hour], [category_history]]",
+}
 DATA = {
     **{
         world: Data(
@@ -66,9 +76,10 @@ DATA = {
                 "data.eval_rows": "65536",
             },
             head=(64, 32),
+            route_by=WORLD_ROUTES[world],
             tuned_on="composed",
         )
-        for world in ("composed", "tree", "smooth")
+        for world in WORLD_ROUTES
     },
     # Streams as long as those on which prototypes found that learned routing pays.
     **{
@@ -81,13 +92,32 @@ DATA = {
                 "checkpoint.every_steps": "6000",
             },
             head=(64, 32),
+            route_by=WORLD_ROUTES[world],
             tuned_on="composed",
         )
         for world in ("composed", "tree")
     },
-    "ml-1m": Data(recipe="bst-movielens", head=(256, 128), prepared=True, tuned_on="ml-1m"),
-    "toys": Data(recipe="bst-amazon-toys", head=(256, 128), prepared=True, tuned_on="toys"),
-    "trivago": Data(recipe="bst-trivago", head=(256, 128), prepared=True, tuned_on="trivago"),
+    "ml-1m": Data(
+        recipe="bst-movielens",
+        head=(256, 128),
+        route_by="[[genre_set], [age], [history_genre_set]]",
+        prepared=True,
+        tuned_on="ml-1m",
+    ),
+    "toys": Data(
+        recipe="bst-amazon-toys",
+        head=(256, 128),
+        route_by="[[category], [attributes], [history_category]]",
+        prepared=True,
+        tuned_on="toys",
+    ),
+    "trivago": Data(
+        recipe="bst-trivago",
+        head=(256, 128),
+        route_by="[[rank], [platform], [history_action]]",
+        prepared=True,
+        tuned_on="trivago",
+    ),
 }
 
 LEARNING_RATES = ("0.002", "0.004", "0.008")
@@ -106,12 +136,17 @@ def experts(sites: str, rank: int, routing: str = "row") -> dict[str, str]:
     }
 
 
-def variants(head: tuple[int, ...]) -> dict[str, dict[str, str]]:
+def variants(data: Data) -> dict[str, dict[str, str]]:
     """The models that are compared, by name."""
+    head = data.head
 
     def dense(widths: Iterable[int]) -> dict[str, str]:
         return {"model.hilomoe": "null", "model.head": f"[{', '.join(map(str, widths))}]"}
 
+    by_feature = {
+        "model.hilomoe.route_by": data.route_by,
+        "model.hilomoe.query_norm": "true",
+    }
     own = {"model.head": f"[{', '.join(map(str, head))}]"}
     return {
         "plain": dense(head),
@@ -126,6 +161,8 @@ def variants(head: tuple[int, ...]) -> dict[str, dict[str, str]]:
         "head rank 4, random": own | experts("head", 4, "random"),
         "head rank 4, by sample": own | experts("head", 4, "sample"),
         "all rank 4, by sample": own | experts("all", 4, "sample"),
+        "head rank 4, by feature": own | experts("head", 4, "sample") | by_feature,
+        "head rank 4, by feature, random": own | experts("head", 4, "random") | by_feature,
     }
 
 
@@ -156,7 +193,7 @@ class Case:
 
 def tuning_cases(lines: list[Line], data: str, backbone: str, given: Mapping) -> Iterator[Case]:
     """The plain model at every rate; then, its rate being known, experts at theirs."""
-    models = variants(DATA[data].head)
+    models = variants(DATA[data])
     for rate in LEARNING_RATES:
         options = {**given, **models["plain"], **rates(rate)}
         yield Case(data=data, backbone=backbone, variant="plain", seed=TUNING_SEED, options=options)
@@ -207,7 +244,7 @@ def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
         source = DATA[data].tuned_on
         plain = chosen(lines, source, backbone, "plain") or {}
         tuned = chosen(lines, source, backbone, TUNED_VARIANT) or plain
-        for variant, model in variants(DATA[data].head).items():
+        for variant, model in variants(DATA[data]).items():
             if args.variants and variant not in args.variants:
                 continue
             dense = "model.hilomoe" in model
@@ -316,9 +353,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw AUC over FLOPs to this file")
     args = parser.parse_args()
     args.prepared = dict(pair.split("=", 1) for pair in args.prepared)
-    unknown = set(args.variants or ()) - set(variants((2, 2)))
+    known = variants(next(iter(DATA.values())))
+    unknown = set(args.variants or ()) - set(known)
     if unknown:
-        parser.error(f"no variant {unknown}; there are {', '.join(variants((2, 2)))}")
+        parser.error(f"no variant {unknown}; there are {', '.join(known)}")
     absent = [name for name in args.data if DATA[name].prepared and name not in args.prepared]
     if absent and args.action != "report":
         parser.error(f"say where {absent[0]} is prepared: --prepared {absent[0]}=FOLDER")

@@ -47,6 +47,13 @@ class Kind:
 
 # The first that holds is a variant's.
 KINDS = (
+    Kind(
+        label="by feature, at random",
+        marker="x",
+        holds=lambda v: "feature, random" in v,
+        aside=4,
+    ),
+    Kind(label="experts, routed by feature", marker="P", holds=lambda v: "feature" in v),
     Kind(label="experts, routed at random", marker="X", holds=lambda v: "random" in v, aside=4),
     Kind(label="experts, routed by sample", marker="v", holds=lambda v: "sample" in v, aside=-4),
     Kind(label="experts on all sites", marker="D", holds=lambda v: v.startswith("all")),

@@ -1,6 +1,8 @@
 """Sites that share a router: against the loops, with every gradient, and as parts of a model."""
 
 import copy
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +24,8 @@ from torchrec_hilomoe.hilomoe import (
 )
 
 SAMPLES, TOKENS, USER, WIDTH = 4, 3, 5, 6
+# Of different widths; one range is read by two layers, two overlap.
+APART = [[range(2)], [range(3, 5), range(2)], [range(2, 5)]]
 OPTIONS = {
     "default": {},
     "top_2": {"top_k": 2, "rank": 2},
@@ -44,11 +48,12 @@ class TwoTowers(nn.Module):
         return self.down(self.up(tokens_BTW).tanh()) + user_BU.sum()
 
 
-def build(dtype=torch.float64, **options) -> TwoTowers:
+def build(dtype=torch.float64, views=None, **options) -> TwoTowers:
     torch.manual_seed(0)
     model = TwoTowers().to(dtype)
     config = HiLoMoEConfig(num_layers=3, num_experts=4, balance_weight=0.7, z_weight=0.3, **options)
-    names = share_routing(model, config, sites=["up", "down"], query="user", width=USER)
+    sites = ["up", "down"]
+    names = share_routing(model, config, sites, query="user", width=USER, views=views)
     assert names == ["up", "down"]
     for site in sites_of(model).values():
         nn.init.normal_(site.expert_out)
@@ -61,10 +66,35 @@ def inputs(dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     return user, torch.randn(SAMPLES, TOKENS, WIDTH, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def read_apart(source_ND, keys_LEV, config, views):
+    """What routes each row, and keys that are zero but for what their layer reads."""
+    parts = list(dict.fromkeys(part for view in views for part in view))
+    rows = [[source_D[part.start : part.stop] for part in parts] for source_D in source_ND]
+    if config.query_norm:
+        rows = [[reference.rms_norm(part) for part in row] for row in rows]
+    layers = []
+    for keys_EV, view in zip(keys_LEV, views, strict=True):
+        given, start = {}, 0
+        for part in view:
+            given[part] = keys_EV[:, start : start + len(part)]
+            start += len(part)
+        zeros = {part: keys_EV.new_zeros(len(keys_EV), len(part)) for part in parts}
+        layers.append(torch.cat([given.get(part, zeros[part]) for part in parts], dim=1))
+    return torch.stack([torch.cat(row) for row in rows]), torch.stack(layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "views"),
+    [
+        *((options, None) for options in OPTIONS.values()),
+        *((options, APART) for options in OPTIONS.values() if "query_dim" not in options),
+        ({"query_norm": True, "query_update": "selected"}, APART),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_matches_float64_reference(options, dtype):
-    model = build(dtype, **options)
+def test_matches_float64_reference(options, views, dtype):
+    model = build(dtype, views, **options)
     config = sites_of(model)["up"].config
     user, tokens = inputs(dtype)
     tensors = {"user": user, "tokens": tokens, **dict(model.named_parameters())}
@@ -75,12 +105,16 @@ def test_matches_float64_reference(options, dtype):
     def slow(user, tokens, **params):
         source = user @ params["user.weight"].t() + params["user.bias"]
         router = {n.removeprefix("up.router."): p for n, p in params.items() if "router" in n}
+        read, given = source, config
+        if views is not None:
+            read, keys = read_apart(source, router["expert_keys"], config, views)
+            router, given = {"expert_keys": keys}, replace(config, query_norm=False)
 
         def site(name, x):
             own = {n.removeprefix(f"{name}."): p for n, p in params.items() if n.startswith(name)}
-            repeated = source.repeat_interleave(TOKENS, dim=0)
+            repeated = read.repeat_interleave(TOKENS, dim=0)
             rows = x.reshape(-1, x.shape[-1])
-            out = reference.hilomoe_linear(rows, {**own, **router}, config, source_NC=repeated)
+            out = reference.hilomoe_linear(rows, {**own, **router}, given, source_NC=repeated)
             return out, out.y_NO.reshape(SAMPLES, TOKENS, -1)
 
         out, hidden = site("up", tokens)
@@ -94,6 +128,20 @@ def test_matches_float64_reference(options, dtype):
     want = value_and_grads(slow, exact, cotangent.double())
     near = value_and_grads(slow, plain, cotangent.float())
     assert_as_exact_as(value_and_grads(fast, tensors, cotangent), near, want, dtype, 64)
+
+
+def test_a_layer_reads_its_view_alone():
+    """Where views have nothing in common; and a fresh router's choices are already theirs."""
+    model = build(views=[[range(1)], [range(1, 3)], [range(3, 5)]])
+    router = sites_of(model)["up"].shared_router
+    assert router is not None
+    query = torch.randn(SAMPLES, USER, dtype=torch.float64)
+    before = router(query).scores_LEN
+    for column, reader in enumerate([0, 1, 1, 2, 2]):
+        other = query.clone()
+        other[:, column] += 1
+        moved = (router(other).scores_LEN - before).abs().amax(dim=(1, 2)) > 0
+        assert moved.tolist() == [layer == reader for layer in range(3)]
 
 
 def test_the_loss_read_is_the_router_s_own():
@@ -136,9 +184,10 @@ def test_active_layers_and_removal():
 
 # Dynamo instantiates an autograd.Function while it traces its backward. Goes when it does not.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("views", [None, APART], ids=["all", "apart"])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_graph_breaks(training):
-    model = build().train(training)
+def test_compiles_without_graph_breaks(training, views):
+    model = build(views=views).train(training)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs()), model(*inputs()))
@@ -212,6 +261,28 @@ def test_is_fx_traceable(options, training):
     traced = torch.fx.symbolic_trace(model)
     given = jagged_inputs()
     assert torch.equal(traced(*given), model(*given))
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ([[range(2)]], "must be one for each expert layer, got 1 for num_layers = 2"),
+        ([[range(2)], []], "layer 2 reads [], which must be one or more different"),
+        ([[range(2)], [range(3, 3)]], "layer 2 reads [range(3, 3)], which must be"),
+        ([[range(4, 6)], [range(2)]], "ranges of step 1 within the query's 5 columns"),
+        ([[range(0, 4, 2)], [range(2)]], "layer 1 reads [range(0, 4, 2)]"),
+        ([[range(2), range(2)], [range(2)]], "layer 1 reads [range(0, 2), range(0, 2)]"),
+    ],
+    ids=str,
+)
+def test_refuses_views_that_no_layer_can_have(views, message):
+    model = TwoTowers()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        share_routing(model, HiLoMoEConfig(num_layers=2), ["up"], "user", USER, views=views)
+    config = HiLoMoEConfig(num_layers=1, query_dim=3)
+    with pytest.raises(ValueError, match=r"views need query_dim = None, got query_dim = 3: a"):
+        share_routing(model, config, ["up"], "user", USER, views=[[range(2)]])
+    assert not sites_of(model)
 
 
 def test_refuses_what_it_cannot_route():

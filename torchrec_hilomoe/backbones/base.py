@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn, Tensor
 
+from torchrec_hilomoe.backbones.layers.jagged import mean_rows
 from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.embeddings.features import SequenceFeatures
 
@@ -20,8 +21,9 @@ class Backbone(nn.Module, ABC):
     Attributes:
         SITES: Groups of linear maps that are sensible places for experts: group name to name
             patterns inside the backbone, in the order of :func:`fnmatch.fnmatch`.
-        sample: Passes on what is known of each row before its histories are read, so that a
-            router that decides once per row can hear it.
+        sample: Passes on what is known of each row before its histories are attended, so that a
+            router that decides once per row can hear it: candidate and context.
+        tells_histories: Whether the mean event of each history follows these.
     """
 
     SITES: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
@@ -29,6 +31,7 @@ class Backbone(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.sample = Tap()
+        self.tells_histories = False
 
     @property
     def tokens(self) -> Mapping[str, str]:
@@ -41,7 +44,11 @@ class Backbone(nn.Module, ABC):
 
     def sample_of(self, features: SequenceFeatures) -> Tensor:
         """Join candidate and context, ``(B, C + P)``; a backbone calls it before its sites run."""
-        return self.sample(torch.cat([features.candidate, features.context], dim=1))
+        joined_BS = torch.cat([features.candidate, features.context], dim=1)
+        if not self.tells_histories:
+            return self.sample(joined_BS)
+        self.sample(torch.cat([joined_BS, *map(mean_rows, features.histories)], dim=1))
+        return joined_BS
 
     @abstractmethod
     def forward(self, features: SequenceFeatures) -> Tensor:

@@ -26,10 +26,30 @@ class InjectionConfig(HiLoMoEConfig):
             the site sees events; ``sample`` decides once for each sample, by its candidate and
             context, for all sites together; ``random`` is the control for experiments: each row
             has a path that nothing learned.
+        route_by: For each expert layer, the features that decide in it, once for each sample: the
+            candidate's, the context's, or a history's, by the mean of its events. Null lets every
+            layer read all that ``routing`` gives it. Wants ``routing`` ``sample``, or ``random``
+            for its control: the same features, whose choice nothing learned.
     """
 
     sites: tuple[str, ...] = ("head",)
     routing: Literal["row", "sample", "random"] = "row"
+    route_by: tuple[tuple[str, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.route_by is None:
+            return
+        if self.routing == "row":
+            raise ValueError(
+                "model.hilomoe.route_by names features of a sample, but model.hilomoe.routing is "
+                "row. Set routing to sample, or to random for the control, or route_by to null."
+            )
+        if len(self.route_by) != self.num_layers:
+            raise ValueError(
+                f"model.hilomoe.route_by has {len(self.route_by)} lists of features for num_layers "
+                f"= {self.num_layers}. Give one list for each expert layer, or set num_layers."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ number of dense features.
 
 import math
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -133,6 +134,22 @@ class SparseArch(nn.Module):
             dense=dense,
             timed=schema.time is not None,
         )
+
+    @property
+    def columns(self) -> Mapping[str, range]:
+        """Where each feature stands in candidate, context and one event of each history, joined."""
+        schema, dim = self._schema, self._embedding_dim
+        dense = 1 if self.dense_embedding is None else dim
+        widths = {
+            **{feature.name: dim for feature in (*schema.candidate, *schema.pooled)},
+            **dict.fromkeys(schema.dense, dense),
+            **{field.name: dim for field in schema.sequence_fields},
+        }
+        ends = list(accumulate(widths.values()))
+        return {
+            name: range(end - width, end)
+            for (name, width), end in zip(widths.items(), ends, strict=True)
+        }
 
     def forward(
         self,

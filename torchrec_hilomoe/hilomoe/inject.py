@@ -71,6 +71,7 @@ def share_routing(
     query: str,
     width: int,
     tokens: Mapping[str, str] = MappingProxyType({}),
+    views: Sequence[Sequence[range]] | None = None,
 ) -> list[str]:
     """Inject sites that share one router, which decides once per sample.
 
@@ -89,12 +90,15 @@ def share_routing(
         width: Of that output.
         tokens: For sites that see jagged tokens: name pattern to the module whose output,
             ``(samples + 1,)``, says where each sample's tokens begin.
+        views: For each expert layer, the ranges of the query's columns that it reads, such as
+            those of one feature; see :class:`SampleRouter`. None lets every layer read all.
 
     Returns:
         The names of the replaced maps.
 
     Raises:
-        ValueError: As `inject_hilomoe`; also if there is no such module, or keys are tied.
+        ValueError: As `inject_hilomoe`; also if there is no such module, keys are tied, or views
+            are not as they must be.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 1))
@@ -108,11 +112,11 @@ def share_routing(
                 f"share_routing: {option} {name!r} is no module of the model. It has: "
                 f"{', '.join(name for name in modules if name)}."
             )
-    SampleRouter(width, config, device="meta")  # refuses before anything is changed
+    SampleRouter(width, config, device="meta", views=views)  # refuses before anything is changed
     names = inject_hilomoe(model, config, sites)
     chosen = [sites_of(model)[name] for name in names]
     weight = chosen[0].weight
-    router = SampleRouter(width, config, device=weight.device, dtype=weight.dtype)
+    router = SampleRouter(width, config, device=weight.device, dtype=weight.dtype, views=views)
     for index, name in enumerate(names):
         found = (source for pattern, source in tokens.items() if fnmatchcase(name, pattern))
         chosen[index].share(router, owner=index == 0, tokens=next(found, None))

@@ -17,7 +17,8 @@ from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.function import hilomoe, mix_rows, SiteOutput
 from torchrec_hilomoe.hilomoe.losses import RoutingRecord
 from torchrec_hilomoe.hilomoe.plan import plan_for
-from torchrec_hilomoe.hilomoe.router import for_tokens, rms_norm, SampleRouter
+from torchrec_hilomoe.hilomoe.queries import rms_norm
+from torchrec_hilomoe.hilomoe.router import for_tokens, SampleRouter
 
 __all__ = ["HiLoMoELinear"]
 

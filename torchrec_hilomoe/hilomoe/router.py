@@ -7,10 +7,11 @@ router that reads that place: its cost no longer grows with the length of the se
 Shape legend:
     B  samples     D  width of the tensor that is read     Q  query width
     L  active expert layers     E  experts     k  experts chosen
+    V  columns of the widest view
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,12 +24,13 @@ from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.function import route_samples
 from torchrec_hilomoe.hilomoe.losses import RoutingRecord
 from torchrec_hilomoe.hilomoe.plan import plan_for
+from torchrec_hilomoe.hilomoe.queries import check_views, parts_of, places_of, rms_norm
 from torchrec_hilomoe.hilomoe.routing import Routing
 
-__all__ = ["SampleRouter", "TokenGates", "for_tokens", "rms_norm"]
+__all__ = ["SampleRouter", "TokenGates", "for_tokens"]
 
 # Opaque to FX, as in `linear`.
-for _name in ("checked", "rms_norm", "route_samples"):
+for _name in ("checked", "parts_of", "rms_norm", "route_samples"):
     torch.fx.wrap(_name)
 
 
@@ -43,8 +45,13 @@ class SampleRouter(nn.Module):
         config: Options of the sites that share this router.
         device: Of the parameters.
         dtype: Of the parameters.
+        views: For each expert layer, the ranges of columns that it reads; None lets every layer
+            read all of them. The query is then all ranges side by side, ``Q`` columns;
+            ``query_norm`` divides each range by its own root mean square; and a layer hears of the
+            choices above it only through the ranges that it has in common with them.
 
     Attributes:
+        query_width: ``Q``.
         active_layers: As for a site; the sites set it.
         auxiliary_scale: As for a site, for all sites that share this router together.
     """
@@ -55,6 +62,7 @@ class SampleRouter(nn.Module):
         config: HiLoMoEConfig,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        views: Sequence[Sequence[range]] | None = None,
     ) -> None:
         super().__init__()
         if config.tie_keys:
@@ -72,11 +80,23 @@ class SampleRouter(nn.Module):
                 "HiLoMoEConfig.backend = 'compiled' compiles routing and experts as one, so it "
                 "cannot share a router. Use backend='auto' or 'eager'."
             )
-        self.width, self.config, self.plan = width, config, plan_for(config, width)
-        L, E, Q = config.num_layers, config.num_experts, config.query_dim or width
-        self.expert_keys = nn.Parameter(torch.empty(L, E, Q, device=device, dtype=dtype))
+        self.width, self.config = width, config
+        self.ranges: tuple[range, ...] = ()
+        read = source = width
+        if views is not None:
+            check_views(views, width, config)
+            self.ranges = tuple(dict.fromkeys(part for view in views for part in view))
+            source = sum(len(part) for part in self.ranges)
+            places_LV = places_of(views, self.ranges, device)
+            self.view_places: Tensor
+            self.register_buffer("view_places", places_LV, persistent=False)
+            read = places_LV.shape[1]
+        self.plan = plan_for(config, source)
+        self.query_width = config.query_dim or source
+        L, E, V = config.num_layers, config.num_experts, config.query_dim or read
+        self.expert_keys = nn.Parameter(torch.empty(L, E, V, device=device, dtype=dtype))
         if config.query_dim is not None:
-            self.query_proj = nn.Parameter(torch.empty(Q, width, device=device, dtype=dtype))
+            self.query_proj = nn.Parameter(torch.empty(V, width, device=device, dtype=dtype))
         self.active_layers = L
         self.auxiliary_scale = 1.0
         self._hooks: list[RemovableHandle] = []
@@ -158,12 +178,14 @@ class SampleRouter(nn.Module):
         q_BQ = query_BD.detach() if config.stop_gradient == "query" else query_BD
         if config.query_dim is not None:
             q_BQ = F.linear(q_BQ, self.query_proj)
-        if config.query_norm:
+        if self.ranges:
+            q_BQ = parts_of(q_BQ, self.ranges, normed=config.query_norm)
+        elif config.query_norm:
             q_BQ = rms_norm(q_BQ)
         scale = self.auxiliary_scale
         weights = (config.balance_weight * scale, config.z_weight * scale)
         losing = self.training and torch.is_grad_enabled() and weights != (0.0, 0.0)
-        keys_MQ = self.expert_keys[: self.active_layers].flatten(0, 1)
+        keys_MQ = self._keys()[: self.active_layers].flatten(0, 1)
         routing, counts_LE = route_samples(
             q_BQ, keys_MQ, config, self.plan, weights if losing else None
         )
@@ -175,6 +197,15 @@ class SampleRouter(nn.Module):
                 top_k=config.top_k,
             )
         return routing
+
+    def _keys(self) -> Tensor:
+        """``(L, E, Q)``: keys compare with what their layer reads, and are zero elsewhere."""
+        if not self.ranges:
+            return self.expert_keys
+        L, E, V = self.expert_keys.shape
+        everywhere_LEQ = self.expert_keys.new_zeros(L, E, self.query_width + 1)
+        places_LEV = self.view_places[:, None].expand(L, E, V)
+        return everywhere_LEQ.scatter(2, places_LEV, self.expert_keys)[..., : self.query_width]
 
     def extra_repr(self) -> str:
         """What it reads and how it routes."""
@@ -243,8 +274,3 @@ def checked(query_BD: Tensor, width: int) -> Tensor:
             "with its width."
         )
     return query_BD
-
-
-def rms_norm(query_BQ: Tensor) -> Tensor:
-    """Divide each query by its root mean square."""
-    return F.rms_norm(query_BQ, query_BQ.shape[1:])

@@ -1,6 +1,6 @@
 """Configuration -> modules: the only file that knows both."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -42,19 +42,41 @@ def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
     backbone = _builder(config.backbone)(config, sparse.widths)
     _check_targets(config.backbone, schema)
     if config.hilomoe is not None:
-        _inject(backbone, config.hilomoe, sparse.widths)
+        _inject(backbone, config.hilomoe, sparse)
     return TrainTask(CTRModel(sparse, backbone))
 
 
-def _inject(backbone: Backbone, config: InjectionConfig, widths: FeatureWidths) -> None:
+def _inject(backbone: Backbone, config: InjectionConfig, sparse: SparseArch) -> None:
     patterns = site_patterns(backbone, config)
-    if config.routing == "sample":
-        width = widths.candidate + widths.context
-        share_routing(backbone, config, patterns, "sample", width, tokens=backbone.tokens)
-        return
-    inject_hilomoe(backbone, config, sites=patterns)
+    if config.routing == "sample" or config.route_by is not None:
+        width, views = sparse.widths.candidate + sparse.widths.context, None
+        if config.route_by is not None:
+            views = _views(config.route_by, sparse.columns)
+            backbone.tells_histories = True
+            width += sum(history.event for history in sparse.widths.histories)
+        share_routing(
+            backbone, config, patterns, "sample", width, tokens=backbone.tokens, views=views
+        )
+    else:
+        inject_hilomoe(backbone, config, sites=patterns)
     if config.routing == "random":
         fix_random_routing(backbone, seed=int(torch.randint(2**31, ())))
+
+
+def _views(
+    route_by: Sequence[Sequence[str]], columns: Mapping[str, range]
+) -> tuple[tuple[range, ...], ...]:
+    """Say where the features stand."""
+    for layer, names in enumerate(route_by, start=1):
+        unknown = [name for name in names if name not in columns]
+        if unknown or not names or len(set(names)) < len(names):
+            near = get_close_matches(unknown[0], columns, n=1) if unknown else []
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"model.hilomoe.route_by: layer {layer} reads {list(names)}, which must be one or "
+                f"more different features of {', '.join(columns)}.{hint}"
+            )
+    return tuple(tuple(columns[name] for name in names) for names in route_by)
 
 
 def site_patterns(backbone: Backbone, config: InjectionConfig) -> tuple[str, ...]:

@@ -200,12 +200,14 @@ def _routing_flops(site: HiLoMoELinear, rows: int) -> int:
     that sites share works once for each sample.
     """
     config, source, plan = site.config, site.in_features, site.plan
+    width = config.query_dim or source
     if site.shared_router is not None:
         if site.shared_router not in site.children():  # its owner has counted it
             return 0
-        rows, source, plan = SAMPLES, site.shared_router.width, site.shared_router.plan
+        router = site.shared_router
+        rows, source, plan, width = SAMPLES, router.width, router.plan, router.query_width
     layers, experts = config.num_layers, config.num_experts
-    keys, width = layers * experts, config.query_dim or source
+    keys = layers * experts
     query = 2 * source * config.query_dim if config.query_dim else 0
     if plan.space == "queries":
         passed = experts if config.query_update == "soft" else config.top_k

@@ -70,6 +70,21 @@ def routed_by_sample(model: Backbone, histories: int = len(HISTORIES)) -> Backbo
     return model
 
 
+def routed_by_feature(model: Backbone) -> Backbone:
+    """The first layer by the candidate's first embedding, the second by the last history's."""
+    config = InjectionConfig(
+        num_layers=2, num_experts=3, sites=("all",), routing="sample", query_norm=True
+    )
+    width = WIDTHS.candidate + WIDTHS.context + sum(history.event for history in HISTORIES)
+    views = [[range(WIDTHS.embedding)], [range(width - WIDTHS.embedding, width)]]
+    patterns = site_patterns(model, config)
+    model.tells_histories = True
+    share_routing(model, config, patterns, "sample", width, tokens=model.tokens, views=views)
+    for site in sites_of(model).values():
+        nn.init.normal_(site.expert_out, std=0.3)
+    return model
+
+
 class AsTensors(nn.Module):
     """A backbone of two histories behind plain tensors, as FX and export see it."""
 
@@ -163,7 +178,7 @@ def test_empty_and_full_histories_and_a_batch_of_one(name, lengths, training):
 
 
 @every_backbone
-@pytest.mark.parametrize("change", [plain, with_experts, routed_by_sample])
+@pytest.mark.parametrize("change", [plain, with_experts, routed_by_sample, routed_by_feature])
 def test_a_batch_without_rows_changes_nothing_and_has_gradients_of_zero(name, change):
     """Which ranks average with those of others."""
     model, features = change(build(name)), features_of(((),) * 3)
@@ -273,6 +288,22 @@ def test_a_schema_without_a_history_is_refused(name):
     config = ModelConfig(backbone=name, hilomoe=None)
     with pytest.raises(ValueError, match=re.escape(message)):
         build_task(config, without(SCHEMA, "sequences"))
+
+
+@every_backbone
+def test_routed_by_feature_a_row_is_the_same_alone_and_hears_only_what_it_reads(name):
+    model, features = routed_by_feature(build(name)).eval(), features_of(LENGTHS)
+    together = model(features)
+    router = next(iter(sites_of(model).values())).shared_router
+    assert router is not None
+    before = router.routing.scores_LEN
+    for row in range(ROWS):
+        close(model(select(features, [row])), together[[row]])
+    *others, last = features.histories
+    model(replace(features, histories=(*others, replace(last, events=-last.events))))
+    assert torch.equal(router.routing.scores_LEN[0], before[0])
+    heard = (router.routing.scores_LEN[1] != before[1]).any(dim=0)
+    assert torch.equal(heard, last.lengths > 0)
 
 
 # As many events as rows, and as many tokens, are no reason to mistake one for the other.

@@ -10,6 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.helpers.datasets import SCHEMA, without
 from tests.helpers.models import batches
+from torchrec_hilomoe.backbones.layers.jagged import mean_rows
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 from torchrec_hilomoe.embeddings.features import HistoryWidths, SequenceFeatures
@@ -171,3 +172,33 @@ def test_vectors_start_near_zero_and_differ():
     weight = table(arch(replace(SCHEMA, tables={**SCHEMA.tables, "item": 5000})), "item")
     assert weight.std().item() == pytest.approx(0.1 / DIM**0.5, rel=0.05)
     assert weight.mean().item() == pytest.approx(0.0, abs=0.002)
+
+
+@pytest.mark.parametrize("embed_dense", [False, True])
+def test_columns_are_where_each_feature_stands(embed_dense):
+    """In candidate, context and a history's mean event: what one feature changes, it alone has."""
+    sparse = SparseArch(SCHEMA, DIM, torch.device("cpu"), embed_dense=embed_dense)
+    batch = next(batches(ROWS, ROWS))
+
+    def joined(changed: str) -> Tensor:
+        ids = {"pooled": batch.pooled, "unpooled": batch.unpooled}
+        for kind, jagged in ids.items():
+            if changed in jagged.keys():  # noqa: SIM118  # no mapping
+                place = jagged.keys().index(changed)
+                start, end = jagged.offset_per_key()[place : place + 2]
+                values = jagged.values().clone()
+                values[start:end] = (values[start:end] + 1) % SCHEMA.tables[tables[changed]]
+                ids[kind] = KeyedJaggedTensor(jagged.keys(), values, lengths=jagged.lengths())
+        dense = batch.dense.clone()
+        if changed in SCHEMA.dense:
+            dense[:, SCHEMA.dense.index(changed)] += 1
+        found = sparse(ids["pooled"], ids["unpooled"], dense, batch.longest)
+        return torch.cat([found.candidate, found.context, *map(mean_rows, found.histories)], dim=1)
+
+    tables = {feature.name: feature.table for feature in SCHEMA.id_features}
+    before = joined("nothing")
+    assert set(sparse.columns) == {*tables, *SCHEMA.dense}
+    assert sum(map(len, sparse.columns.values())) == before.shape[1]
+    for name, columns in sparse.columns.items():
+        changed = (joined(name) != before).any(dim=0).nonzero().flatten().tolist()
+        assert changed == list(columns), name

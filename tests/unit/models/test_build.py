@@ -46,6 +46,59 @@ def test_sample_routing_shares_one_router_among_all_sites():
     assert len({id(site.shared_router) for site in sites.values()}) == 1
 
 
+def test_a_layer_is_routed_by_the_features_that_are_named():
+    experts = InjectionConfig(
+        num_layers=3,
+        num_experts=2,
+        sites=("all",),
+        routing="sample",
+        route_by=(("kind",), ("price", "place"), ("clicks_kind",)),
+    )
+    backbone = build_task(replace(MODEL, hilomoe=experts), SCHEMA).model.backbone
+    router = next(iter(sites_of(backbone).values())).shared_router
+    assert router is not None
+    # Candidate item 0:4, kind 4:8; context user 8:12, place 12:16, tags, price 20, age 21;
+    # clicks item 22:26, kind 26:30; views item.
+    assert router.ranges == (range(4, 8), range(20, 21), range(12, 16), range(26, 30))
+    assert router.width == 34
+    assert backbone.tells_histories
+
+
+@pytest.mark.parametrize("routing", ["sample", "random"])
+def test_what_routes_by_features_learns_unless_it_is_the_control(routing):
+    experts = InjectionConfig(num_layers=1, routing=routing, route_by=(("place",),))
+    backbone = build_task(replace(MODEL, hilomoe=experts), SCHEMA).model.backbone
+    router = next(iter(sites_of(backbone).values())).shared_router
+    assert router is not None
+    learning = [name for name, _ in router.named_parameters()]
+    assert learning == ([] if routing == "random" else ["expert_keys"])
+    assert router.expert_keys.shape == (1, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"route_by": (("kind",),), "routing": "row"}, "model.hilomoe.routing is row. Set"),
+        ({"route_by": ()}, "route_by has 0 lists of features for num_layers = 1. Give"),
+        ({"route_by": (("kind",), ("place",))}, "route_by has 2 lists of features for"),
+        ({"route_by": ((),)}, "route_by: layer 1 reads [], which must be one or more"),
+        ({"route_by": (("kin",),)}, "features of item, kind, user, place, tags, price, age, cl"),
+        ({"route_by": (("kin",),)}, "Did you mean 'kind'?"),
+        ({"route_by": (("kind", "kind"),)}, "layer 1 reads ['kind', 'kind'], which must be"),
+        ({"route_by": (("kind",),), "query_dim": 3}, "views need query_dim = None, got"),
+        ({"route_by": (("kind",),), "tie_keys": True}, "tie_keys = True needs a router for"),
+    ],
+    ids=str,
+)
+def test_impossible_features_to_route_by_are_refused(options, message):
+    def build():
+        experts = InjectionConfig(**{"num_layers": 1, "routing": "sample", **options})
+        return build_task(replace(MODEL, hilomoe=experts), SCHEMA)
+
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
+
+
 def test_random_routing_has_no_router_to_train():
     experts = InjectionConfig(num_experts=2, sites=("all",), routing="random")
     backbone = build_task(replace(MODEL, hilomoe=experts), SCHEMA).model.backbone

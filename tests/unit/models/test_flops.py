@@ -125,6 +125,22 @@ def test_flops_and_parameters_of_experts(options: dict[str, Any], gathered: bool
         assert cost.parameters[component] == plain.parameters[component]
 
 
+def test_routing_by_features_costs_what_they_are_wide():
+    """Once for each sample, whatever its sites and the length of its histories."""
+    config = InjectionConfig(
+        num_layers=2,
+        num_experts=4,
+        sites=("all",),
+        routing="sample",
+        route_by=(("kind",), ("place", "clicks_kind")),
+    )
+    cost = cost_of(replace(MODEL, hilomoe=config))
+    L, E, Q, widest = 2, 4, 3 * MODEL.embedding_dim, 2 * MODEL.embedding_dim
+    gram = 2 * (L * E) ** 2 * Q / BATCH
+    assert cost.flops["routing"] == round(2 * L * E * Q + L * (L - 1) * E**2 + gram)
+    assert cost.parameters["routing"] == L * E * widest
+
+
 @pytest.mark.parametrize(
     ("options", "plan"),
     [

@@ -21,6 +21,7 @@ __all__ = [
     "Tokens",
     "layout_of",
     "max_rows",
+    "mean_rows",
     "pad",
     "softmax_rows",
     "sum_rows",
@@ -58,6 +59,13 @@ def layout_of(history: History) -> Layout:
 def sum_rows(values_TW: Tensor, offsets: Tensor) -> Tensor:
     """Return ``(B, W)``, the sum over each row's events; zero for a row without any."""
     return torch.segment_reduce(values_TW, "sum", offsets=offsets, axis=0)
+
+
+def mean_rows(history: History) -> Tensor:
+    """Return ``(B, W)``, the mean of each row's events; zero for a row without any."""
+    ends_B = torch.cumsum(history.lengths, dim=0)
+    offsets = torch.cat([ends_B.new_zeros(1), ends_B])
+    return sum_rows(history.events, offsets) / history.lengths.clamp(min=1).unsqueeze(1)
 
 
 def max_rows(values_TW: Tensor, offsets: Tensor, row_T: Tensor) -> Tensor:

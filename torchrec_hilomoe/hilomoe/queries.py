@@ -1,0 +1,69 @@
+"""The first query: what keys are compared with, made of what a router is given.
+
+A layer may have a *view*, the columns of that tensor that it reads. Experts can only specialise by
+what their router can tell apart: one that reads everything starts with choices that say little
+about any one feature, so all experts see the same mixture, and nothing pulls them apart. With a
+view of its own, a layer's first choices already are a function of what it reads. (As Hash Layers,
+Roller et al., 2021, arXiv 2106.04426, choose by a token alone; here the choice goes on learning.)
+
+Shape legend:
+    B  rows     D  width of what is given     Q  query width
+    L  expert layers     V  columns of the widest view
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+
+__all__ = ["check_views", "parts_of", "places_of", "rms_norm"]
+
+
+def rms_norm(query_BQ: Tensor) -> Tensor:
+    """Divide each query by its root mean square."""
+    return F.rms_norm(query_BQ, query_BQ.shape[1:])
+
+
+def check_views(views: Sequence[Sequence[range]], width: int, config: HiLoMoEConfig) -> None:
+    """Refuse views that no router of this width and these options can have."""
+    if len(views) != config.num_layers:
+        raise ValueError(
+            f"SampleRouter.views must be one for each expert layer, got {len(views)} for "
+            f"num_layers = {config.num_layers}. Add or drop views, or set num_layers."
+        )
+    if config.query_dim is not None:
+        raise ValueError(
+            f"SampleRouter.views need query_dim = None, got query_dim = {config.query_dim}: a "
+            "projection would mix what layers must read apart. Use query_dim=None."
+        )
+    for layer, view in enumerate(views, start=1):
+        inside = all(part.step == 1 and 0 <= part.start < part.stop <= width for part in view)
+        if not view or not inside or len(set(view)) < len(view):
+            raise ValueError(
+                f"SampleRouter.views: layer {layer} reads {list(view)}, which must be one or more "
+                f"different, non-empty ranges of step 1 within the query's {width} columns."
+            )
+
+
+def places_of(
+    views: Sequence[Sequence[range]],
+    ranges: Sequence[range],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """``(L, V)``, where in the query each layer's columns stand; those missing to V, behind it."""
+    starts, end = {}, 0
+    for part in ranges:
+        starts[part] = end
+        end += len(part)
+    columns = [[starts[part] + i for part in view for i in range(len(part))] for view in views]
+    longest = max(map(len, columns))
+    return torch.tensor([own + [end] * (longest - len(own)) for own in columns], device=device)
+
+
+def parts_of(source_BD: Tensor, ranges: Sequence[range], *, normed: bool) -> Tensor:
+    """Return ranges of columns side by side, each perhaps divided by its root mean square."""
+    parts = [source_BD[:, part.start : part.stop] for part in ranges]
+    return torch.cat([rms_norm(part) if normed else part for part in parts], dim=1)
