@@ -143,10 +143,7 @@ def variants(data: Data) -> dict[str, dict[str, str]]:
     def dense(widths: Iterable[int]) -> dict[str, str]:
         return {"model.hilomoe": "null", "model.head": f"[{', '.join(map(str, widths))}]"}
 
-    by_feature = {
-        "model.hilomoe.route_by": data.route_by,
-        "model.hilomoe.query_norm": "true",
-    }
+    by_feature = {"model.hilomoe.route_by": data.route_by}
     own = {"model.head": f"[{', '.join(map(str, head))}]"}
     return {
         "plain": dense(head),

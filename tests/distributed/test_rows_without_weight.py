@@ -40,6 +40,10 @@ def model_of(backbone: str, routing: Literal["row", "sample"]) -> ModelConfig:
 
 CASES = {name: model_of(name, "row") for name in BUILDERS}
 CASES["bst, by sample"] = model_of("bst", "sample")
+BY_FEATURE = InjectionConfig(
+    num_layers=2, num_experts=3, routing="sample", route_by=(("kind",), ("views_item",))
+)
+CASES["bst, by feature"] = replace(CASES["bst, by sample"], hilomoe=BY_FEATURE)
 
 
 def table_of(nowhere: set[int]) -> pa.Table:

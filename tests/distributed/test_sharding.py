@@ -28,13 +28,15 @@ RATE, TABLE_RATE, WARMUP = 1e-3, 0.1, 0.5
 ALL = Stage(name="all", warmup_steps=2)
 # Every expert is chosen: a choice that hangs on a rounding would not be a fair comparison.
 EXPERTS = InjectionConfig(num_layers=2, num_experts=2, top_k=2, sites=("all",), balance_weight=0.1)
+BY_FEATURE = replace(EXPERTS, routing="sample", route_by=(("place",), ("kind", "clicks_item")))
+CASES = {name: (name, EXPERTS) for name in BUILDERS} | {"bst, by feature": ("bst", BY_FEATURE)}
 CONFIGS = {
-    name: RunConfig(
+    case: RunConfig(
         # Batch norm: statistics, too, must be those of the whole batch.
-        model=replace(MODEL, backbone=name, batch_norm=True, hilomoe=EXPERTS),
+        model=replace(MODEL, backbone=backbone, batch_norm=True, hilomoe=experts),
         train=TrainConfig(batch_size=BATCH, learning_rate=RATE, table_learning_rate=TABLE_RATE),
     )
-    for name in BUILDERS
+    for case, (backbone, experts) in CASES.items()
 }
 
 
@@ -125,7 +127,7 @@ def comparisons(request: pytest.FixtureRequest) -> dict[str, Comparison]:
     }
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=CASES)
 def comparison(request: pytest.FixtureRequest, comparisons: dict[str, Comparison]) -> Comparison:
     return comparisons[request.param]
 

@@ -27,8 +27,9 @@ class InjectionConfig(HiLoMoEConfig):
             context, for all sites together; ``random`` is the control for experiments: each row
             has a path that nothing learned.
         route_by: For each expert layer, the features that decide in it, once for each sample: the
-            candidate's, the context's, or a history's, by the mean of its events. Null lets every
-            layer read all that ``routing`` gives it. Wants ``routing`` ``sample``, or ``random``
+            candidate's, the context's, or a history's, by the mean of its events. The direction of
+            an embedding decides, not its length. Null lets every layer read all that ``routing``
+            gives it. Wants ``routing`` ``sample``, or ``random``
             for its control: the same features, whose choice nothing learned.
     """
 

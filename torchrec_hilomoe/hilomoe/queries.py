@@ -63,7 +63,11 @@ def places_of(
     return torch.tensor([own + [end] * (longest - len(own)) for own in columns], device=device)
 
 
-def parts_of(source_BD: Tensor, ranges: Sequence[range], *, normed: bool) -> Tensor:
-    """Return ranges of columns side by side, each perhaps divided by its root mean square."""
+def parts_of(source_BD: Tensor, ranges: Sequence[range]) -> Tensor:
+    """Return ranges of columns side by side, each divided by its own root mean square.
+
+    Embeddings start near zero, where no choice would say anything of them. Of a single column the
+    norm would leave the sign; it is taken as it is.
+    """
     parts = [source_BD[:, part.start : part.stop] for part in ranges]
-    return torch.cat([rms_norm(part) if normed else part for part in parts], dim=1)
+    return torch.cat([rms_norm(part) if part.shape[1] > 1 else part for part in parts], dim=1)

@@ -46,8 +46,8 @@ class SampleRouter(nn.Module):
         device: Of the parameters.
         dtype: Of the parameters.
         views: For each expert layer, the ranges of columns that it reads; None lets every layer
-            read all of them. The query is then all ranges side by side, ``Q`` columns;
-            ``query_norm`` divides each range by its own root mean square; and a layer hears of the
+            read all of them. The query is then all ranges side by side, ``Q`` columns, each range
+            divided by its own root mean square, whatever ``query_norm``; and a layer hears of the
             choices above it only through the ranges that it has in common with them.
 
     Attributes:
@@ -179,7 +179,7 @@ class SampleRouter(nn.Module):
         if config.query_dim is not None:
             q_BQ = F.linear(q_BQ, self.query_proj)
         if self.ranges:
-            q_BQ = parts_of(q_BQ, self.ranges, normed=config.query_norm)
+            q_BQ = parts_of(q_BQ, self.ranges)
         elif config.query_norm:
             q_BQ = rms_norm(q_BQ)
         scale = self.auxiliary_scale

@@ -72,9 +72,7 @@ def routed_by_sample(model: Backbone, histories: int = len(HISTORIES)) -> Backbo
 
 def routed_by_feature(model: Backbone) -> Backbone:
     """The first layer by the candidate's first embedding, the second by the last history's."""
-    config = InjectionConfig(
-        num_layers=2, num_experts=3, sites=("all",), routing="sample", query_norm=True
-    )
+    config = InjectionConfig(num_layers=2, num_experts=3, sites=("all",), routing="sample")
     width = WIDTHS.candidate + WIDTHS.context + sum(history.event for history in HISTORIES)
     views = [[range(WIDTHS.embedding)], [range(width - WIDTHS.embedding, width)]]
     patterns = site_patterns(model, config)
