@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.models.dlrm import DLRM
 
 from tests.helpers.rounding import assert_as_exact_as, value_and_grads
 from torchrec_hilomoe.backbones.layers.tap import Tap
@@ -141,6 +143,32 @@ def test_a_layer_reads_its_view_alone():
         other[:, column] += 1
         moved = (router(other).scores_LEN - before).abs().amax(dim=(1, 2)) > 0
         assert moved.tolist() == [layer == reader for layer in range(3)]
+
+
+def test_features_of_dlrm_route_a_layer_each():
+    """What its sparse part puts out, ``(samples, features, width)``, is read flat."""
+    tables = [
+        EmbeddingBagConfig(name=name, embedding_dim=8, num_embeddings=9, feature_names=[name])
+        for name in ("item", "hour")
+    ]
+    model = DLRM(EmbeddingBagCollection(tables=tables), 4, [16, 8], [32, 16, 1])
+    config, views = HiLoMoEConfig(num_layers=2, num_experts=4), [[range(8)], [range(8, 16)]]
+    (*_, last) = share_routing(model, config, ["over_arch*.0.*"], "sparse_arch", 16, views=views)
+    router = sites_of(model)[last].shared_router
+    assert router is not None
+
+    def scores(item: int, hour: int) -> torch.Tensor:
+        ids = KeyedJaggedTensor.from_lengths_sync(
+            ["item", "hour"], torch.tensor([item, hour]), torch.ones(2, dtype=torch.int64)
+        )
+        model(torch.zeros(1, 4), ids)
+        return router.routing.scores_LEN
+
+    by_item, by_hour = scores(1, 2)
+    assert torch.equal(scores(1, 3)[0], by_item)
+    assert not torch.equal(scores(1, 3)[1], by_hour)
+    assert torch.equal(scores(4, 2)[1], by_hour)
+    assert not torch.equal(scores(4, 2)[0], by_item)
 
 
 def test_the_loss_read_is_the_router_s_own():

@@ -85,9 +85,9 @@ def share_routing(
         model: As for `inject_hilomoe`.
         config: Options of the sites and of their router.
         sites: As for `inject_hilomoe`.
-        query: Qualified name of the module whose output, ``(samples, width)``, routes the samples;
+        query: Qualified name of the module whose output, ``(samples, ...)``, routes the samples;
             it must run before the sites.
-        width: Of that output.
+        width: Of that output, flattened to ``(samples, width)``.
         tokens: For sites that see jagged tokens: name pattern to the module whose output,
             ``(samples + 1,)``, says where each sample's tokens begin.
         views: For each expert layer, the ranges of the query's columns that it reads, such as

@@ -156,7 +156,7 @@ class SampleRouter(nn.Module):
     def hear(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Forward hook of the module that makes the query."""
         if self.active_layers > 0:
-            self._routing = self(output)
+            self._routing = self(output.flatten(1))
 
     def hear_offsets(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Forward hook of a module that says whose the tokens of a list are."""
