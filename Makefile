@@ -3,6 +3,7 @@
 #   PYTHON=python3.12      the interpreter that .venv is made from (3.11 is what the pins were made for)
 #   TORCH_INDEX=URL        where the package index's plain torch is a CUDA build: PyTorch's CPU index,
 #                          as told by https://pytorch.org/get-started/locally
+#   WORKERS=4              tests that run at a time, a file's in one process; some start ranks of their own
 #   ARGS="--seed 3"        arguments of apps/train.py, of pytest or of a benchmark
 
 SHELL := /bin/bash
@@ -11,6 +12,8 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-deps $(if $(CI),--quiet)
 
 # A stamp is written when its step is done; a step runs again when what it reads has changed.
@@ -29,10 +32,10 @@ train: $(RUNTIME) ## train the default recipe on generated data (ARGS="--train.m
 	$(BIN)/python apps/train.py $(ARGS)
 
 test: $(DEVELOPMENT) ## the tests that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(DEVELOPMENT) ## those above and the slow ones; with a GPU, those too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 lint: $(DEVELOPMENT) ## style, formatting, types
 	$(BIN)/ruff check .

@@ -120,6 +120,15 @@ DATA = {
     ),
 }
 
+# Side by side in the table of all data sets and backbones.
+COMPARED = (
+    "wider",
+    "head rank 4",
+    "head rank 4, random",
+    "head rank 4, by feature",
+    "head rank 4, by feature, random",
+)
+
 LEARNING_RATES = ("0.002", "0.004", "0.008")
 TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
 EXPERT_RATES = ("1.0", "5.0")
@@ -358,8 +367,11 @@ def main() -> None:
     if absent and args.action != "report":
         parser.error(f"say where {absent[0]} is prepared: --prepared {absent[0]}=FOLDER")
     if args.action == "report":
-        order = list(DATA)
-        report(sorted(read(args.out), key=lambda line: order.index(line["data"])), args.plot)
+        order = [*product(DATA, BACKBONES)]
+        lines = sorted(
+            read(args.out), key=lambda line: order.index((line["data"], line["backbone"]))
+        )
+        report(lines, args.plot, COMPARED)
     elif args.action == "run":
         run_missing(grid(read(args.out), args), args)
     else:

@@ -1,12 +1,12 @@
 """Paired differences with their intervals, from the lines of `evidence`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import t as students_t
 
-from benchmarks.evidence_lines import BASE, differences, flops, Line, variants_of
+from benchmarks.evidence_lines import BASE, differences, flops, Line, of_base, variants_of
 from benchmarks.evidence_plot import draw
 
 __all__ = ["report"]
@@ -14,15 +14,49 @@ __all__ = ["report"]
 SCORES = ("auc", "gauc", "logloss")
 
 
-def report(lines: Sequence[Line], plot: Path | None) -> None:
-    """Print a Markdown table for each data set and backbone, and draw them all."""
+def report(lines: Sequence[Line], plot: Path | None, compared: Sequence[str] = ()) -> None:
+    """Print a Markdown table for each data set and backbone, and draw them all.
+
+    Args:
+        lines: Those of tuning have no test scores and are left out.
+        plot: The picture's file.
+        compared: Variants of which a table over all data sets and backbones comes first.
+    """
     runs = [line for line in lines if line["test"] is not None]
-    for data, backbone in sorted({(line["data"], line["backbone"]) for line in runs}):
-        own = [line for line in runs if (line["data"], line["backbone"]) == (data, backbone)]
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for run in runs:
+        groups.setdefault((run["data"], run["backbone"]), []).append(run)
+    if compared:
+        print(summary(groups, compared))
+    for (data, backbone), own in groups.items():
         print(f"\n### {data}, {backbone}\n")
         print(table(own))
     if plot is not None:
         draw(runs, plot)
+
+
+def summary(groups: Mapping[tuple[str, str], Sequence[Line]], compared: Sequence[str]) -> str:
+    """A row a data set and backbone: the plain model's AUC, and what each variant adds to it.
+
+    In 1e-4, mean ± 95 % where there are seeds enough; in brackets FLOPs against the plain model's.
+    """
+    lines = [
+        f"| data, backbone | seeds | plain | {' | '.join(compared)} |",
+        "|---" * (3 + len(compared)) + "|",
+    ]
+    for (data, backbone), runs in groups.items():
+        base = of_base(runs)
+        cells = [f"{data}, {backbone}", str(len(base)), mean([run["test"]["auc"] for run in base])]
+        for variant in compared:
+            own = [run for run in runs if run["variant"] == variant]
+            paired = differences(runs, variant)
+            text = ""
+            if paired:
+                text = f"{difference(paired).partition(' (')[0]} ({flops(own) / flops(base):.2f})"
+                text += "" if len(paired) == len(base) else f", {len(paired)} seeds"
+            cells.append(text)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def table(runs: Sequence[Line]) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.evidence_lines import differences, Line, variants_of
 from benchmarks.evidence_plot import draw, marks_of
-from benchmarks.evidence_report import table
+from benchmarks.evidence_report import summary, table
 
 
 def run(variant: str, seed: int, auc: float, flops: int = 100, data: str = "tree") -> Line:
@@ -49,6 +49,12 @@ def test_a_table_has_a_row_a_variant_with_students_interval():
     # Two seeds: 12.706 standard errors of 10.
     assert "+20.0 ± 127.1 (+10.0, +30.0)" in rows[2]
     assert "no plain run of its seed" in rows[1]
+
+
+def test_a_summary_has_gains_and_costs_side_by_side():
+    header, _, row = summary({("tree", "bst"): RUNS}, ["head rank 4", "wider"]).splitlines()
+    assert header == "| data, backbone | seeds | plain | head rank 4 | wider |"
+    assert row == "| tree, bst | 2 | 0.8250 | +20.0 ± 127.1 (1.20) |  |"
 
 
 def test_marks_are_relative_to_the_plain_model():
