@@ -125,9 +125,13 @@ COMPARED = (
     "wider",
     "head rank 4",
     "head rank 4, random",
+    "head rank 4, by side",
     "head rank 4, by feature",
     "head rank 4, by feature, random",
 )
+
+# What one can name where nothing is known.
+SIDES = {"model.hilomoe.route_by": "[[candidate], [context], [histories]]"}
 
 LEARNING_RATES = ("0.002", "0.004", "0.008")
 TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
@@ -167,6 +171,7 @@ def variants(data: Data) -> dict[str, dict[str, str]]:
         "head rank 4, random": own | experts("head", 4, "random"),
         "head rank 4, by sample": own | experts("head", 4, "sample"),
         "all rank 4, by sample": own | experts("all", 4, "sample"),
+        "head rank 4, by side": own | experts("head", 4, "sample") | SIDES,
         "head rank 4, by feature": own | experts("head", 4, "sample") | by_feature,
         "head rank 4, by feature, random": own | experts("head", 4, "random") | by_feature,
     }

@@ -55,6 +55,7 @@ KINDS = (
     ),
     Kind(label="experts, routed by feature", marker="P", holds=lambda v: "feature" in v),
     Kind(label="experts, routed at random", marker="X", holds=lambda v: "random" in v, aside=4),
+    Kind(label="experts, routed by side", marker="p", holds=lambda v: "side" in v),
     Kind(label="experts, routed by sample", marker="v", holds=lambda v: "sample" in v, aside=-4),
     Kind(label="experts on all sites", marker="D", holds=lambda v: v.startswith("all")),
     Kind(

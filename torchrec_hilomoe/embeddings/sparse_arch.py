@@ -151,6 +151,16 @@ class SparseArch(nn.Module):
             for (name, width), end in zip(widths.items(), ends, strict=True)
         }
 
+    @property
+    def sides(self) -> Mapping[str, tuple[str, ...]]:
+        """The features of the candidate, of the context and of the histories."""
+        schema = self._schema
+        return {
+            "candidate": tuple(field.name for field in schema.candidate),
+            "context": (*(feature.name for feature in schema.pooled), *schema.dense),
+            "histories": tuple(field.name for field in schema.sequence_fields),
+        }
+
     def forward(
         self,
         pooled: KeyedJaggedTensor,

@@ -51,7 +51,7 @@ def _inject(backbone: Backbone, config: InjectionConfig, sparse: SparseArch) -> 
     if config.routing == "sample" or config.route_by is not None:
         width, views = sparse.widths.candidate + sparse.widths.context, None
         if config.route_by is not None:
-            views = _views(config.route_by, sparse.columns)
+            views = _views(config.route_by, sparse)
             backbone.tells_histories = True
             width += sum(history.event for history in sparse.widths.histories)
         share_routing(
@@ -63,20 +63,24 @@ def _inject(backbone: Backbone, config: InjectionConfig, sparse: SparseArch) -> 
         fix_random_routing(backbone, seed=int(torch.randint(2**31, ())))
 
 
-def _views(
-    route_by: Sequence[Sequence[str]], columns: Mapping[str, range]
-) -> tuple[tuple[range, ...], ...]:
-    """Say where the features stand."""
+def _views(route_by: Sequence[Sequence[str]], sparse: SparseArch) -> tuple[tuple[range, ...], ...]:
+    """Say where the features stand, and those of a whole side."""
+    columns = sparse.columns
+    features = {**sparse.sides, **{name: (name,) for name in columns}}
+    views = []
     for layer, names in enumerate(route_by, start=1):
-        unknown = [name for name in names if name not in columns]
-        if unknown or not names or len(set(names)) < len(names):
-            near = get_close_matches(unknown[0], columns, n=1) if unknown else []
+        unknown = [name for name in names if name not in features]
+        found = [feature for name in names for feature in features.get(name, ())]
+        if unknown or not found or len(set(found)) < len(found):
+            near = get_close_matches(unknown[0], features, n=1) if unknown else []
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"model.hilomoe.route_by: layer {layer} reads {list(names)}, which must be one or "
-                f"more different features of {', '.join(columns)}.{hint}"
+                f"more different features of {', '.join(columns)}, or sides of "
+                f"{', '.join(sparse.sides)}.{hint}"
             )
-    return tuple(tuple(columns[name] for name in names) for names in route_by)
+        views.append(tuple(columns[feature] for feature in found))
+    return tuple(views)
 
 
 def site_patterns(backbone: Backbone, config: InjectionConfig) -> tuple[str, ...]:

@@ -64,6 +64,21 @@ def test_a_layer_is_routed_by_the_features_that_are_named():
     assert backbone.tells_histories
 
 
+def test_a_side_is_all_of_its_features():
+    experts = InjectionConfig(
+        num_layers=3,
+        routing="sample",
+        route_by=(("candidate",), ("context",), ("clicks_kind", "candidate")),
+    )
+    backbone = build_task(replace(MODEL, hilomoe=experts), SCHEMA).model.backbone
+    router = next(iter(sites_of(backbone).values())).shared_router
+    assert router is not None
+    candidate = (range(4), range(4, 8))
+    context = (range(8, 12), range(12, 16), range(16, 20), range(20, 21), range(21, 22))
+    assert router.ranges == (*candidate, *context, range(26, 30))
+    assert router.expert_keys.shape == (3, 8, 14)
+
+
 @pytest.mark.parametrize("routing", ["sample", "random"])
 def test_what_routes_by_features_learns_unless_it_is_the_control(routing):
     experts = InjectionConfig(num_layers=1, routing=routing, route_by=(("place",),))
@@ -84,7 +99,13 @@ def test_what_routes_by_features_learns_unless_it_is_the_control(routing):
         ({"route_by": ((),)}, "route_by: layer 1 reads [], which must be one or more"),
         ({"route_by": (("kin",),)}, "features of item, kind, user, place, tags, price, age, cl"),
         ({"route_by": (("kin",),)}, "Did you mean 'kind'?"),
+        (
+            {"route_by": (("contxt",),)},
+            "views_item, or sides of candidate, context, histories. Did",
+        ),
+        ({"route_by": (("contxt",),)}, "Did you mean 'context'?"),
         ({"route_by": (("kind", "kind"),)}, "layer 1 reads ['kind', 'kind'], which must be"),
+        ({"route_by": (("kind", "candidate"),)}, "reads ['kind', 'candidate'], which must be"),
         ({"route_by": (("kind",),), "query_dim": 3}, "views need query_dim = None, got"),
         ({"route_by": (("kind",),), "tie_keys": True}, "tie_keys = True needs a router for"),
     ],
