@@ -195,6 +195,8 @@ def _explain(error: Exception) -> str:
     text = re.sub(r"^([\w.]+): Problem with given class_path '.*?': Parser key \"", r"\1.", text)
     text = re.sub(r"^([\w.]+)\": ", r"\1: ", text)
     text = re.sub(r"(\?|of them\.)\.", r"\1", text)
-    if "Expected a tuple" in text:
+    if "Expected a tuple" in text and "tuple[tuple" in text:
+        text = f"{text}. Write a list of lists: '[[a], [b, c]]'."
+    elif "Expected a tuple" in text:
         text = f"{text}. Write a list, even of one: '[a]' or '[a, b]'."
     return text

@@ -146,6 +146,7 @@ def test_the_saved_configuration_names_every_option():
         (["--dry_run", "maybe"], "dry_run: Expected a bool. Got value: maybe"),
         (["--model.head", "[8, wide]"], "model.head: Expected a int. Got value: wide"),
         (["--model.head", "8"], "model.head: Expected a tuple. Got value: 8. Write a list, even"),
+        (["--model.hilomoe.route_by", "[a]"], "Write a list of lists: '[[a], [b, c]]'."),
         (
             ["--model.hilomoe.sites", "head"],
             "model.hilomoe.sites: Expected a tuple. Got value: head. Write a list, even of one",
