@@ -31,7 +31,7 @@ ATTENTION = {
         (("all",), HEAD | FFN | ATTENTION),
         (("*.hidden.2", "ffn"), FFN | {"head.hidden.2"}),
     ],
-    ids=str,
+    ids=["head", "ffn", "attention", "head and ffn", "all", "a pattern and ffn"],
 )
 def test_sites_are_groups_of_the_backbone_or_patterns(sites, want):
     config = replace(MODEL, hilomoe=InjectionConfig(num_experts=2, sites=sites))
