@@ -272,6 +272,7 @@ def train(case: Case, args: argparse.Namespace) -> Line:
     data, folder = DATA[case.data], Path(args.work) / str(abs(hash(str(case))))
     options = {
         "model.backbone": case.backbone,
+        "model.hilomoe.route_by": "null",  # whatever the recipe has; the variant says
         **data.options,
         **case.options,
         "seed": str(case.seed),
