@@ -21,7 +21,7 @@ __all__ = ["draw"]
 COLUMNS = 3
 WIDE = 3  # costs that differ by more than this factor are drawn on a logarithmic axis, with
 TICKS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
-LABEL_HEIGHT = 9  # points between labels, so that they can be read
+LABEL_WIDTH, LABEL_HEIGHT = 110, 9  # points that a label keeps for itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,17 +172,20 @@ def _put(axis: Axes, mark: Mark, color: str) -> None:
 
 
 def _label(axis: Axes, marks: Sequence[Mark]) -> None:
-    """Name the marks at their right, each label high enough above the one below it."""
+    """Name the marks at their right, each label high enough above those that it would hide."""
     axis.figure.canvas.draw()  # limits are final only then
     to_points = 72 / axis.figure.dpi
-    last = float("-inf")
+    placed: list[tuple[float, float]] = []
     for mark in sorted(marks, key=lambda mark: mark.mean):
-        height = axis.transData.transform((mark.cost, mark.mean))[1] * to_points
-        last = max(height, last + LABEL_HEIGHT)
+        at = (mark.cost, mark.mean)
+        x, y = axis.transData.transform(at) * to_points
+        below = [high + LABEL_HEIGHT for far, high in placed if abs(far - x) < LABEL_WIDTH]
+        height = max([y, *below])
+        placed.append((x, height))
         axis.annotate(
             mark.variant,
-            (mark.cost, mark.mean),
-            xytext=(6, last - height - 3),
+            at,
+            xytext=(6 + mark.kind.aside, height - y - 3),
             textcoords="offset points",
             fontsize=7,
         )
