@@ -144,6 +144,8 @@ def _rank_main(
     os.environ.update(environment)
     torch.set_num_threads(1)
     with join(device="cpu") if joined else contextlib.nullcontext():
+        if joined:  # a rank that needs no other could be gone before the others have reached it
+            dist.barrier()
         result = function(*args)
     desk.with_suffix(".result").write_bytes(pickle.dumps(result))
 
