@@ -53,7 +53,8 @@ def summary(groups: Mapping[tuple[str, str], Sequence[Line]], compared: Sequence
             text = ""
             if paired:
                 text = f"{difference(paired).partition(' (')[0]} ({flops(own) / flops(base):.2f})"
-                text += "" if len(paired) == len(base) else f", {len(paired)} seeds"
+                if len(paired) < len(base):
+                    text += f", of {len(paired)}"
             cells.append(text)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
