@@ -7,6 +7,7 @@ Shape legend:
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class CTRBatch(Pipelineable):
         """Keep the memory of every tensor until ``stream`` is done with it."""
         for jagged in (self.pooled, self.unpooled):
             # torchrec's own override names the CUDA class where its base class names any.
-            jagged.record_stream(stream)  # type: ignore[arg-type]
+            jagged.record_stream(cast(torch.cuda.Stream, stream))
         plain = (self.dense, self.labels, self.weights, self.groups, *self.times)
         for tensor in plain if self.time is None else (*plain, self.time):
             tensor.record_stream(stream)

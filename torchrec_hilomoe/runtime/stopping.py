@@ -2,14 +2,16 @@
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import distributed as dist
 
 __all__ = ["StopSignal"]
 
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 ASK_EVERY = 10  # steps between two agreements of several ranks: one small all-reduce
 
 
@@ -26,11 +28,11 @@ class StopSignal:
     def __init__(self, echo_seconds: float = 2.0) -> None:
         self._echo_seconds = echo_seconds
         self._asked_at: float | None = None
-        self._before: dict[signal.Signals, signal.Handlers] = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)  # type: ignore[assignment]  # stub allows None
+            self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

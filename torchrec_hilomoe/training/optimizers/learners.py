@@ -6,7 +6,7 @@ step together, after their gradients were unscaled and clipped as one vector.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -150,7 +150,7 @@ class Learners:
         self.rate = options.learning_rate * span.stage.rate * factor
         for group in self._tables.param_groups:
             rate = options.table_learning_rate * span.stage.rate * factor
-            group["lr"] = rate  # type: ignore[index]  # TorchRec types its groups as read-only
+            cast(dict[str, Any], group)["lr"] = rate  # TorchRec types its groups as read-only
         if self._backbones:
             self._backbones[self._family].set_rate(self.rate)
         if self._experts:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
@@ -60,10 +61,12 @@ def sharders_of(train: TrainConfig) -> list[ModuleSharder[nn.Module]]:
         fused["prefetch_pipeline"] = True
     if train.table_weight_decay and train.table_optimizer == "rowwise_adagrad":
         fused["weight_decay_mode"] = WeightDecayMode.L2  # it decays nothing unless it is told how
-    return [
+    sharders = (
         EmbeddingBagCollectionSharder(fused_params=dict(fused)),
         EmbeddingCollectionSharder(fused_params=dict(fused)),
-    ]  # type: ignore[list-item]  # sharders of one module each, invariant in its type
+    )
+    # Each is typed by the one module that it shards.
+    return [cast(ModuleSharder[nn.Module], sharder) for sharder in sharders]
 
 
 def ids_of_a_row(schema: Schema) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Hidden layers: which, in which order; the head on top of them."""
 
 import re
+from typing import cast
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from torchrec_hilomoe.backbones.layers.batch_norm import GlobalBatchNorm
 from torchrec_hilomoe.backbones.layers.dice import Dice
-from torchrec_hilomoe.backbones.layers.mlp import ACTIVATIONS, hidden_layers, MLP
+from torchrec_hilomoe.backbones.layers.mlp import Activation, ACTIVATIONS, hidden_layers, MLP
 
 
 def test_each_hidden_layer_is_linear_norm_activation_dropout():
@@ -43,4 +44,4 @@ def test_an_impossible_mlp_is_refused():
     with pytest.raises(ValueError, match=re.escape("at least 1, got (5, 0). Correct model.head")):
         MLP(6, (5, 0))
     with pytest.raises(ValueError, match="activation is 'dicey', which is not known. Use one of r"):
-        MLP(6, (5,), activation="dicey")  # type: ignore[arg-type]  # what a user might write
+        MLP(6, (5,), activation=cast(Activation, "dicey"))
