@@ -66,6 +66,11 @@ WORLD_ROUTES = {
     "tree": "[[category], [category], [category]]",
     "smooth": "[[category], [hour], [category_history]]",
 }
+PREPARED = {
+    "ml-1m": ("bst-movielens", "[[genre_set], [age], [history_genre_set]]"),
+    "toys": ("bst-amazon-toys", "[[category], [attributes], [history_category]]"),
+    "trivago": ("bst-trivago", "[[rank], [platform], [history_action]]"),
+}
 DATA = {
     **{
         world: Data(
@@ -97,27 +102,10 @@ DATA = {
         )
         for world in ("composed", "tree")
     },
-    "ml-1m": Data(
-        recipe="bst-movielens",
-        head=(256, 128),
-        route_by="[[genre_set], [age], [history_genre_set]]",
-        prepared=True,
-        tuned_on="ml-1m",
-    ),
-    "toys": Data(
-        recipe="bst-amazon-toys",
-        head=(256, 128),
-        route_by="[[category], [attributes], [history_category]]",
-        prepared=True,
-        tuned_on="toys",
-    ),
-    "trivago": Data(
-        recipe="bst-trivago",
-        head=(256, 128),
-        route_by="[[rank], [platform], [history_action]]",
-        prepared=True,
-        tuned_on="trivago",
-    ),
+    **{
+        name: Data(recipe=recipe, head=(256, 128), route_by=route_by, prepared=True, tuned_on=name)
+        for name, (recipe, route_by) in PREPARED.items()
+    },
 }
 
 # Side by side in the table of all data sets and backbones.
