@@ -29,7 +29,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.evidence_lines import Line
-from benchmarks.evidence_report import report
+from benchmarks.evidence_report import compare, report
 from benchmarks.harness import append, environment, read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -354,11 +354,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evidence.jsonl")
+    parser.add_argument(
+        "--pair",
+        nargs=2,
+        metavar="VARIANT",
+        help="with report: what the first adds to the other, alone",
+    )
     parser.add_argument("--plot", type=Path, help="draw AUC over FLOPs to this file")
     args = parser.parse_args()
     args.prepared = dict(pair.split("=", 1) for pair in args.prepared)
     known = variants(next(iter(DATA.values())))
-    unknown = set(args.variants or ()) - set(known)
+    unknown = {*(args.variants or ()), *(args.pair or ())} - set(known)
     if unknown:
         parser.error(f"no variant {unknown}; there are {', '.join(known)}")
     absent = [name for name in args.data if DATA[name].prepared and name not in args.prepared]
@@ -369,7 +375,10 @@ def main() -> None:
         lines = sorted(
             read(args.out), key=lambda line: order.index((line["data"], line["backbone"]))
         )
-        report(lines, args.plot, COMPARED)
+        if args.pair:
+            compare(lines, *args.pair)
+        else:
+            report(lines, args.plot, COMPARED)
     elif args.action == "run":
         run_missing(grid(read(args.out), args), args)
     else:

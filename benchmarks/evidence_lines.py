@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["BASE", "Line", "differences", "flops", "of_base", "variants_of"]
+__all__ = ["BASE", "SCORES", "Line", "differences", "flops", "of_base", "variants_of"]
 
 Line = dict[str, Any]
 BASE = "plain"
+SCORES = ("auc", "gauc", "logloss")
 
 
 def of_base(runs: Iterable[Line]) -> list[Line]:
@@ -25,16 +26,20 @@ def flops(runs: Iterable[Line]) -> int:
     return next(iter(runs))["flops"]
 
 
-def differences(runs: Sequence[Line], variant: str) -> list[float]:
-    """Test AUC less the plain model's of the same seed, in 1e-4, seed by seed.
+def differences(
+    runs: Sequence[Line], variant: str, against: str = BASE, score: str = "auc"
+) -> list[float]:
+    """A score on the test split less another variant's of the same seed, in 1e-4, seed by seed.
 
     Args:
         runs: Of one backbone on one data set.
         variant: Whose.
+        against: The other.
+        score: One of :data:`SCORES`.
     """
-    base = {run["seed"]: run["test"]["auc"] for run in of_base(runs)}
+    base = {run["seed"]: run["test"][score] for run in runs if run["variant"] == against}
     return [
-        (run["test"]["auc"] - base[run["seed"]]) * 1e4
+        (run["test"][score] - base[run["seed"]]) * 1e4
         for run in sorted(runs, key=lambda run: run["seed"])
         if run["variant"] == variant and run["seed"] in base
     ]

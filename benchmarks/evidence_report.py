@@ -6,33 +6,48 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as students_t
 
-from benchmarks.evidence_lines import BASE, differences, flops, Line, of_base, variants_of
-from benchmarks.evidence_plot import draw
+from benchmarks.evidence_lines import BASE, differences, flops, Line, of_base, SCORES, variants_of
 
-__all__ = ["report"]
-
-SCORES = ("auc", "gauc", "logloss")
+__all__ = ["compare", "report"]
 
 
 def report(lines: Sequence[Line], plot: Path | None, compared: Sequence[str] = ()) -> None:
     """Print a Markdown table for each data set and backbone, and draw them all.
 
     Args:
-        lines: Those of tuning have no test scores and are left out.
+        lines: Those of tuning are left out.
         plot: The picture's file.
         compared: Variants of which a table over all data sets and backbones comes first.
     """
-    runs = [line for line in lines if line["test"] is not None]
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for run in runs:
-        groups.setdefault((run["data"], run["backbone"]), []).append(run)
+    groups = grouped(lines)
     if compared:
         print(summary(groups, compared))
     for (data, backbone), own in groups.items():
         print(f"\n### {data}, {backbone}\n")
         print(table(own))
     if plot is not None:
-        draw(runs, plot)
+        from benchmarks.evidence_plot import draw  # wants matplotlib, an extra
+
+        draw([run for runs in groups.values() for run in runs], plot)
+
+
+def compare(lines: Sequence[Line], variant: str, against: str) -> None:
+    """Print what a variant adds to another, wherever both ran: every score, pair by pair."""
+    print(f"| {variant}, against {against} | {' | '.join(SCORES)} |")
+    print("|---" * (1 + len(SCORES)) + "|")
+    for (data, backbone), runs in grouped(lines).items():
+        paired = [differences(runs, variant, against, score) for score in SCORES]
+        if paired[0]:
+            print(f"| {data}, {backbone} | {' | '.join(map(difference, paired))} |")
+
+
+def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
+    """The lines with test scores by data set and backbone, in their order; tuning has none."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        if line["test"] is not None:
+            groups.setdefault((line["data"], line["backbone"]), []).append(line)
+    return groups
 
 
 def summary(groups: Mapping[tuple[str, str], Sequence[Line]], compared: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import FrozenInstanceError
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_a_value_out_of_range_is_refused(config, options, message):
 
 
 def test_a_configuration_does_not_change():
-    config = RunConfig()
+    config: Any = RunConfig()
     with pytest.raises(FrozenInstanceError):
-        setattr(config, *("seed", 3))
+        config.seed = 3
     assert RunConfig() == config

@@ -45,9 +45,8 @@ class Backbone(nn.Module, ABC):
     def sample_of(self, features: SequenceFeatures) -> Tensor:
         """Join candidate and context, ``(B, C + P)``; a backbone calls it before its sites run."""
         joined_BS = torch.cat([features.candidate, features.context], dim=1)
-        if not self.tells_histories:
-            return self.sample(joined_BS)
-        self.sample(torch.cat([joined_BS, *map(mean_rows, features.histories)], dim=1))
+        means = [mean_rows(history) for history in features.histories if self.tells_histories]
+        self.sample(torch.cat([joined_BS, *means], dim=1) if means else joined_BS)
         return joined_BS
 
     @abstractmethod

@@ -28,10 +28,10 @@ class InjectionConfig(HiLoMoEConfig):
             has a path that nothing learned.
         route_by: For each expert layer, the features that decide in it, once for each sample: the
             candidate's, the context's, or a history's, by the mean of its events; ``candidate``,
-            ``context`` and ``histories`` stand for all features of a side. The direction of
-            an embedding decides, not its length. Null lets every layer read all that ``routing``
-            gives it. Wants ``routing`` ``sample``, or ``random``
-            for its control: the same features, whose choice nothing learned.
+            ``context`` and ``histories`` stand for all features of a side. The direction of an
+            embedding decides, not its length. Wants ``routing`` ``sample``, or ``random`` for its
+            control: the same features, compared with keys that nothing learned. Null lets every
+            layer read all that ``routing`` gives it.
     """
 
     sites: tuple[str, ...] = ("head",)

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.evidence_lines import differences, Line, variants_of
 from benchmarks.evidence_plot import draw, marks_of
-from benchmarks.evidence_report import summary, table
+from benchmarks.evidence_report import compare, summary, table
 
 
 def run(variant: str, seed: int, auc: float, flops: int = 100, data: str = "tree") -> Line:
@@ -37,6 +37,15 @@ def test_differences_are_within_seeds():
     assert differences(RUNS, "head rank 4") == pytest.approx([10, 30])
     assert differences(RUNS, "head rank 4, random") == pytest.approx([10])
     assert differences(RUNS, "wider") == []
+
+
+def test_any_two_variants_can_be_compared_by_any_score(capsys):
+    assert differences(RUNS, "head rank 4", "head rank 4, random") == pytest.approx([20])
+    assert differences(RUNS, "plain", "head rank 4", "gauc") == pytest.approx([-10, -30])
+    compare([*RUNS, {**RUNS[0], "test": None}], "plain", "head rank 4")
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("| tree, bst | -20.0 ± 127.1 (-10.0, -30.0) | -20.0")
+    assert row.endswith("| +0.0 ± 0.0 (+0.0, +0.0) |")
 
 
 def test_variants_come_by_their_cost():

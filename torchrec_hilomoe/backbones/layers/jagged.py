@@ -22,6 +22,7 @@ __all__ = [
     "layout_of",
     "max_rows",
     "mean_rows",
+    "offsets_of",
     "pad",
     "softmax_rows",
     "sum_rows",
@@ -47,13 +48,18 @@ class Layout:
 def layout_of(history: History) -> Layout:
     """Lay out the events of ``history``, or anything else that is one for each of them."""
     lengths_B = history.lengths
-    ends_B = torch.cumsum(lengths_B, dim=0)
     rows_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
     total = history.events.shape[0]
     return Layout(
-        offsets=torch.cat([ends_B.new_zeros(1), ends_B]),
+        offsets=offsets_of(lengths_B),
         row=torch.repeat_interleave(rows_B, lengths_B, output_size=total),
     )
+
+
+def offsets_of(lengths_B: Tensor) -> Tensor:
+    """Return ``(B + 1,)``, where rows of these lengths begin, and where the last one ends."""
+    ends_B = torch.cumsum(lengths_B, dim=0)
+    return torch.cat([ends_B.new_zeros(1), ends_B])
 
 
 def sum_rows(values_TW: Tensor, offsets: Tensor) -> Tensor:
@@ -63,9 +69,8 @@ def sum_rows(values_TW: Tensor, offsets: Tensor) -> Tensor:
 
 def mean_rows(history: History) -> Tensor:
     """Return ``(B, W)``, the mean of each row's events; zero for a row without any."""
-    ends_B = torch.cumsum(history.lengths, dim=0)
-    offsets = torch.cat([ends_B.new_zeros(1), ends_B])
-    return sum_rows(history.events, offsets) / history.lengths.clamp(min=1).unsqueeze(1)
+    sums_BW = sum_rows(history.events, offsets_of(history.lengths))
+    return sums_BW / history.lengths.clamp(min=1).unsqueeze(1)
 
 
 def max_rows(values_TW: Tensor, offsets: Tensor, row_T: Tensor) -> Tensor:
