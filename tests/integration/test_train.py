@@ -89,6 +89,19 @@ def test_a_dry_run_counts_and_reads_no_data(tmp_path):
     assert "test" not in summary
 
 
+def test_the_published_count_needs_no_files(tmp_path):
+    """DIN on AmazonElectronics_x1, as BARS has it; and the table says what each part costs."""
+    flags = ["--config=din-amazon-electronics", "--model.hilomoe", "null", "--dry_run"]
+    (ended,) = run_app(f"--out_dir={tmp_path}", *flags)
+    assert ended.code == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["parameters"]["total"] == 5_403_522
+    shown = {line.split()[0]: line for line in ended.shown.splitlines() if line}
+    for component in COMPONENTS:
+        counts = (summary[kind][component] for kind in ("parameters", "flops"))
+        assert all(f" {count:,} " in shown[component] for count in counts)
+
+
 def test_a_plain_model_has_one_stage_and_no_experts(tmp_path):
     (ended,) = run_app(f"--out_dir={tmp_path}", "--model.hilomoe", "null")
     assert ended.code == 0

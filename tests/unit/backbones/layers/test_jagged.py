@@ -8,6 +8,7 @@ from torch import Tensor
 from torchrec_hilomoe.backbones.layers.jagged import (
     layout_of,
     max_rows,
+    mean_rows,
     pad,
     tokens_of,
     unpad,
@@ -57,6 +58,23 @@ def test_padding_adds_zeros_after_each_row_and_unpadding_removes_them(lengths, m
         assert not padded[row, length:].any()
         assert mask[row].tolist() == [True] * length + [False] * (longest - length)
     assert torch.equal(unpad(padded, offsets, sum(lengths)), values)
+
+
+@given(LENGTHS)
+def test_the_mean_is_of_the_events_there_are_and_zero_of_none(lengths):
+    rows = history(lengths)
+    rows.events.requires_grad_()
+    got = mean_rows(rows)
+    want = [
+        row.mean(dim=0) if len(row) else torch.zeros(WIDTH) for row in rows.events.split(lengths)
+    ]
+    torch.testing.assert_close(got, torch.stack(want))
+    got.sum().backward()
+    shares = [1 / length for length in lengths for _ in range(length)]
+    assert rows.events.grad is not None
+    torch.testing.assert_close(
+        rows.events.grad, torch.tensor(shares).reshape(-1, 1).expand(-1, WIDTH)
+    )
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=8))
