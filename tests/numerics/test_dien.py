@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tests.helpers.fuxictr import build_fuxictr
 from tests.helpers.fuxictr_dien import dien_weights
+from tests.helpers.rounding import assert_within, float64_rounding
 from torchrec_hilomoe.backbones.dien import Attention, DIEN
 from torchrec_hilomoe.backbones.layers.mlp import Activation
 from torchrec_hilomoe.embeddings.features import (
@@ -65,7 +66,7 @@ def build_pair(
         head_activation=head_activation,
         batch_norm=batch_norm,
     )
-    return ours, theirs
+    return ours.double(), theirs.double()
 
 
 def make_features(
@@ -81,16 +82,11 @@ def make_features(
         candidate=target,
         context=torch.cat([tables[name][ids] for name, ids in users.items()], dim=1),
         histories=(History(events=events, lengths=torch.tensor(lengths), target=target),),
-        longest=max(lengths),
+        max_seqlen=max(lengths),
     )
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    """Equal to float32's rounding: of the largest element, or of what cancels to nothing."""
-    atol = 2e-5 * want.abs().max().item() + 1e-6
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=atol)
-
-
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("attention", "activation", "head_activation", "batch_norm", "lengths"),
@@ -122,24 +118,25 @@ def test_dien(
     # The last of each row's items is its target; id 0 is padding.
     items = {name: torch.randint(1, size, (ROWS, LENGTH + 1)) for name, size in ITEM.items()}
     users = {name: torch.randint(1, size, (ROWS,)) for name, size in CONTEXT.items()}
-    mask = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).float()
+    mask = (torch.arange(LENGTH) < torch.tensor(lengths)[:, None]).double()
     for ids in items.values():
         ids[:, :-1] *= mask.long()
     got = ours.train(training)(make_features(items, users, lengths, tables))
     flat_items = {name: ids.flatten() for name, ids in items.items()}
     want = theirs.train(training)((users, flat_items, mask))["y_pred"][:, 0]
-    close(got, want)
+    rounding = float64_rounding(ours, tables, want)
+    assert_within(got, want, rounding)
 
-    labels = torch.randint(2, (ROWS,)).float()
+    labels = torch.randint(2, (ROWS,)).double()
     for logits in (got, want):
         F.binary_cross_entropy_with_logits(logits, labels).backward()
     for mine, other, as_ours in dien_weights(ours, theirs):
         if isinstance(mine, nn.Parameter):
             assert mine.grad is not None
             assert other.grad is not None
-            close(mine.grad, as_ours(other.grad))
+            assert_within(mine.grad, as_ours(other.grad), rounding)
         else:  # running statistics
-            close(mine.float(), other.float())
+            assert_within(mine.double(), other.double(), rounding)
     for name, table in tables.items():
         assert table.grad is not None
-        close(table.grad, layers[name].weight.grad)
+        assert_within(table.grad, layers[name].weight.grad, rounding)

@@ -6,22 +6,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.func import functional_call
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.models.dlrm import DLRM
 
-from tests.helpers.rounding import assert_as_exact_as, value_and_grads
-from torchrec_hilomoe.backbones.layers.tap import Tap
+from tests.helpers.rounding import (
+    assert_as_exact_as,
+    assert_within,
+    float64_rounding,
+    rounded,
+    value_and_grads,
+)
+from torchrec_hilomoe.backbones.base import HookPoint
 from torchrec_hilomoe.hilomoe import (
     auxiliary_loss,
     expert_parameters,
     HiLoMoEConfig,
+    inject_shared_router,
     record_routing,
     reference,
     remove_hilomoe,
     routing_report,
-    share_routing,
     sites_of,
 )
 
@@ -54,8 +61,7 @@ def build(dtype=torch.float64, views=None, **options) -> TwoTowers:
     torch.manual_seed(0)
     model = TwoTowers().to(dtype)
     config = HiLoMoEConfig(num_layers=3, num_experts=4, balance_weight=0.7, z_weight=0.3, **options)
-    sites = ["up", "down"]
-    names = share_routing(model, config, sites, query="user", width=USER, views=views)
+    names = inject_shared_router(model, config, ["up", "down"], "user", USER, views=views)
     assert names == ["up", "down"]
     for site in sites_of(model).values():
         nn.init.normal_(site.expert_out)
@@ -105,7 +111,7 @@ def test_matches_float64_reference(options, views, dtype):
 
     def slow(user, tokens, **params):
         source = user @ params["user.weight"].t() + params["user.bias"]
-        router = {n.removeprefix("up.router."): p for n, p in params.items() if "router" in n}
+        router = {n.removeprefix("hilomoe_router."): p for n, p in params.items() if "router" in n}
         read, given = source, config
         if views is not None:
             read, keys = read_apart(source, router["expert_keys"], views)
@@ -134,7 +140,7 @@ def test_matches_float64_reference(options, views, dtype):
 def test_a_layer_reads_its_view_alone():
     """Where views have nothing in common; and a fresh router's choices are already theirs."""
     model = build(views=[[range(1)], [range(1, 3)], [range(3, 5)]])
-    router = sites_of(model)["up"].shared_router
+    router = sites_of(model)["up"].router
     assert router is not None
     query = torch.randn(SAMPLES, USER, dtype=torch.float64)
     before = router(query).scores_LEN
@@ -153,8 +159,10 @@ def test_features_of_dlrm_route_a_layer_each():
     ]
     model = DLRM(EmbeddingBagCollection(tables=tables), 4, [16, 8], [32, 16, 1])
     config, views = HiLoMoEConfig(num_layers=2, num_experts=4), [[range(8)], [range(8, 16)]]
-    (*_, last) = share_routing(model, config, ["over_arch*.0.*"], "sparse_arch", 16, views=views)
-    router = sites_of(model)[last].shared_router
+    (*_, last) = inject_shared_router(
+        model, config, ["over_arch*.0.*"], "sparse_arch", 16, views=views
+    )
+    router = sites_of(model)[last].router
     assert router is not None
 
     def scores(item: int, hour: int) -> torch.Tensor:
@@ -162,7 +170,7 @@ def test_features_of_dlrm_route_a_layer_each():
             ["item", "hour"], torch.tensor([item, hour]), torch.ones(2, dtype=torch.int64)
         )
         model(torch.zeros(1, 4), ids)
-        return router.routing.scores_LEN
+        return router.routing().scores_LEN
 
     by_item, by_hour = scores(1, 2)
     assert torch.equal(scores(1, 3)[0], by_item)
@@ -177,22 +185,29 @@ def test_the_loss_read_is_the_router_s_own():
     with record_routing(model):
         model(*inputs())
     report = routing_report(model)
-    assert {site.rows for site in report.sites} == {SAMPLES}
-    layers = report.sites[0].layers
+    (router,) = report.routers
+    assert (router.name, router.rows) == ("hilomoe_router", SAMPLES)
+    assert {(site.name, site.router) for site in report.sites} == {
+        ("up", "hilomoe_router"),
+        ("down", "hilomoe_router"),
+    }
+    assert all(site.output_ratio > 0 for site in report.sites)
+    layers = router.layers
     want = sum(0.7 * layer.balance_loss + 0.3 * layer.z_loss for layer in layers) / len(layers)
-    assert auxiliary_loss(model).item() == pytest.approx(want)
+    # The report's are of float64; the loss that is read is of the same numbers.
+    assert auxiliary_loss(model).item() == rounded(want, terms=SAMPLES * len(layers))
 
 
 def test_parameters_live_once_and_copies_are_independent():
     model = build()
     keys = [name for name in model.state_dict() if "keys" in name]
-    assert keys == ["up.router.expert_keys"]
-    assert "up.router.expert_keys" in expert_parameters(model)
+    assert keys == ["hilomoe_router.expert_keys"]
+    assert "hilomoe_router.expert_keys" in expert_parameters(model)
     model(*inputs())
     twin = copy.deepcopy(model)
     want = model(*inputs())
     with torch.no_grad():
-        sites_of(model)["up"].router.expert_keys.normal_()
+        model.get_parameter("hilomoe_router.expert_keys").normal_()
     assert torch.equal(twin(*inputs()), want)
     assert not torch.equal(model(*inputs()), want)
 
@@ -209,6 +224,10 @@ def test_active_layers_and_removal():
     assert not model.user._forward_hooks
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.12"),
+    reason="torch 2.11 loses a site's gradients in a graph",
+)
 # Dynamo instantiates an autograd.Function while it traces its backward. Goes when it does not.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("views", [None, APART], ids=["all", "apart"])
@@ -217,7 +236,8 @@ def test_compiles_without_graph_breaks(training, views):
     model = build(views=views).train(training)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs()), model(*inputs()))
+    given = inputs()
+    assert_within(compiled(*given), model(*given), float64_rounding(model, given))
 
 
 class Jagged(nn.Module):
@@ -225,7 +245,7 @@ class Jagged(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear, self.user, self.rows = nn.Linear(USER, USER), Tap(), Tap()
+        self.linear, self.user, self.rows = nn.Linear(USER, USER), HookPoint(), HookPoint()
         self.up, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(USER, WIDTH)
 
     def forward(
@@ -239,7 +259,7 @@ def build_jagged(**options) -> Jagged:
     torch.manual_seed(0)
     model = Jagged().double()
     config = HiLoMoEConfig(num_layers=3, num_experts=4, **options)
-    share_routing(model, config, ["up", "last"], "user", USER, tokens={"u*": "rows"})
+    inject_shared_router(model, config, ["up", "last"], "user", USER, tokens={"u*": "rows"})
     for site in sites_of(model).values():
         nn.init.normal_(site.expert_out)
     return model
@@ -256,11 +276,12 @@ def test_jagged_tokens_are_routed_as_each_sample_alone(starts):
     model, (user, _), offsets = build_jagged(), inputs(), torch.tensor(starts)
     tokens = torch.randn(starts[-1], WIDTH, dtype=torch.float64)
     together = model(user, tokens, offsets)
+    rounding = float64_rounding(model, user, tokens, together)
     for b in range(SAMPLES):
         own = tokens[offsets[b] : offsets[b + 1]]
         alone = model(user[b : b + 1], own, torch.tensor([0, len(own)]))
-        torch.testing.assert_close(alone[: len(own)], together[offsets[b] : offsets[b + 1]])
-        torch.testing.assert_close(alone[-1], together[len(tokens) + b])
+        assert_within(alone[: len(own)], together[offsets[b] : offsets[b + 1]], rounding)
+        assert_within(alone[-1], together[len(tokens) + b], rounding)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -277,7 +298,9 @@ def test_jagged_tokens_have_the_gradients_of_gates_repeated(options):
     together.backward(cotangent)
     for (name, got), want in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert got.grad is not None, name
-        torch.testing.assert_close(got.grad, want.grad, msg=name)
+        assert want.grad is not None, name
+        rounding = float64_rounding(model, user, tokens, cotangent, want.grad)
+        assert_within(got.grad, want.grad, rounding, name)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -305,10 +328,10 @@ def test_is_fx_traceable(options, training):
 def test_refuses_views_that_no_layer_can_have(views, message):
     model = TwoTowers()
     with pytest.raises(ValueError, match=re.escape(message)):
-        share_routing(model, HiLoMoEConfig(num_layers=2), ["up"], "user", USER, views=views)
+        inject_shared_router(model, HiLoMoEConfig(num_layers=2), ["up"], "user", USER, views=views)
     config = HiLoMoEConfig(num_layers=1, query_dim=3)
     with pytest.raises(ValueError, match=r"views need query_dim = None, got query_dim = 3: a"):
-        share_routing(model, config, ["up"], "user", USER, views=[[range(2)]])
+        inject_shared_router(model, config, ["up"], "user", USER, views=[[range(2)]])
     assert not sites_of(model)
 
 
@@ -319,17 +342,17 @@ def test_refuses_what_it_cannot_route():
         model(user, tokens.flatten(0, 1))
     with pytest.raises(ValueError, match=r"a site ran before the module whose output routes it"):
         sites_of(build())["up"](tokens)
-    with pytest.raises(ValueError, match=r"query 'usr' is no module.*user, up, down"):
-        share_routing(TwoTowers(), HiLoMoEConfig(), sites=["up"], query="usr", width=USER)
-    with pytest.raises(ValueError, match=r"tokens 'row' is no module.*linear, user, rows, up"):
-        share_routing(Jagged(), HiLoMoEConfig(), ["up"], "user", USER, tokens={"up": "row"})
+    with pytest.raises(ValueError, match=r"query_module 'usr' is no module.*Did you mean 'user'\?"):
+        inject_shared_router(TwoTowers(), HiLoMoEConfig(), ["up"], "usr", USER)
+    with pytest.raises(ValueError, match=r"tokens 'row' is no module.*Did you mean 'rows'\?"):
+        inject_shared_router(Jagged(), HiLoMoEConfig(), ["up"], "user", USER, tokens={"up": "row"})
     config = HiLoMoEConfig(tie_keys=True)
     with pytest.raises(ValueError, match=r"tie_keys = True needs a router for each site"):
-        share_routing(TwoTowers(), config, sites=["up"], query="user", width=USER)
+        inject_shared_router(TwoTowers(), config, ["up"], "user", USER)
     config = HiLoMoEConfig(backend="compiled")
     with pytest.raises(ValueError, match=r"'compiled' compiles routing and experts as one, so it"):
-        share_routing(TwoTowers(), config, sites=["up"], query="user", width=USER)
+        inject_shared_router(TwoTowers(), config, ["up"], "user", USER)
     model = TwoTowers()
-    share_routing(model, HiLoMoEConfig(), sites=["up"], query="user", width=USER + 1)
+    inject_shared_router(model, HiLoMoEConfig(), ["up"], "user", USER + 1)
     with pytest.raises(ValueError, match=r"width is 6, but the query's shape is \(4, 5\)"):
         model(user.float(), tokens.float())

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn, Tensor
 
+from tests.helpers.datasets import AMAZON
 from tests.helpers.fuxictr import build_fuxictr
 from tests.helpers.rounding import assert_as_exact_as
 from torchrec_hilomoe.backbones.transact import TransAct
-from torchrec_hilomoe.config import ModelConfig
-from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
+from torchrec_hilomoe.config import InjectionConfig, ModelConfig
 from torchrec_hilomoe.embeddings.features import (
     FeatureWidths,
     History,
@@ -213,19 +213,12 @@ def test_parameters_on_amazon_electronics():
         theirs = build_fuxictr(
             "TransAct", item, {}, 64, dim_feedforward=512, dcn_hidden_units=[1024, 512, 256]
         )
-    schema = Schema(
-        dataset="AmazonElectronics_x1",
-        tables=item,
-        candidate=tuple(IdFeature(name=name, table=name) for name in item),
-        sequences=(
-            SequenceGroup(
-                name="history",
-                fields=tuple(IdFeature(name=f"{name}_history", table=name) for name in item),
-                max_length=100,
-            ),
-        ),
+    config = ModelConfig(
+        backbone="transact",
+        embedding_dim=64,
+        head=(1024, 512, 256),
+        hilomoe=InjectionConfig(enabled=False),
     )
-    config = ModelConfig(backbone="transact", embedding_dim=64, head=(1024, 512, 256), hilomoe=None)
-    ours = build_task(config, schema)
+    ours = build_task(config, AMAZON)
     counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
     assert counts == [7_220_609, 7_220_609]

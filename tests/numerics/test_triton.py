@@ -2,9 +2,11 @@
 
 import os
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.helpers.processes import run_command
 from tests.helpers.site_cases import check, config_of, make_case, OPTIONS
@@ -15,9 +17,17 @@ from torchrec_hilomoe.hilomoe.router import SampleRouter
 SIZES = [(70, 67, 71, 3, 5), (1, 1, 1, 1, 1), (3, 5, 2, 2, 4)]  # N, D, O, L, E
 # The interpreter multiplies bfloat16 as if it were integers.
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
-DTYPES = [torch.float32, HALF]
+DTYPES = [torch.float32, pytest.param(HALF, marks=pytest.mark.slow)]
+# Seen: "only 0-dimensional arrays can be converted to Python scalars" at every kernel.
+INTERPRETED = pytest.mark.skipif(
+    not torch.cuda.is_available()
+    and Version(version("triton")) < Version("3.7")
+    and Version(version("numpy")) >= Version("2.4"),
+    reason="the interpreter of triton before 3.7 (torch 2.11) does not run with numpy from 2.4 on",
+)
 
 
+@INTERPRETED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "N{}-D{}-O{}-L{}-E{}".format(*s))
@@ -25,12 +35,19 @@ def test_matches_float64_reference(sizes, options, dtype):
     check(sizes, config_of(*sizes[3:], backend="triton", **options), dtype)
 
 
+@INTERPRETED
 @pytest.mark.parametrize("active_layers", [0, 1, 2])
 def test_active_layers_match_the_reference(active_layers):
     config = config_of(3, 4, backend="triton")
     check((9, 6, 7, 3, 4), config, torch.float32, active_layers=active_layers)
 
 
+@INTERPRETED
+def test_half_precision_matches_float64_reference():
+    check(SIZES[0], config_of(*SIZES[0][3:], backend="triton"), HALF)
+
+
+@INTERPRETED
 def test_without_bias():
     check((9, 6, 7, 3, 4), config_of(3, 4, backend="triton"), torch.float32, bias=False)
 
@@ -43,6 +60,7 @@ def test_no_rows():
     assert site.expert_keys.grad is not None
 
 
+@INTERPRETED
 # numpy's, on which the interpreter runs
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 def test_a_row_that_is_not_finite_stays_alone():

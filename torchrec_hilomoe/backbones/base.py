@@ -9,10 +9,21 @@ import torch
 from torch import nn, Tensor
 
 from torchrec_hilomoe.backbones.layers.jagged import mean_rows
-from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.embeddings.features import SequenceFeatures
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "HookPoint"]
+
+
+class HookPoint(nn.Module):
+    """Passes its input on: a named place in a model where hooks hear a tensor pass.
+
+    Unlike those of ``nn.Identity``, its hooks run while FX traces, too: the tracer does not enter
+    the modules of ``torch.nn``, nor run their hooks.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
 
 
 class Backbone(nn.Module, ABC):
@@ -23,15 +34,15 @@ class Backbone(nn.Module, ABC):
             patterns inside the backbone, in the order of :func:`fnmatch.fnmatch`.
         sample: Passes on what is known of each row before its histories are attended, so that a
             router that decides once per row can hear it: candidate and context.
-        tells_histories: Whether the mean event of each history follows these.
+        include_history_mean: Whether the mean event of each history follows these.
     """
 
     SITES: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     def __init__(self) -> None:
         super().__init__()
-        self.sample = Tap()
-        self.tells_histories = False
+        self.sample = HookPoint()
+        self.include_history_mean = False
 
     @property
     def tokens(self) -> Mapping[str, str]:
@@ -45,7 +56,7 @@ class Backbone(nn.Module, ABC):
     def sample_of(self, features: SequenceFeatures) -> Tensor:
         """Join candidate and context, ``(B, C + P)``; a backbone calls it before its sites run."""
         joined_BS = torch.cat([features.candidate, features.context], dim=1)
-        means = [mean_rows(history) for history in features.histories if self.tells_histories]
+        means = [mean_rows(history) for history in features.histories if self.include_history_mean]
         self.sample(torch.cat([joined_BS, *means], dim=1) if means else joined_BS)
         return joined_BS
 

@@ -18,11 +18,10 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.backbones.base import Backbone, HookPoint
 from torchrec_hilomoe.backbones.layers.attention import SelfAttention
 from torchrec_hilomoe.backbones.layers.jagged import Tokens, tokens_of
 from torchrec_hilomoe.backbones.layers.mlp import MLP
-from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
 
 __all__ = ["BST", "Transformer", "TransformerLayer"]
@@ -61,9 +60,9 @@ class TransformerLayer(nn.Module):
         self.norm_attention = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.norm_ffn = nn.LayerNorm(width) if layer_norm else nn.Identity()
 
-    def forward(self, x_NW: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def forward(self, x_NW: Tensor, offsets: Tensor, max_seqlen: int) -> Tensor:
         """Return ``(N, W)``, or ``(B, W)`` if ``targets_only``; see :class:`SelfAttention`."""
-        attended_NW = self.dropout(self.attention(x_NW, offsets, longest))
+        attended_NW = self.dropout(self.attention(x_NW, offsets, max_seqlen))
         x_NW = x_NW[offsets[:-1]] if self.targets_only else x_NW
         hidden_NW = self.norm_attention(x_NW + attended_NW if self.residual else attended_NW)
         mapped_NW = self.dropout(self.ffn_out(F.leaky_relu(self.ffn_in(hidden_NW))))
@@ -81,10 +80,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x_NW: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    def forward(self, x_NW: Tensor, offsets: Tensor, max_seqlen: int) -> Tensor:
         """Return what the last layer returns; arguments as in :class:`SelfAttention`."""
         for layer in self.layers:
-            x_NW = layer(x_NW, offsets, longest)
+            x_NW = layer(x_NW, offsets, max_seqlen)
         return x_NW
 
 
@@ -93,11 +92,11 @@ class BST(Backbone):
 
     Args:
         widths: Sizes of the features.
-        position_dim: Width of a position's vector, the embedding width in the published runs; 0
-            for events without positions.
+        position_dim: Width of a position's vector; None is an embedding's, as in the published
+            runs, 0 leaves positions out.
         num_layers: Transformer layers over each history; at least 1.
         num_heads: Attention heads; must divide the width of a token.
-        dropout: Inside the transformer.
+        dropout: Inside the transformer; None is ``head_dropout``.
         head_dropout: Inside the head.
         residual: Whether attention and feed-forward add to their inputs.
         layer_norm: Whether they are normalised.
@@ -121,10 +120,10 @@ class BST(Backbone):
         self,
         widths: FeatureWidths,
         *,
-        position_dim: int,
+        position_dim: int | None = None,
         num_layers: int = 1,
         num_heads: int = 4,
-        dropout: float = 0.0,
+        dropout: float | None = None,
         head_dropout: float = 0.0,
         residual: bool = True,
         layer_norm: bool = False,
@@ -140,6 +139,8 @@ class BST(Backbone):
             )
         if num_layers < 1:
             raise ValueError(f"BST.num_layers must be at least 1, got {num_layers}.")
+        position_dim = widths.embedding if position_dim is None else position_dim
+        dropout = head_dropout if dropout is None else dropout
         self.pooling = pooling
         self.positions = nn.ParameterList(
             nn.Parameter(torch.empty(history.max_length + 1, position_dim))
@@ -162,7 +163,7 @@ class BST(Backbone):
             for width in token_widths
         )
         # They say whose the tokens are that a transformer sees.
-        self.rows = nn.ModuleList(Tap() for _ in token_widths)
+        self.rows = nn.ModuleList(HookPoint() for _ in token_widths)
         self.head = MLP(
             widths.candidate + widths.context + sum(token_widths),
             head,
@@ -192,7 +193,7 @@ class BST(Backbone):
         """Return logits ``(B,)``."""
         sample_BS = self.sample_of(features)
         summaries = [
-            self._summary(index, tokens_of(features.histories[index], features.longest))
+            self._summary(index, tokens_of(features.histories[index], features.max_seqlen))
             for index in range(len(self.transformers))
         ]
         return self.head(torch.cat([sample_BS, *summaries], dim=1))
@@ -202,7 +203,7 @@ class BST(Backbone):
         if self.positions:
             x_NW = torch.cat([x_NW, F.embedding(tokens.recency, self.positions[index])], dim=1)
         offsets = self.rows[index](tokens.offsets)
-        x_NW = self.transformers[index](x_NW, offsets, tokens.longest)
+        x_NW = self.transformers[index](x_NW, offsets, tokens.max_seqlen)
         if self.pooling == "target":
             return x_NW
         return torch.segment_reduce(x_NW, "mean", offsets=offsets, axis=0)

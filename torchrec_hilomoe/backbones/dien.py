@@ -15,14 +15,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn, Tensor
 
-from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.backbones.base import Backbone, HookPoint
 from torchrec_hilomoe.backbones.layers.gru import GRU
 from torchrec_hilomoe.backbones.layers.jagged import Layout, layout_of
 from torchrec_hilomoe.backbones.layers.mlp import Activation, MLP
 from torchrec_hilomoe.backbones.layers.next_event import NextEventLoss
-from torchrec_hilomoe.backbones.layers.product_attention import ProductAttention
-from torchrec_hilomoe.backbones.layers.tap import Tap
-from torchrec_hilomoe.backbones.layers.target_attention import TargetAttention
+from torchrec_hilomoe.backbones.layers.target_attention import ProductAttention, TargetAttention
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
 
 __all__ = ["DIEN", "Attention", "Interest"]
@@ -69,14 +67,14 @@ class DIEN(Backbone):
         attention: ``"mlp"`` compares states with the target as DIN does, ``"bilinear"`` by a
             learned product, ``"dot"`` by the plain one.
         attention_units: Hidden widths of each attention's MLP; nothing to the other two.
-        attention_activation: Of those.
+        attention_activation: Activation of those units.
         attention_dropout: Share of those units dropped in training.
         auxiliary_weight: Of the loss that each state knows the event after it; the model's is the
             mean over sequence groups. 0 leaves it, and its parameters, out.
         auxiliary_units: Hidden widths of that loss's MLP.
         head: Hidden widths of the head.
-        head_activation: Of those.
-        dropout: Share of those units dropped in training.
+        head_activation: Activation of those units.
+        head_dropout: Share of those units dropped in training.
         batch_norm: Whether the head's hidden layers are normalised.
 
     Raises:
@@ -104,7 +102,7 @@ class DIEN(Backbone):
         auxiliary_units: Sequence[int] = (100, 50),
         head: Sequence[int] = (1024, 512, 256),
         head_activation: Activation = "relu",
-        dropout: float = 0.0,
+        head_dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -131,12 +129,12 @@ class DIEN(Backbone):
             Interest(width, attention_of(width), auxiliary_of(width)) for width in events
         )
         # They say whose the events are that an interest sees.
-        self.rows = nn.ModuleList(Tap() for _ in events)
+        self.rows = nn.ModuleList(HookPoint() for _ in events)
         self.head = MLP(
             widths.candidate + widths.context + sum(events),
             head,
             activation=head_activation,
-            dropout=dropout,
+            dropout=head_dropout,
             batch_norm=batch_norm,
         )
 

@@ -14,10 +14,9 @@ from typing import ClassVar
 import torch
 from torch import nn, Tensor
 
-from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.backbones.base import Backbone, HookPoint
 from torchrec_hilomoe.backbones.layers.jagged import Layout, layout_of
 from torchrec_hilomoe.backbones.layers.mlp import Activation, MLP
-from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.backbones.layers.target_attention import TargetAttention
 from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
 
@@ -30,12 +29,12 @@ class DIN(Backbone):
     Args:
         widths: Sizes of the features.
         attention_units: Hidden widths of each attention's MLP.
-        attention_activation: Of those.
+        attention_activation: Activation of those units.
         attention_dropout: Share of those units dropped in training.
         softmax: Whether the weights of a history sum to one; without, they may be negative.
         head: Hidden widths of the head.
-        head_activation: Of those.
-        dropout: Share of those units dropped in training.
+        head_activation: Activation of those units.
+        head_dropout: Share of those units dropped in training.
         batch_norm: Whether the head's hidden layers are normalised.
 
     Raises:
@@ -56,7 +55,7 @@ class DIN(Backbone):
         softmax: bool = False,
         head: Sequence[int] = (1024, 512, 256),
         head_activation: Activation = "relu",
-        dropout: float = 0.0,
+        head_dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -81,12 +80,12 @@ class DIN(Backbone):
             for history in widths.histories
         )
         # They say whose the events are that an attention sees.
-        self.rows = nn.ModuleList(Tap() for _ in widths.histories)
+        self.rows = nn.ModuleList(HookPoint() for _ in widths.histories)
         self.head = MLP(
             widths.candidate + widths.context + sum(history.event for history in widths.histories),
             head,
             activation=head_activation,
-            dropout=dropout,
+            dropout=head_dropout,
             batch_norm=batch_norm,
         )
 

@@ -22,6 +22,7 @@ Shape legend:
     S  tokens of the history's summary: CLS, pooled, recent
     F  width of candidate and context together
     D  width of every token: one embedding
+    L  the longest row of the batch
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,18 +33,18 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from torchrec_hilomoe.backbones.base import Backbone
-from torchrec_hilomoe.backbones.layers.cls_tokens import places_of, prepend, TokenCounts
+from torchrec_hilomoe.backbones.base import Backbone, HookPoint
+from torchrec_hilomoe.backbones.layers.attention import SelfAttention
+from torchrec_hilomoe.backbones.layers.cls_tokens import Places, places_of, prepend, TokenCounts
 from torchrec_hilomoe.backbones.layers.dhen import Interaction
 from torchrec_hilomoe.backbones.layers.gating import Gating
+from torchrec_hilomoe.backbones.layers.jagged import pad, unpad
 from torchrec_hilomoe.backbones.layers.masknet import MaskNet, steps_of
 from torchrec_hilomoe.backbones.layers.mlp import MLP
-from torchrec_hilomoe.backbones.layers.personalised import HistoryLayer
 from torchrec_hilomoe.backbones.layers.summaries import ContextSummary, HistorySummary
-from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
 
-__all__ = ["InterFormer"]
+__all__ = ["HistoryLayer", "InterFormer", "PersonalisedFFN"]
 
 
 class InterFormer(Backbone):
@@ -61,7 +62,8 @@ class InterFormer(Backbone):
         recent_tokens: Of the history's summary, the latest events.
         gating: Of the summaries: see :class:`torchrec_hilomoe.backbones.layers.gating.Gate`.
         residual: Whether the history's side adds to its inputs.
-        dropout: Inside the layers and the head.
+        dropout: Inside the layers; None is ``head_dropout``.
+        head_dropout: Inside the head.
         head: Hidden widths of the head.
         batch_norm: Whether the head's hidden layers are normalised.
 
@@ -93,7 +95,8 @@ class InterFormer(Backbone):
         recent_tokens: int = 2,
         gating: Gating = "printed",
         residual: bool = False,
-        dropout: float = 0.0,
+        dropout: float | None = None,
+        head_dropout: float = 0.0,
         head: Sequence[int] = (1024, 512, 256, 128),
         batch_norm: bool = False,
     ) -> None:
@@ -107,6 +110,7 @@ class InterFormer(Backbone):
         _check_at_least(1, num_layers=num_layers, interaction_layers=interaction_layers)
         _check_at_least(1, cls_tokens=cls_tokens)
         _check_at_least(0, pooled_tokens=pooled_tokens, recent_tokens=recent_tokens)
+        dropout = head_dropout if dropout is None else dropout
         self.width = width = widths.embedding
         self.head_width = width // num_heads
         self.num_dense = widths.dense
@@ -120,7 +124,7 @@ class InterFormer(Backbone):
         self.dense = nn.Linear(widths.dense, width) if widths.dense else nn.Identity()
         self.merge = MaskNet(sum(history.event for history in widths.histories), width)
         # They say whose the events are that a map sees in one list, without and with CLS tokens.
-        self.event_rows, self.token_rows = Tap(), Tap()
+        self.event_rows, self.token_rows = HookPoint(), HookPoint()
         self.context_summaries = nn.ModuleList(
             ContextSummary(self.counts, width, gating) for _ in range(num_layers + 1)
         )
@@ -146,7 +150,7 @@ class InterFormer(Backbone):
             (self.counts.cls + self.counts.summary) * width,
             head,
             activation="silu",
-            dropout=dropout,
+            dropout=head_dropout,
             batch_norm=batch_norm,
         )
 
@@ -163,11 +167,11 @@ class InterFormer(Backbone):
     def forward(self, features: SequenceFeatures) -> Tensor:
         """Return logits ``(B,)``."""
         x_BXD = self._context(self.sample_of(features))
-        steps = steps_of(features.histories, features.steps)
+        steps = steps_of(features.histories, features.num_tokens)
         self.event_rows(_offsets(steps.lengths))
         offsets = self.token_rows(_offsets(steps.lengths + self.counts.cls))
         events_TD = self.merge(steps.values)
-        places = places_of(offsets, events_TD, features.longest, self.counts, self.head_width)
+        places = places_of(offsets, events_TD, features.max_seqlen, self.counts, self.head_width)
         context_BCD = self.context_summaries[0](x_BXD)
         history_ND = prepend(context_BCD, events_TD, places)
         summary_BSD = self.history_summaries[0](history_ND, places)
@@ -205,3 +209,56 @@ def _check_at_least(least: int, **counts: int) -> None:
     for name, count in counts.items():
         if count < least:
             raise ValueError(f"InterFormer.{name} must be at least {least}, got {count}.")
+
+
+class PersonalisedFFN(nn.Module):
+    """A ``D x D`` map of each row, made of the context's summary, applied to the row's tokens.
+
+    The map is the summary's tokens as columns times a learned ``C x D`` matrix. Applying first the
+    matrix and then the columns is the same, for ``2 C D`` products a token instead of ``D * D`` and
+    ``C * D * D`` a row.
+
+    Args:
+        width: ``D``.
+        summary: ``C``.
+    """
+
+    def __init__(self, width: int, summary: int) -> None:
+        super().__init__()
+        self.weigh = nn.Linear(width, summary, bias=False)
+
+    def forward(self, x_ND: Tensor, summary_BCD: Tensor, places: Places) -> Tensor:
+        """Return ``(N, D)``."""
+        weights_BLC = pad(self.weigh(x_ND), places.offsets, places.max_seqlen)
+        return unpad(torch.bmm(weights_BLC, summary_BCD), places.offsets, x_ND.shape[0])
+
+
+class HistoryLayer(nn.Module):
+    """A personalised map, then self-attention with rotary positions.
+
+    Args:
+        width: ``D``.
+        summary: ``C``.
+        num_heads: Attention heads.
+        residual: Whether each half adds to its input.
+        dropout: Of attention weights, and after the attention.
+    """
+
+    def __init__(
+        self, width: int, summary: int, *, num_heads: int, residual: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.residual = residual
+        self.ffn = PersonalisedFFN(width, summary)
+        self.attention = SelfAttention(width, num_heads, dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_ND: Tensor, summary_BCD: Tensor, places: Places) -> Tensor:
+        """Return the next layer's tokens, ``(N, D)``."""
+        mapped_ND = self.ffn(x_ND, summary_BCD, places)
+        x_ND = x_ND + mapped_ND if self.residual else mapped_ND
+        attended_ND = self.attention(
+            x_ND, places.offsets, places.max_seqlen, rotation=places.rotation
+        )
+        attended_ND = self.dropout(attended_ND)
+        return x_ND + attended_ND if self.residual else attended_ND

@@ -21,12 +21,11 @@ from typing import ClassVar
 import torch
 from torch import nn, Tensor
 
-from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.backbones.base import Backbone, HookPoint
+from torchrec_hilomoe.backbones.layers.attention import EncoderLayer
 from torchrec_hilomoe.backbones.layers.cross import CrossHead
-from torchrec_hilomoe.backbones.layers.encoder import EncoderLayer
 from torchrec_hilomoe.backbones.layers.jagged import max_rows, pad, tokens_of
 from torchrec_hilomoe.backbones.layers.mlp import Activation
-from torchrec_hilomoe.backbones.layers.tap import Tap
 from torchrec_hilomoe.embeddings.features import (
     FeatureWidths,
     History,
@@ -51,14 +50,14 @@ class _Actions:
         row: ``(N,)`` int64, whose each is.
         visible: ``(N,)`` booleans: which tokens are asked and read.
         offsets: ``(B + 1,)`` int64, where each row begins.
-        longest: ``L``.
+        max_seqlen: ``L``.
     """
 
     values: Tensor
     row: Tensor
     visible: Tensor
     offsets: Tensor
-    longest: int
+    max_seqlen: int
 
 
 class Encoder(nn.Module):
@@ -78,10 +77,10 @@ class Encoder(nn.Module):
 
     def forward(self, actions: _Actions, offsets: Tensor) -> Tensor:
         """Return ``(B, (K + 1) * W)``: the latest tokens, the last one last, then the maximum."""
-        x_NW, longest = actions.values, actions.longest
-        visible_BL = pad(actions.visible.float().unsqueeze(1), offsets, longest).squeeze(2) > 0
+        x_NW, max_seqlen = actions.values, actions.max_seqlen
+        visible_BL = pad(actions.visible.float().unsqueeze(1), offsets, max_seqlen).squeeze(2) > 0
         for layer in self.layers:
-            x_NW = layer(x_NW, offsets, longest, visible_BL)
+            x_NW = layer(x_NW, offsets, max_seqlen, visible_BL)
         shown_NW = x_NW.masked_fill(~actions.visible.unsqueeze(1), -torch.inf)
         maximum_BW = max_rows(shown_NW, offsets, actions.row)
         return torch.cat([self._latest(x_NW, actions.visible, offsets), self.pool(maximum_BW)], 1)
@@ -117,10 +116,10 @@ class TransAct(Backbone):
             cannot have as many.
         time_window: Seconds before the request of which a random part is hidden in training;
             None hides nothing.
-        dropout: Inside the encoders.
+        dropout: Inside the encoders; None is ``head_dropout``.
         cross_layers: Layers of the head's cross network.
         head: Hidden widths of the head's other half.
-        activation: Of those hidden layers.
+        head_activation: Activation of those hidden layers.
         head_dropout: Inside those hidden layers.
         batch_norm: Whether they are normalised.
 
@@ -148,10 +147,10 @@ class TransAct(Backbone):
         ffn_width: int = 512,
         latest: int = 1,
         time_window: int | None = None,
-        dropout: float = 0.0,
+        dropout: float | None = None,
         cross_layers: int = 3,
         head: Sequence[int] = (1024, 512, 256),
-        activation: Activation = "relu",
+        head_activation: Activation = "relu",
         head_dropout: float = 0.0,
         batch_norm: bool = False,
     ) -> None:
@@ -167,6 +166,7 @@ class TransAct(Backbone):
         if latest < 1:
             raise ValueError(f"TransAct.latest must be at least 1, got {latest}.")
         _check_time_window(time_window, widths)
+        dropout = head_dropout if dropout is None else dropout
         self.time_window = time_window
         self.targets = [_shared_columns(history, widths.embedding) for history in widths.histories]
         encoders = []
@@ -182,12 +182,12 @@ class TransAct(Backbone):
             summary += (kept + 1) * width
         self.encoders = nn.ModuleList(encoders)
         # They say whose the tokens are that an encoder sees.
-        self.rows = nn.ModuleList(Tap() for _ in encoders)
+        self.rows = nn.ModuleList(HookPoint() for _ in encoders)
         self.head = CrossHead(
             widths.candidate + widths.context + summary,
             head,
             cross_layers=cross_layers,
-            activation=activation,
+            activation=head_activation,
             dropout=head_dropout,
             batch_norm=batch_norm,
         )
@@ -203,7 +203,7 @@ class TransAct(Backbone):
         since_B = self._since(features)
         summaries = []
         for index, history in enumerate(features.histories):
-            actions = _actions_of(history, features.longest, self.targets[index], since_B)
+            actions = _actions_of(history, features.max_seqlen, self.targets[index], since_B)
             offsets = self.rows[index](actions.offsets)
             summaries.append(self.encoders[index](actions, offsets))
         return self.head(torch.cat([sample_BS, *summaries], dim=1))
@@ -218,7 +218,7 @@ class TransAct(Backbone):
 
 
 def _actions_of(
-    history: History, longest: int, target: Sequence[slice], since_B: Tensor | None
+    history: History, max_seqlen: int, target: Sequence[slice], since_B: Tensor | None
 ) -> _Actions:
     """Put the empty event before each row's events, and the target beside each of them."""
     nothing = History(
@@ -226,7 +226,7 @@ def _actions_of(
         lengths=history.lengths,
         target=torch.zeros_like(history.target),
     )
-    tokens = tokens_of(nothing, longest)
+    tokens = tokens_of(nothing, max_seqlen)
     values_NE, offsets = tokens.values, tokens.offsets
     rows_B = torch.arange(history.lengths.shape[0], device=offsets.device)
     row_N = torch.repeat_interleave(rows_B, history.lengths + 1, output_size=values_NE.shape[0])
@@ -243,7 +243,7 @@ def _actions_of(
         row=row_N,
         visible=visible_N,
         offsets=offsets,
-        longest=tokens.longest,
+        max_seqlen=tokens.max_seqlen,
     )
 
 

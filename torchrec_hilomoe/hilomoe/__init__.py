@@ -1,50 +1,76 @@
 """The HiLoMoE module: linear maps that carry stacked layers of routed rank-1 experts.
 
-Read in this order: `config` (the options), `reference` (the equations as loops), `routing` (the
-equations in score space), `experts`, `mixing` and `function` (what a row computes, its gradient),
-`losses` (how routers are kept balanced), `plan` (which backend), `linear` (the module), `router`
-(one for several sites), `inject` (how an existing model gets them), then `sites`, `report`,
-`plots`, `collapse` and `controls` (what one asks of a whole model).
+Read in this order: `config` (the options), `reference` (the equations as loops), `routing` (which
+experts a row uses), `experts` (what they add to it), `function` (both with their gradient; `fused`
+is the same in Triton), `losses` (how routers are kept balanced), `plan` (which backend), `linear`
+(the module), `router` (one for several sites) and `passes` (whose routing a site gets that is
+recomputed), `inject` (how an existing model gets them, and what one tells them), `monitor` and
+`report` (what the routers do, in training and in a pass), `probe` (which features should route,
+before there is an expert).
 """
 
-from torchrec_hilomoe.hilomoe.collapse import CollapseWatch
+from torchrec_hilomoe.hilomoe.base_checkpoint import load_base_checkpoint
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.controls import fix_random_routing
-from torchrec_hilomoe.hilomoe.inject import inject_hilomoe, remove_hilomoe, share_routing
+from torchrec_hilomoe.hilomoe.fixed_routing import fix_random_routing
+from torchrec_hilomoe.hilomoe.inject import (
+    auxiliary_loss,
+    expert_parameters,
+    inject_hilomoe,
+    inject_shared_router,
+    remove_hilomoe,
+    routers_of,
+    set_auxiliary_loss_scale,
+    sites_of,
+)
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
-from torchrec_hilomoe.hilomoe.plots import draw_routing
+from torchrec_hilomoe.hilomoe.monitor import CollapseWatch
+from torchrec_hilomoe.hilomoe.probe import (
+    draw_probe,
+    Gain,
+    InteractionProbe,
+    LayerChoice,
+    LossTerms,
+    ProbeReport,
+    SiteCost,
+)
 from torchrec_hilomoe.hilomoe.report import (
     LayerReport,
     record_routing,
+    RouterReport,
     routing_report,
     RoutingReport,
     SiteReport,
 )
+from torchrec_hilomoe.hilomoe.report_plots import draw_routing
 from torchrec_hilomoe.hilomoe.router import SampleRouter
-from torchrec_hilomoe.hilomoe.sites import (
-    auxiliary_loss,
-    expert_parameters,
-    set_auxiliary_loss_scale,
-    sites_of,
-)
 
 __all__ = [
     "CollapseWatch",
+    "Gain",
     "HiLoMoEConfig",
     "HiLoMoELinear",
+    "InteractionProbe",
+    "LayerChoice",
     "LayerReport",
+    "LossTerms",
+    "ProbeReport",
+    "RouterReport",
     "RoutingReport",
     "SampleRouter",
+    "SiteCost",
     "SiteReport",
     "auxiliary_loss",
+    "draw_probe",
     "draw_routing",
     "expert_parameters",
     "fix_random_routing",
     "inject_hilomoe",
+    "inject_shared_router",
+    "load_base_checkpoint",
     "record_routing",
     "remove_hilomoe",
+    "routers_of",
     "routing_report",
     "set_auxiliary_loss_scale",
-    "share_routing",
     "sites_of",
 ]

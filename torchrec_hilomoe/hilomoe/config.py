@@ -20,25 +20,31 @@ class HiLoMoEConfig:
     """Options of a HiLoMoE site.
 
     Attributes:
-        num_layers: ``L``, expert layers stacked on the base linear map.
-        num_experts: ``E``, experts of a layer.
-        rank: ``R``, outer products of an expert; 1 in the paper.
-        top_k: Experts of a layer that a row uses.
-        query_dim: ``Q``, width of the routing query; None routes on the input itself.
-        tie_keys: Use the experts' own down-vectors as their keys: half the routing parameters.
-        query_norm: Divide the first query by its root mean square.
+        num_layers: Number of expert layers on the base linear map (``L``).
+        num_experts: Number of experts of a layer (``E``).
+        rank: Number of outer products of an expert (``R``); 1 in the paper.
+        top_k: Number of experts of a layer that a row uses.
+        query_dim: Width of the routing query, in features (``Q``); null routes on the input itself.
+        tie_keys: Whether the experts' own down-vectors are their keys: half the routing parameters.
+        query_norm: Whether the first query is divided by its root mean square.
         query_update: Whether a layer passes all of its scores on to the next query (``"soft"``) or
             only those of the experts that it selected (``"selected"``).
-        stop_gradient: ``"scores"`` hides a layer's scores from the gradient of the next layer's
-            query, ``"query"`` hides the input from the gradient of all routing.
-        alpha: Strength of the experts' correction.
+        stop_gradient: Gradient that is not passed on: ``"scores"`` hides a layer's scores from the
+            gradient of the next layer's query, ``"query"`` hides the input from the gradient of
+            all routing.
+        alpha: Factor on the experts' correction.
         balance_weight: Weight of the load-balancing loss; 1 is the loss of a balanced layer.
         z_weight: Weight of the loss that keeps logits small.
-        backend: How a site computes. ``"auto"`` picks what the sizes and the machine favour; any
-            other value is used or refused, never replaced.
+        backend: Implementation of a site's computation: ``"auto"`` picks what the sizes and the
+            machine favour; any other value is used or refused, never replaced.
 
     Raises:
         ValueError: If a value is out of its range, or two values exclude each other.
+
+    Example:
+        >>> config = HiLoMoEConfig(num_layers=2, num_experts=4, rank=4)
+        >>> config.num_experts**config.num_layers  # the paths that a row can take
+        16
     """
 
     num_layers: int = 3

@@ -7,270 +7,308 @@ recomputes the rest, and all parts of the input's gradient are added up in one b
 Two halves make a site: `score_by` finds each row's gates, `mix` computes its output with them. Most
 sites run both in one function; sites that share a router run them apart, the first once a sample.
 
+The functions run the kernels of `operators`, as `dispatch` calls them.
+
 Shape legend:
-    N  rows     D  input width     O  output width    Q  query width
+    N  rows     D  input width     O  output width    Q  query width     B  samples
     L  expert layers     E  experts     R  rank     k  experts chosen
-    M  experts of all layers, L E       H  their vectors, L E R      S  those a row uses, L k R
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from typing import cast, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
+from torchrec_hilomoe.hilomoe import operators
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.losses import sum_over_ranks
-from torchrec_hilomoe.hilomoe.mixing import mix, mix_backward, Mixed
+from torchrec_hilomoe.hilomoe.dispatch import (
+    apply_function,
+    apply_under_autocast,
+    call_backward,
+    call_kernel,
+    differentiable_once,
+    in_a_transform,
+    without_autocast,
+)
+from torchrec_hilomoe.hilomoe.losses import RoutingRecord, sum_over_ranks, wide
 from torchrec_hilomoe.hilomoe.plan import Plan
-from torchrec_hilomoe.hilomoe.query_space import score_by, score_by_backward
-from torchrec_hilomoe.hilomoe.routing import Routing, Scored, wide
+from torchrec_hilomoe.hilomoe.routing import Routing
 
-__all__ = ["SiteOutput", "hilomoe"]
+__all__ = ["SiteOutput", "hilomoe", "mix_rows", "record_of", "rms_norm", "route_samples"]
+
+# Dynamo of torch 2.11 takes an autograd function some of whose outputs have no gradient for one
+# that has none at all: a host's `torch.compile` would train nothing, and say nothing. There it
+# breaks the graph here instead, or is refused with `fullgraph=True`. Goes with torch 2.11.
+_DYNAMO_KEEPS_GRADIENTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+_Called = ParamSpec("_Called")
+_Found = TypeVar("_Found")
+
+
+def _not_in_a_graph_of_2_11(fn: Callable[_Called, _Found]) -> Callable[_Called, _Found]:
+    if _DYNAMO_KEEPS_GRADIENTS:
+        return fn
+    why = "Dynamo of torch 2.11 loses the gradients of a HiLoMoE site; use torch 2.12 or newer"
+    return cast(Callable[_Called, _Found], torch.compiler.disable(fn, reason=why))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteOutput:
-    """What a site computed; only ``y_NO`` is differentiable.
+    """What a site computed; only ``y`` is differentiable.
 
     Attributes:
-        y_NO: Outputs.
-        routing: How they were routed.
+        y: Outputs, ``(..., O)``.
+        routing: How their rows were routed.
         counts_LE: Choices of each expert, by the rows of all ranks; None if no losses were asked
             for.
     """
 
-    y_NO: Tensor
+    y: Tensor
     routing: Routing
     counts_LE: Tensor | None
 
 
+@_not_in_a_graph_of_2_11
 def hilomoe(
-    x_ND: Tensor,
-    query_NQ: Tensor | None,
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    down_HD: Tensor,
-    up_HO: Tensor,
-    keys_MQ: Tensor | None,
+    down_LERD: Tensor,
+    up_LERO: Tensor,
+    keys_LEQ: Tensor | None,
+    query_proj: Tensor | None,
     config: HiLoMoEConfig,
     plan: Plan,
     loss_weights: tuple[float, float] | None,
 ) -> SiteOutput:
-    """Compute a site.
+    """Compute a site that routes its own rows.
 
     Args:
-        x_ND: Input.
-        query_NQ: The layers' first query; None if it is the input.
+        x: Input, ``(..., D)``.
         weight: The base map's.
         bias: The base map's, if it has one.
-        down_HD: The experts' down-vectors.
-        up_HO: Their up-vectors.
-        keys_MQ: Their keys; None if those are the down-vectors.
+        down_LERD: The experts' down-vectors.
+        up_LERO: Their up-vectors.
+        keys_LEQ: Their keys; None if those are the down-vectors.
+        query_proj: ``(Q, D)``; None if the query is the input.
         config: The site's options.
         plan: How to compute it.
         loss_weights: Of the balance and the z loss, whose gradient joins in backward; None computes
             no losses.
     """
-    tensors = (x_ND, query_NQ, weight, bias, down_HD, up_HO, keys_MQ)
-    device = x_ND.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        tensors = tuple(None if t is None else t.to(low) for t in tensors)
-    with torch.autocast(device, enabled=False):
-        y_NO, counts_LE, *routed = _HiLoMoE.apply(*tensors, config, plan, loss_weights)
-    return SiteOutput(y_NO=y_NO, routing=_routing(routed), counts_LE=counts_LE)
+    x_ND, query_NQ = _rows(x, weight), None
+    if config.query_dim is not None or config.query_norm:
+        query_NQ = x_ND.detach() if config.stop_gradient == "query" else x_ND
+        if query_proj is not None:
+            query_NQ = F.linear(query_NQ, query_proj)
+        if config.query_norm:
+            query_NQ = rms_norm(query_NQ)
+    tensors = (x_ND, query_NQ, weight, bias, down_LERD, up_LERO, keys_LEQ)
+    y_NO, counts_LE, _, *routed = apply_under_autocast(_Site, tensors, config, plan, loss_weights)
+    return SiteOutput(
+        y=_unflattened(y_NO, x),
+        routing=operators.routing_of(routed[:4]),
+        counts_LE=None if loss_weights is None else counts_LE,
+    )
 
 
+@_not_in_a_graph_of_2_11
 def route_samples(
     query_BQ: Tensor,
-    keys_MQ: Tensor,
+    keys_LEQ: Tensor,
     config: HiLoMoEConfig,
     plan: Plan,
     loss_weights: tuple[float, float] | None,
 ) -> tuple[Routing, Tensor | None]:
     """Compute the first half alone: the routing, with differentiable gates, and the counts."""
-    with torch.autocast(query_BQ.device.type, enabled=False):
-        counts_LE, *routed = _Route.apply(wide(query_BQ), wide(keys_MQ), config, plan, loss_weights)
-    return _routing(routed), counts_LE
+    with without_autocast(query_BQ.device.type):
+        gates_LkB, counts_LE, _, *others = apply_function(
+            _Route, wide(query_BQ), wide(keys_LEQ), config, plan, loss_weights
+        )
+    return operators.routing_of((gates_LkB, *others)), None if loss_weights is None else counts_LE
 
 
+@_not_in_a_graph_of_2_11
 def mix_rows(
-    x_ND: Tensor,
+    x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    down_HD: Tensor,
-    up_HO: Tensor,
-    gates_LkN: Tensor,
-    chosen_LkN: Tensor,
+    down_LERD: Tensor,
+    up_LERO: Tensor,
+    routing: Routing,
+    offsets: Tensor | None,
     config: HiLoMoEConfig,
     plan: Plan,
 ) -> Tensor:
-    """Compute the second half alone: outputs under given gates."""
-    tensors, device = (x_ND, weight, bias, down_HD, up_HO), x_ND.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        tensors = tuple(None if t is None else t.to(low) for t in tensors)
-    with torch.autocast(device, enabled=False):
-        return _Mix.apply(*tensors, gates_LkN, chosen_LkN, config, plan)
+    """Compute the second half alone: outputs under the gates that each row's sample was given.
+
+    Args:
+        x: ``(B, ..., D)``; or, with offsets, ``(N, D)``: the tokens of all samples in one list.
+        weight: The base map's.
+        bias: The base map's, if it has one.
+        down_LERD: The down-vectors of the layers that compute.
+        up_LERO: Their up-vectors.
+        routing: Of the samples.
+        offsets: ``(B + 1,)``, where in that list each sample's tokens begin.
+        config: The site's options.
+        plan: How to compute it.
+
+    Raises:
+        ValueError: If ``x`` has neither the router's number of samples nor, as far as is known,
+            their tokens.
+    """
+    x_ND = _rows(x, weight)
+    layers = len(down_LERD)
+    gates, chosen = routing.gates_LkN[:layers], routing.chosen_LkN[:layers]
+    samples = gates.shape[2]
+    if offsets is not None:
+        sample_B = torch.arange(samples, device=x.device)
+        lengths_B = offsets[1:] - offsets[:-1]
+        sample_N = torch.repeat_interleave(sample_B, lengths_B, output_size=x.shape[0])
+        gates, chosen = gates.index_select(2, sample_N), chosen.index_select(2, sample_N)
+    elif x.dim() < 2 or x.shape[0] != samples:
+        raise ValueError(
+            f"SampleRouter: {samples} samples were routed, but a site's input has shape "
+            f"{tuple(x.shape)}; its first dimension must be the samples. Give the site rows per "
+            "sample, say whose its tokens are (tokens of inject_shared_router), or let it route "
+            "its own rows."
+        )
+    elif (tokens := x.shape[1:-1].numel()) != 1:
+        gates, chosen = (t.repeat_interleave(tokens, dim=2) for t in (gates, chosen))
+    tensors = (x_ND, weight, bias, down_LERD, up_LERO)
+    y_NO, *_ = apply_under_autocast(_Mix, tensors, gates, chosen, config, plan)
+    return _unflattened(y_NO, x)
 
 
-class _HiLoMoE(torch.autograd.Function):
+def record_of(
+    counts_LE: Tensor | None, routing: Routing, config: HiLoMoEConfig
+) -> RoutingRecord | None:
+    """What a site or router keeps of a training pass; None of one that computes no losses."""
+    # No value to keep are a proxy of FX, and a tensor inside of one of functorch's transforms.
+    if not isinstance(counts_LE, Tensor) or in_a_transform():
+        return None
+    return RoutingRecord(
+        counts_LE=counts_LE,
+        scores_LEN=routing.scores_LEN,
+        logsumexp_LN=routing.logsumexp_LN,
+        top_k=config.top_k,
+    )
+
+
+def rms_norm(query_NQ: Tensor) -> Tensor:
+    """Divide each query by its root mean square."""
+    return F.rms_norm(query_NQ, query_NQ.shape[1:])
+
+
+def _rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the rows of ``x``, if a site with this weight can take them."""
+    D = weight.shape[1]
+    if x.shape[-1] != D:
+        raise ValueError(
+            f"HiLoMoELinear.in_features is {D}, but the input's last dimension is "
+            f"{x.shape[-1]}. Build the site with in_features={x.shape[-1]}."
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"HiLoMoELinear takes a floating-point input, got {x.dtype}. "
+            "Embed or convert it first, for example with x.float()."
+        )
+    return x if x.dim() == 2 else x.reshape(-1, D)
+
+
+def _unflattened(y_NO: Tensor, x: Tensor) -> Tensor:
+    """Give rows back the leading dimensions of the input."""
+    return y_NO if x.dim() == 2 else y_NO.reshape(*x.shape[:-1], y_NO.shape[1])
+
+
+class _Site(torch.autograd.Function):
     """See `hilomoe`."""
 
-    @staticmethod
-    def forward(ctx, x, query, weight, bias, down, up, keys, config, plan, loss_weights):
-        run = _forward if plan.backend == "eager" else _runs(plan.backend)[0]
-        y_NO, counts_LE, memory, *tensors = run(
-            x, query, weight, bias, down, up, keys, config, plan
-        )
-        routed = tensors[:4]
-        counts_LE = _shared_counts(counts_LE, loss_weights)
-        ctx.mark_non_differentiable(*routed, *([] if counts_LE is None else [counts_LE]))
-        ctx.save_for_backward(x, query, weight, down, up, keys, counts_LE, memory, *tensors)
-        ctx.config, ctx.plan, ctx.loss_weights = config, plan, loss_weights
-        return y_NO, counts_LE, *routed
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
+    def forward(*args):
+        *tensors, config, plan, loss_weights = args
+        y_NO, counts_LE, *others = call_kernel(operators.site, config, plan, *tensors)
+        return y_NO, _shared(counts_LE, loss_weights), *others
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, query, weight, _, down, up, keys, *ctx.options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, query, weight, down, up, keys, *output[1:])
+
+    @staticmethod
+    @differentiable_once
     def backward(ctx, grad_NO, *_):
-        backend = ctx.plan.backend  # Dynamo, which traces the eager one, cannot see into a cache
-        run = _backward if backend == "eager" else _runs(backend)[1]
-        needs = ctx.needs_input_grad[:4]
-        grads = run(grad_NO, ctx.saved_tensors, ctx.config, ctx.plan, ctx.loss_weights, needs)
-        return *grads, None, None, None
+        config, plan, loss_weights = ctx.options
+        needs = ctx.needs_input_grad[:7]
+        saved = ctx.saved_tensors
+        grads = call_backward(
+            operators.site_backward, config, plan, grad_NO, saved, loss_weights, needs[:4]
+        )
+        return *_wanted(grads, needs), None, None, None
 
 
 class _Route(torch.autograd.Function):
     """See `route_samples`."""
 
-    @staticmethod
-    def forward(ctx, query, keys, config, plan, loss_weights):
-        scored = score_by(plan.space, query, keys, config)
-        assert scored.counts_LE is not None
-        routed = tuple(vars(scored.routing).values())
-        counts_LE = _shared_counts(scored.counts_LE, loss_weights)
-        ctx.mark_non_differentiable(*routed[1:], *([] if counts_LE is None else [counts_LE]))
-        ctx.save_for_backward(query, keys, counts_LE, scored.memory, *routed)
-        ctx.config, ctx.plan, ctx.loss_weights = config, plan, loss_weights
-        return counts_LE, *routed
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, _, grad_gates, *__):
-        query, keys, counts_LE, memory, *routed = ctx.saved_tensors
-        scored = Scored(routing=_routing(routed), memory=memory, counts_LE=counts_LE)
-        grads = score_by_backward(
-            ctx.plan.space, grad_gates, query, keys, scored, ctx.config, ctx.loss_weights
+    def forward(*args):
+        query, keys, config, plan, loss_weights = args
+        counts_LE, memory, gates, *others = call_kernel(operators.route, config, plan, query, keys)
+        return gates, _shared(counts_LE, loss_weights), memory, *others
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, keys, *ctx.options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(query, keys, *output[1:3], output[0], *output[3:])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad_gates, *_):
+        config, plan, loss_weights = ctx.options
+        saved = ctx.saved_tensors
+        grads = call_backward(
+            operators.route_backward, config, plan, grad_gates, saved, loss_weights
         )
-        grad_query = grads.add_query_to(torch.zeros_like(query))
-        return grad_query, grads.keys_MQ, None, None, None
+        return *_wanted(grads, ctx.needs_input_grad[:2]), None, None, None
 
 
 class _Mix(torch.autograd.Function):
     """See `mix_rows`."""
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, down, up, gates, chosen, config, plan):
-        mixed = mix(x, weight, bias, down, up, gates, chosen, config, plan)
-        ctx.save_for_backward(x, weight, down, up, mixed.chosen, mixed.gates, mixed.hidden)
-        ctx.config, ctx.plan = config, plan
-        return mixed.y_NO
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_NO):
-        x, weight, down, up, chosen, gates, hidden = ctx.saved_tensors
-        mixed = Mixed(y_NO=None, chosen=chosen, gates=gates, hidden=hidden)
-        grads = mix_backward(
-            grad_NO, x, weight, down, up, mixed, ctx.config, ctx.plan, ctx.needs_input_grad[:3]
-        )
-        gates_LkN = grads.gates_LkN
-        return grads.x, grads.weight, grads.bias, grads.down, grads.up, gates_LkN, None, None, None
+    def forward(*args):
+        *tensors, config, plan = args
+        return tuple(call_kernel(operators.mixed, config, plan, *tensors))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, down, up, gates, _, *ctx.options = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, weight, down, up, gates, *output[1:])
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, grad_NO, *_):
+        needs = ctx.needs_input_grad[:6]
+        saved = ctx.saved_tensors
+        grads = call_backward(operators.mixed_backward, *ctx.options, grad_NO, saved, needs[:3])
+        return *_wanted(grads, needs), None, None, None
 
 
-@cache
-def _runs(backend: str) -> tuple[Callable, Callable]:
-    """What computes forward and backward where not these functions here do."""
-    if backend == "triton":
-        from torchrec_hilomoe.hilomoe import fused  # triton is there only if it was asked for
-
-        return fused.forward, fused.backward
-    return torch.compile(_forward, fullgraph=True), torch.compile(_backward, fullgraph=True)
+def _shared(counts_LE: Tensor, loss_weights: tuple[float, float] | None) -> Tensor:
+    """Of all ranks where losses are computed, else of this one."""
+    return counts_LE if loss_weights is None else sum_over_ranks(counts_LE)
 
 
-def _forward(
-    x: Tensor,
-    query: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor,
-    up: Tensor,
-    keys: Tensor | None,
-    config: HiLoMoEConfig,
-    plan: Plan,
-) -> tuple[Tensor, ...]:
-    """The output, this rank's counts, and what `_backward` needs."""
-    q_NQ, keys_MQ = x if query is None else query, down if keys is None else keys
-    scored = score_by(plan.space, q_NQ, keys_MQ, config)
-    gates_LkN, chosen_LkN = scored.routing.gates_LkN, scored.routing.chosen_LkN
-    mixed = mix(x, weight, bias, down, up, gates_LkN, chosen_LkN, config, plan)
-    routed = vars(scored.routing).values()
-    found = (mixed.chosen, mixed.gates, mixed.hidden)
-    assert mixed.y_NO is not None
-    assert scored.counts_LE is not None
-    return mixed.y_NO, scored.counts_LE, scored.memory, *routed, *found
-
-
-def _backward(
-    grad_NO: Tensor,
-    saved: Sequence[Tensor],
-    config: HiLoMoEConfig,
-    plan: Plan,
-    loss_weights: tuple[float, float] | None,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients by the seven tensors of `_forward`.
-
-    Args:
-        grad_NO: By the output.
-        saved: What ``_HiLoMoE.forward`` saved.
-        config: The site's options.
-        plan: How it computes.
-        loss_weights: As for `hilomoe`.
-        needs: Whether input, query, weight and bias need a gradient.
-    """
-    x, query, weight, down, up, keys, counts_LE, memory, *routed, chosen, gates, hidden = saved
-    need_x, need_query, need_weight, need_bias = needs
-    mixed = Mixed(y_NO=None, chosen=chosen, gates=gates, hidden=hidden)
-    by_mixing = mix_backward(
-        grad_NO, x, weight, down, up, mixed, config, plan, (need_x, need_weight, need_bias)
-    )
-    scored = Scored(routing=_routing(routed), memory=memory, counts_LE=counts_LE)
-    q_NQ, keys_MQ = x if query is None else query, down if keys is None else keys
-    by_scoring = score_by_backward(
-        plan.space, by_mixing.gates_LkN, q_NQ, keys_MQ, scored, config, loss_weights
-    )
-    if by_mixing.x is not None and query is None and config.stop_gradient != "query":
-        by_scoring.add_query_to(by_mixing.x)
-    return (
-        by_mixing.x,
-        by_scoring.add_query_to(torch.zeros_like(q_NQ)) if need_query else None,
-        by_mixing.weight,
-        by_mixing.bias,
-        by_mixing.down + by_scoring.keys_MQ if keys is None else by_mixing.down,
-        by_mixing.up,
-        None if keys is None else by_scoring.keys_MQ,
-    )
-
-
-def _shared_counts(counts_LE: Tensor, loss_weights: tuple[float, float] | None) -> Tensor | None:
-    """Of all ranks where losses are computed, else none."""
-    return None if loss_weights is None else sum_over_ranks(counts_LE)
-
-
-def _routing(tensors: Sequence[Tensor]) -> Routing:
-    gates, chosen, scores, logsumexp = tensors
-    return Routing(gates_LkN=gates, chosen_LkN=chosen, scores_LEN=scores, logsumexp_LN=logsumexp)
+def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]

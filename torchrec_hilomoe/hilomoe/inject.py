@@ -1,20 +1,37 @@
-"""Put experts on the linear maps of an existing model, and take them off again."""
+"""Put experts on the linear maps of an existing model, take them off, ask them, and set them."""
 
-import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+import torch
+from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.host_checks import (
+    carry_over,
+    check_maps,
+    match_maps,
+    refuse_changed,
+    refuse_wrapped,
+    say_passed_over,
+)
+from torchrec_hilomoe.hilomoe.host_watch import HostWatch, stop_watching
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.losses import attached_losses
+from torchrec_hilomoe.hilomoe.module_names import check_module
 from torchrec_hilomoe.hilomoe.router import SampleRouter
-from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale, sites_of
 
-__all__ = ["inject_hilomoe", "remove_hilomoe", "share_routing"]
+__all__ = [
+    "auxiliary_loss",
+    "expert_parameters",
+    "inject_hilomoe",
+    "inject_shared_router",
+    "remove_hilomoe",
+    "routers_of",
+    "set_auxiliary_loss_scale",
+    "sites_of",
+]
 
 
 def inject_hilomoe(
@@ -23,7 +40,7 @@ def inject_hilomoe(
     """Replace linear maps by sites, in place; outputs stay bit-identical until training.
 
     The base parameters are kept, objects and names, so checkpoints of the plain model load with
-    ``strict=False`` (only the experts are missing from them). Inject before the model is wrapped
+    `load_base_checkpoint`. Inject before the model is wrapped
     for distributed training and before its optimizer is built.
 
     Args:
@@ -34,94 +51,133 @@ def inject_hilomoe(
     Returns:
         The names of the replaced maps.
 
+    What hangs on a map, such as buffers and attributes, hangs on its site afterwards. Maps that a
+    pattern matches and that are reparametrized or of another type get no experts; a warning names
+    them. The model's first passes are listened to: a site that does not run, or experts that the
+    optimizer does not move, are a warning, too.
+
     Raises:
         ValueError: If the model is wrapped; if there is no pattern, or one matches no
             ``nn.Linear``; if a map is matched twice, carries experts already, is shared, tied, or
-            has hooks.
+            has hooks; if its parent reads its weight instead of calling it. The model is then as it
+            was.
 
     Example:
         >>> tower = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> inject_hilomoe(tower, HiLoMoEConfig(num_experts=4), sites=["0"])
         ['0']
     """
-    _refuse_wrapped(model)
-    # A map that is used in two places is listed under both names, so that either is refused.
-    modules = model.named_modules(remove_duplicate=False)
-    linears = {name: m for name, m in modules if type(m) is nn.Linear and name}
-    chosen = _match(model, linears, sites)
-    _refuse_shared(model, chosen)
-    for name in chosen:
-        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
-            hooks = getattr(linears[name], f"_{kind}_hooks")
-            if hooks:
-                raise ValueError(
-                    f"inject_hilomoe: {name!r} has {len(hooks)} {kind.replace('_', '-')} hook(s), "
-                    "which its site would lose. Remove them, or choose other sites."
-                )
-    for name in chosen:
-        model.set_submodule(name, HiLoMoELinear.from_linear(linears[name], config))
+    names = _inject(model, config, sites, None)
     set_auxiliary_loss_scale(model, 1.0)
-    return chosen
+    return names
 
 
-def share_routing(
+def _inject(
     model: nn.Module,
     config: HiLoMoEConfig,
     sites: Sequence[str],
-    query: str,
-    width: int,
+    router: SampleRouter | None,
+) -> list[str]:
+    refuse_wrapped(model)
+    # A map that is used in two places is listed under both names, so that either is refused.
+    modules = model.named_modules(remove_duplicate=False)
+    linears = {name: m for name, m in modules if type(m) is nn.Linear and name}
+    chosen = match_maps(model, linears, sites, sites_of(model))
+    check_maps(model, chosen)
+    fresh, built = nn.Linear(1, 1, device="meta"), {}
+    for name in chosen:  # all of them before the first is put in its place: one may be refused
+        site = HiLoMoELinear.from_linear(linears[name], config, router)
+        carry_over(linears[name], site, fresh, name)
+        built[name] = site
+    say_passed_over(model, sites)
+    for name, site in built.items():
+        model.set_submodule(name, site)
+    HostWatch(built).attach(model)
+    return chosen
+
+
+def inject_shared_router(
+    model: nn.Module,
+    config: HiLoMoEConfig,
+    sites: Sequence[str],
+    query_module: str,
+    query_width: int,
     tokens: Mapping[str, str] = MappingProxyType({}),
     views: Sequence[Sequence[range]] | None = None,
+    name: str = "hilomoe_router",
+    query_entry: str | int | None = None,
 ) -> list[str]:
     """Inject sites that share one router, which decides once per sample.
 
     As `inject_hilomoe`, but every token of every one of these sites uses the gates that the router
     finds for its sample, so the sites' inputs must be ``(samples, ..., D)``, or the tokens of all
-    samples in one list, ``(N, D)``, of which ``tokens`` says whose they are. The router's
-    parameters live in the first site, as ``router``. It hears other modules through hooks; FX,
-    with which TorchRec traces models, runs none on the modules of ``torch.nn`` itself.
+    samples in one list, ``(N, D)``, of which ``tokens`` says whose they are. The router is a module
+    of the model, ``model.hilomoe_router``, whatever the sites. It reads outputs of other modules
+    through hooks; FX, with which TorchRec traces models, runs none on the modules of ``torch.nn``
+    itself.
 
     Args:
         model: As for `inject_hilomoe`.
         config: Options of the sites and of their router.
         sites: As for `inject_hilomoe`.
-        query: Qualified name of the module whose output, ``(samples, ...)``, routes the samples;
-            it must run before the sites.
-        width: Of that output, flattened to ``(samples, width)``.
+        query_module: Qualified name of the module whose output, ``(samples, ...)``, routes the
+            samples; it must run before the sites.
+        query_width: Width of that output, flattened to ``(samples, query_width)``.
         tokens: For sites that see jagged tokens: name pattern to the module whose output,
             ``(samples + 1,)``, says where each sample's tokens begin.
         views: For each expert layer, the ranges of the query's columns that it reads, such as
             those of one feature; see :class:`SampleRouter`. None lets every layer read all.
+        name: Of the router in the model; to be given where a model has several.
+        query_entry: Where that module returns a dict or a tuple: the key or place of the query in
+            it. A ``KeyedTensor`` is read as its ``values()``.
 
     Returns:
         The names of the replaced maps.
 
     Raises:
-        ValueError: As `inject_hilomoe`; also if there is no such module, keys are tied, or views
-            are not as they must be.
+        ValueError: As `inject_hilomoe`; also if there is no such module, the router's name is
+            taken, keys are tied, or views are not as they must be.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 1))
-        >>> share_routing(model, HiLoMoEConfig(), sites=["[12]"], query="0", width=6)
-        ['1', '2']
+        >>> model = nn.ModuleDict({"user": nn.Linear(8, 6), "up": nn.Linear(6, 6)})
+        >>> inject_shared_router(model, HiLoMoEConfig(), ["up"], "user", query_width=6)
+        ['up']
+        >>> model.hilomoe_router.expert_keys.shape
+        torch.Size([3, 8, 6])
     """
     modules = dict(model.named_modules())
-    for option, name in [("query", query), *(("tokens", name) for name in tokens.values())]:
-        if name not in modules or not name:
-            raise ValueError(
-                f"share_routing: {option} {name!r} is no module of the model. It has: "
-                f"{', '.join(name for name in modules if name)}."
-            )
-    SampleRouter(width, config, device="meta", views=views)  # refuses before anything is changed
-    names = inject_hilomoe(model, config, sites)
-    chosen = [sites_of(model)[name] for name in names]
+    given = [("query_module", query_module), *(("tokens", module) for module in tokens.values())]
+    for option, module in given:
+        check_module(f"inject_shared_router: {option}", module, modules)
+    if isinstance(model, nn.Sequential):
+        raise ValueError(
+            "inject_shared_router: the model is an nn.Sequential, which would run the router as "
+            "its last layer. Make it a child of a module of your own, and inject into that."
+        )
+    children = dict(model.named_children())
+    if not name or "." in name or (name in dir(model) and name not in children):
+        raise ValueError(
+            f"inject_shared_router: name {name!r} cannot be that of a module of the model: it must "
+            "be a name without dots that the model does not have. Use name='hilomoe_router'."
+        )
+    if name in children:
+        raise ValueError(
+            f"inject_shared_router: the model has a {name!r} already. Give this router another "
+            "name, such as name='hilomoe_router_2'."
+        )
+    # Without memory, and so without random numbers, until nothing is left to be refused.
+    router = SampleRouter(query_width, config, device="meta", views=views)
+    names = _inject(model, config, sites, router)
+    chosen = [sites_of(model)[site] for site in names]
     weight = chosen[0].weight
-    router = SampleRouter(width, config, device=weight.device, dtype=weight.dtype, views=views)
-    for index, name in enumerate(names):
-        found = (source for pattern, source in tokens.items() if fnmatchcase(name, pattern))
-        chosen[index].share(router, owner=index == 0, tokens=next(found, None))
+    model.add_module(name, router.to_empty(device=weight.device).to(weight.dtype))
+    router.reset_parameters()
+    for site_name, site in zip(names, chosen, strict=True):
+        found = (module for pattern, module in tokens.items() if fnmatchcase(site_name, pattern))
+        site.tokens = next(found, None)
+    router.query_entry = query_entry
     # By name: the query may itself have been replaced by a site.
-    router.attach(model, query, tokens.values())
+    router.attach(model, query_module, tokens.values())
     set_auxiliary_loss_scale(model, 1.0)
     return names
 
@@ -133,11 +189,29 @@ def remove_hilomoe(model: nn.Module) -> list[str]:
         The names of the maps.
 
     Raises:
-        ValueError: If the model is wrapped, or a site computes with experts: removing it would
-            change the model's outputs.
+        ValueError: If the model is wrapped or a site itself; if a site computes with experts, so
+            that removing it would change the model's outputs; if it is reparametrized or has hooks,
+            which a plain map would lose. The model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
+        >>> for site in sites_of(model).values():
+        ...     site.active_layers = 0
+        >>> remove_hilomoe(model)
+        ['0']
+        >>> model
+        Sequential(
+          (0): Linear(in_features=8, out_features=4, bias=True)
+        )
     """
-    _refuse_wrapped(model)
+    refuse_wrapped(model)
     sites = sites_of(model)
+    if "" in sites:
+        raise ValueError(
+            "remove_hilomoe: the model is a site itself, which can only be replaced in a module "
+            "that has it. Call remove_hilomoe on that module."
+        )
     busy = {name: site.active_layers for name, site in sites.items() if site.active_layers}
     if busy:
         raise ValueError(
@@ -145,84 +219,131 @@ def remove_hilomoe(model: nn.Module) -> list[str]:
             f"compute would change the model's outputs; got {busy}. Set active_layers = 0 first."
         )
     for name, site in sites.items():
-        if site.shared_router is not None:
-            site.shared_router.detach()
-        linear = nn.Linear(
-            site.in_features, site.out_features, site.bias is not None, device="meta"
-        )
-        linear.weight = site.weight
-        linear.register_parameter("bias", site.bias)
-        model.set_submodule(name, linear.train(site.training))
+        refuse_changed(name, site, "remove_hilomoe", "removal")
+    linears = {site: _linear_of(name, site) for name, site in sites.items()}
+    places = [*model.named_modules(remove_duplicate=False)]  # a host may use a site in two of them
+    stop_watching(model)
+    for name, router in routers_of(model).items():
+        if isinstance(router, SampleRouter):
+            router.detach()
+            parent, _, own_name = name.rpartition(".")
+            delattr(model.get_submodule(parent), own_name)
+    for name, module in places:
+        if isinstance(module, HiLoMoELinear):
+            model.set_submodule(name, linears[module])
     return list(sites)
 
 
-def _match(model: nn.Module, linears: dict[str, nn.Linear], patterns: Sequence[str]) -> list[str]:
-    """The names that the patterns mean, in the model's order."""
-    if isinstance(patterns, str) or not patterns:
-        raise ValueError(
-            f"inject_hilomoe: sites must be a list of at least one name pattern, got {patterns!r}. "
-            f"The model's nn.Linear: {_listed(linears)}."
-        )
-    taken = sites_of(model)
-    chosen_by: dict[str, str] = {}
-    for pattern in patterns:
-        names = [name for name in (*linears, *taken) if fnmatchcase(name, pattern)]
-        if not names:
-            raise ValueError(
-                f"inject_hilomoe: sites pattern {pattern!r} matches none of the model's "
-                f"nn.Linear: {_listed(linears)}. Write a pattern that matches one of these names."
-            )
-        for name in names:
-            if name in taken:
-                raise ValueError(
-                    f"inject_hilomoe: sites pattern {pattern!r} matches {name!r}, which carries "
-                    f"experts already. The nn.Linear without: {_listed(linears)}."
-                )
-            if name in chosen_by:
-                raise ValueError(
-                    f"inject_hilomoe: {name!r} is matched twice, by {chosen_by[name]!r} and by "
-                    f"{pattern!r}. Drop one of them. The model's nn.Linear: {_listed(linears)}."
-                )
-            chosen_by[name] = pattern
-    return [name for name in linears if name in chosen_by]
+def _linear_of(name: str, site: HiLoMoELinear) -> nn.Linear:
+    """The plain map of a site, with what hangs on that."""
+    linear = nn.Linear(site.in_features, site.out_features, site.bias is not None, device="meta")
+    linear.weight = site.weight
+    linear.register_parameter("bias", site.bias)
+    fresh = HiLoMoELinear(1, 1, site.config, device="meta", router=site.router)
+    carry_over(site, linear, fresh, name)
+    return linear.train(site.training)
 
 
-def _refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
-    """A map or weight that the model uses in two places cannot carry experts in one of them."""
-    places: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        places[id(parameter)].append(name)
-    for name in chosen:
-        for parameter_name, parameter in model.get_submodule(name).named_parameters():
-            names = places[id(parameter)]
-            if len(names) > 1:
-                raise ValueError(
-                    f"inject_hilomoe: {name!r} is shared: its {parameter_name} is used as "
-                    f"{' and '.join(names)}. Experts at one of these places would leave the other "
-                    "without. Choose other sites, or give each place its own map."
-                )
+def sites_of(model: nn.Module) -> dict[str, HiLoMoELinear]:
+    """The model's sites by qualified name, in the model's order.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> _ = inject_hilomoe(model, HiLoMoEConfig(num_layers=2), sites=["0"])
+        >>> {name: site.active_layers for name, site in sites_of(model).items()}
+        {'0': 2}
+    """
+    return {name: m for name, m in model.named_modules() if isinstance(m, HiLoMoELinear)}
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Parameters added to, or taken from, a wrapped model would train without all-reduce."""
-    wrappers: list[type] = [DistributedDataParallel]
-    # A model can only be wrapped by a class that was imported; importing it here would be slow.
-    for module_name, class_name in (
-        ("torchrec.distributed.model_parallel", "DistributedModelParallel"),
-        ("torchrec.distributed.types", "ShardedModule"),
-    ):
-        if module_name in sys.modules:
-            wrappers.append(getattr(sys.modules[module_name], class_name))
-    for name, module in model.named_modules():
-        if isinstance(module, tuple(wrappers)):
-            where = repr(name) if name else "its root"
-            raise ValueError(
-                f"The model is already distributed: {where} is a "
-                f"{type(module).__name__}. Its gradients are all-reduced for the parameters it had "
-                "when it was wrapped, so ranks would drift apart. Change the sites first, then "
-                "wrap the model and build the optimizer."
-            )
+def routers_of(model: nn.Module) -> dict[str, HiLoMoELinear | SampleRouter]:
+    """What routes, by qualified name: sites that route their own rows, and shared routers once.
+
+    Example:
+        >>> model = nn.ModuleDict({"user": nn.Linear(8, 6), "up": nn.Linear(6, 6)})
+        >>> _ = inject_shared_router(model, HiLoMoEConfig(), ["up"], "user", query_width=6)
+        >>> list(routers_of(model))
+        ['hilomoe_router']
+    """
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, SampleRouter) or (isinstance(m, HiLoMoELinear) and m.router is None)
+    }
 
 
-def _listed(linears: dict[str, nn.Linear]) -> str:
-    return ", ".join(linears) or "(none)"
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter that the experts brought, shared routers' too, by qualified name.
+
+    To train only them, freeze the rest before the model is wrapped for data-parallel training::
+
+        model.requires_grad_(False)
+        for parameter in expert_parameters(model).values():
+            parameter.requires_grad_(True)
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
+        >>> list(expert_parameters(model))
+        ['0.expert_in', '0.expert_out', '0.expert_keys']
+    """
+    found: dict[str, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, HiLoMoELinear):
+            own = module.expert_parameters()
+        elif isinstance(module, SampleRouter):
+            own = dict(module.named_parameters())
+        else:
+            continue
+        found |= {f"{module_name}.{name}" if module_name else name: p for name, p in own.items()}
+    return found
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """The auxiliary loss of the last training forward: the mean over sites, weighted, detached.
+
+    Attached losses of other parts of the model are added to it.
+
+    Under data-parallel training it is this rank's part: the average over ranks is the loss of the
+    global batch, as with the host's own loss. It is unscaled, and 0 where no site has computed one.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
+        >>> _ = model(torch.randn(32, 8))
+        >>> auxiliary_loss(model) > 0
+        tensor(True)
+    """
+    total, sites = torch.zeros(()), sites_of(model).values()
+    for site in sites:
+        if site.routing_record is not None:
+            part = site.routing_record.losses()
+            loss_L = site.config.balance_weight * part.balance_L + site.config.z_weight * part.z_L
+            total = total.to(loss_L.device) + loss_L.mean() / len(sites)
+    for attached in attached_losses(model).values():
+        if attached.value is not None:
+            total = total.to(attached.value.device) + attached.weight * attached.value
+    return total
+
+
+def set_auxiliary_loss_scale(model: nn.Module, scale: float) -> None:
+    """Say by what the host multiplies its loss before ``backward``; 1 unless told otherwise.
+
+    ``1 / K`` for a host that divides its loss by ``K`` accumulated micro-batches,
+    ``scaler.get_scale()`` before each step for one that uses a ``GradScaler``, and their product
+    for both. The model's loss is the mean over its sites, so call it also after adding sites by
+    hand; ``inject_hilomoe`` does.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
+        >>> set_auxiliary_loss_scale(model, 1 / 4)  # the host adds up 4 micro-batches
+    """
+    sites = sites_of(model).values()
+    routers = [site.router for site in sites if site.router is not None]
+    for router in routers:
+        router.auxiliary_scale = scale * routers.count(router) / len(sites)
+    for site in sites:
+        site.auxiliary_scale = scale / len(sites)
+    for attached in attached_losses(model).values():
+        attached.scale = scale

@@ -7,24 +7,28 @@ Shape legend:
 """
 
 import math
-from typing import Self
+from collections.abc import Sequence
+from typing import NoReturn, Self
 
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.function import hilomoe, mix_rows, SiteOutput
-from torchrec_hilomoe.hilomoe.losses import RoutingRecord
+from torchrec_hilomoe.hilomoe.dispatch import refuse_torchscript
+from torchrec_hilomoe.hilomoe.function import hilomoe, mix_rows, record_of, SiteOutput
+from torchrec_hilomoe.hilomoe.losses import loss_weights, RoutingRecord
 from torchrec_hilomoe.hilomoe.plan import plan_for
-from torchrec_hilomoe.hilomoe.queries import rms_norm
-from torchrec_hilomoe.hilomoe.router import for_tokens, SampleRouter
+from torchrec_hilomoe.hilomoe.router import SampleRouter
 
-__all__ = ["HiLoMoELinear"]
+__all__ = ["ROUTING", "HiLoMoELinear", "is_of_experts"]
 
-# Opaque to FX: they ask for shapes, dtypes or the process group, which a proxy does not have.
-for _name in ("checked", "for_tokens", "hilomoe", "mix_rows", "rms_norm", "unflattened"):
-    torch.fx.wrap(_name)
+EXPERTS = ("expert_in", "expert_out", "expert_keys", "query_proj")
+ROUTING = ("expert_keys", "query_proj")
+
+# Opaque to FX: they ask for shapes and dtypes, which a proxy does not have.
+torch.fx.wrap("hilomoe")
+torch.fx.wrap("mix_rows")
 
 
 class HiLoMoELinear(nn.Module):
@@ -33,9 +37,10 @@ class HiLoMoELinear(nn.Module):
     .. math:: y = x W^T + b + \alpha \sum_l \sum_e g_{l,e} \sum_r B_{l,e,r} (A_{l,e,r} \cdot x)
 
     A layer's gates ``g`` come from a softmax over its keys; its query is that of the layer before,
-    moved by the scores found there. ``L`` layers of ``E`` experts give a row ``E**L`` compositions
-    for the work of ``L E`` rank-1 products. The up-vectors ``B`` start at zero, so a fresh module
-    computes exactly its base linear map.
+    moved by the scores found there. The keys are the site's own, and each row is routed by itself;
+    or a router is given, which decides for whole samples. ``L`` layers of ``E`` experts give a row
+    ``E**L`` compositions for the work of ``L E`` rank-1 products. The up-vectors ``B`` start at
+    zero, so a fresh module computes exactly its base linear map.
 
     In training, the auxiliary losses reach the routing through the output's own gradient, so the
     host adds nothing to its loss; see `torchrec_hilomoe.hilomoe.losses`.
@@ -47,6 +52,8 @@ class HiLoMoELinear(nn.Module):
         bias: Whether the base map has a bias.
         device: Of the parameters.
         dtype: Of the parameters.
+        router: Routes this site and others by sample; None lets the site route its own rows. The
+            model registers it, not the site: see ``inject_shared_router``.
 
     Shape:
         - ``x``: ``(..., D)``
@@ -57,6 +64,9 @@ class HiLoMoELinear(nn.Module):
         auxiliary_scale: Factor on the auxiliary loss's gradient; set for a whole model by
             ``set_auxiliary_loss_scale``.
         plan: How it computes, decided when it was built.
+        has_run: Set by each forward, for who wants to know whether the host calls the site.
+        tokens: With a given router, the module that the router hears of whose the site's tokens
+            are, where its inputs are the tokens of all samples in one list; else None.
 
     Example:
         >>> site = HiLoMoELinear(16, 4, HiLoMoEConfig(num_layers=2, num_experts=4))
@@ -74,6 +84,7 @@ class HiLoMoELinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        router: SampleRouter | None = None,
     ) -> None:
         super().__init__()
         for name, width in (("in_features", in_features), ("out_features", out_features)):
@@ -93,19 +104,22 @@ class HiLoMoELinear(nn.Module):
         self.register_parameter("bias", parameter(out_features) if bias else None)
         self.expert_in = parameter(L, E, R, in_features)
         self.expert_out = parameter(L, E, R, out_features)
-        if not config.tie_keys:
+        if router is None and not config.tie_keys:
             self.expert_keys = parameter(L, E, config.query_dim or in_features)
-        if config.query_dim is not None:
+        if router is None and config.query_dim is not None:
             self.query_proj = parameter(config.query_dim, in_features)
         self.auxiliary_scale = 1.0
+        self.has_run = False
+        self.tokens: str | None = None
+        self._given = () if router is None else (router,)  # a tuple, so that it is not registered
         self._record: RoutingRecord | None = None
-        self._shared: tuple[SampleRouter] | None = None  # not registered: its owner has it
-        self._tokens: str | None = None
         self._active_layers = L
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, config: HiLoMoEConfig) -> Self:
+    def from_linear(
+        cls, linear: nn.Linear, config: HiLoMoEConfig, router: SampleRouter | None = None
+    ) -> Self:
         """Put fresh experts on an existing map, whose very parameters become the site's."""
         weight = linear.weight
         site = cls(
@@ -115,6 +129,7 @@ class HiLoMoELinear(nn.Module):
             bias=linear.bias is not None,
             device=torch.device("meta"),  # draws no random numbers for a base that is not used
             dtype=weight.dtype,
+            router=router,
         )
         experts = site.expert_parameters()
         for name, parameter in experts.items():
@@ -137,30 +152,18 @@ class HiLoMoELinear(nn.Module):
             )
         self._active_layers = layers
         self._record = None
-        if self._shared is not None:
-            self._shared[0].active_layers = layers
+        if self.router is not None:
+            self.router.active_layers = layers
 
     @property
-    def shared_router(self) -> SampleRouter | None:
-        """What routes this site by sample; None if it routes its own rows."""
-        return None if self._shared is None else self._shared[0]
-
-    def share(self, router: SampleRouter, owner: bool, tokens: str | None = None) -> None:
-        """Leave the routing to a router that several sites share; one of them owns it.
-
-        ``tokens`` names the module that the router hears of whose the site's tokens are, where
-        its inputs are the tokens of all samples in one list.
-        """
-        for name in self.routing_parameters():
-            delattr(self, name)
-        if owner:
-            self.router = router
-        self._shared, self._tokens = (router,), tokens
+    def router(self) -> SampleRouter | None:
+        """The router that it was given; None if it routes its own rows."""
+        return self._given[0] if self._given else None
 
     @property
     def routing_record(self) -> RoutingRecord | None:
         """What the last training forward has left for its losses; None before there was one."""
-        return self._record if self._shared is None else self._shared[0].routing_record
+        return self._record if self.router is None else self.router.routing_record
 
     def reset_parameters(self) -> None:
         """Start as ``nn.Linear`` does, with experts that add exactly nothing."""
@@ -184,92 +187,85 @@ class HiLoMoELinear(nn.Module):
     def reset_routing(self, generator: torch.Generator | None = None) -> None:
         """Draw keys and query projection anew.
 
-        Tied keys stay, being the experts' down-vectors; a shared router resets itself.
+        Tied keys stay, being the experts' down-vectors; a given router resets itself.
         """
-        if self._shared is not None:
+        config = self.config
+        if self.router is not None:
+            # As many numbers as for keys of its own: a seed then starts the experts alike whoever
+            # routes them, and what differs between two such runs is the routing.
+            like, Q = self.expert_in, config.query_dim or self.in_features
+            like.new_empty(config.num_layers, config.num_experts, Q).normal_(generator=generator)
+            if config.query_dim is not None:
+                like.new_empty(config.query_dim, self.in_features).normal_(generator=generator)
             return
-        if not self.config.tie_keys:
+        if not config.tie_keys:
             nn.init.normal_(self.expert_keys, generator=generator)
-            if self.config.num_experts > 1:
+            if config.num_experts > 1:
                 with torch.no_grad():
                     self.expert_keys -= self.expert_keys.mean(dim=1, keepdim=True)
-        if self.config.query_dim is not None:
+        if config.query_dim is not None:
             std = 1 / math.sqrt(self.in_features)
             nn.init.normal_(self.query_proj, std=std, generator=generator)
 
     def expert_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that ``nn.Linear`` does not have, by name."""
-        base = ("weight", "bias")
-        return {name: p for name, p in self.named_parameters() if name not in base}
+        """Those that ``nn.Linear`` does not have, by name."""
+        return {name: p for name, p in self.named_parameters() if is_of_experts(name)}
 
     def routing_parameters(self) -> dict[str, nn.Parameter]:
         """Those that do nothing but route, by name; none of them if keys are tied."""
-        own = ("weight", "bias", "expert_in", "expert_out")
-        return {name: p for name, p in self.named_parameters() if name not in own}
+        return {name: p for name, p in self.named_parameters() if _stands_for(name, ROUTING)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the map and its active experts; shapes are in the class docstring."""
+        """Apply the map and its active experts; shapes are in the class docstring.
+
+        Raises:
+            NotImplementedError: In ``torch.jit.trace``.
+        """
+        if torch.jit.is_tracing():
+            refuse_torchscript()
+        self.has_run = True
         if self._active_layers == 0:
             return F.linear(x, self.weight, self.bias)
-        x = checked(x, self.in_features)
-        x_ND = x.reshape(-1, self.in_features)
-        if self._shared is None:
-            return unflattened(self.compute(x_ND).y_NO, x)
-        router = self._shared[0]
-        chosen = for_tokens(router.routing, x, self._active_layers, router.offsets(self._tokens))
-        y_NO = mix_rows(
-            x_ND,
+        router = self.router
+        if router is None:
+            return self.compute(x).y
+        y = mix_rows(
+            x,
             self.weight,
             self.bias,
             self._active(self.expert_in),
             self._active(self.expert_out),
-            chosen.gates_LkN,
-            chosen.chosen_LkN,
+            router.routing(),
+            router.offsets(self.tokens),
             self.config,
             self.plan,
         )
-        return unflattened(y_NO, x)
+        return router.anchor(y)
 
-    def compute(self, x_ND: Tensor) -> SiteOutput:
-        """Apply the map to rows, and tell how they were routed; not for a shared router."""
+    def compute(self, x: Tensor) -> SiteOutput:
+        """Apply the map, and tell how the input's rows were routed; not for a given router."""
         config = self.config
-        query_NQ = None
-        if config.query_dim is not None or config.query_norm:
-            query_NQ = x_ND.detach() if config.stop_gradient == "query" else x_ND
-            if config.query_dim is not None:
-                query_NQ = F.linear(query_NQ, self.query_proj)
-            if config.query_norm:
-                query_NQ = rms_norm(query_NQ)
-        scale = self.auxiliary_scale
-        weights = (config.balance_weight * scale, config.z_weight * scale)
-        losing = self.training and torch.is_grad_enabled() and weights != (0.0, 0.0)
         out = hilomoe(
-            x_ND,
-            query_NQ,
+            x,
             self.weight,
             self.bias,
             self._active(self.expert_in),
             self._active(self.expert_out),
             None if config.tie_keys else self._active(self.expert_keys),
+            None if config.query_dim is None else self.query_proj,
             config,
             self.plan,
-            weights if losing else None,
+            loss_weights(config, self.auxiliary_scale) if self.training else None,
         )
-        if losing and isinstance(out, SiteOutput):  # an FX proxy is no value to keep
-            assert out.counts_LE is not None
-            self._record = RoutingRecord(
-                counts_LE=out.counts_LE,
-                scores_LEN=out.routing.scores_LEN,
-                logsumexp_LN=out.routing.logsumexp_LN,
-                top_k=config.top_k,
-            )
+        if (record := record_of(out.counts_LE, out.routing, config)) is not None:
+            self._record = record
         return out
 
     def _active(self, parameter: Tensor) -> Tensor:
-        """The vectors of all experts that compute, one below the other."""
+        """That of the layers that compute."""
         if self._active_layers < self.config.num_layers:
-            parameter = parameter[: self._active_layers]
-        return parameter.flatten(0, -2)
+            return parameter[: self._active_layers]
+        return parameter
 
     def extra_repr(self) -> str:
         """Sizes and options, as ``nn.Linear`` prints its own."""
@@ -278,26 +274,22 @@ class HiLoMoELinear(nn.Module):
             f"bias={self.bias is not None}, active_layers={self._active_layers}, {self.config}"
         )
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` asks for."""
+        refuse_torchscript()
+
     def __getstate__(self) -> dict:
         """Copies and pickles start without the last pass's losses."""
         return {**super().__getstate__(), "_record": None}
 
 
-def checked(x: Tensor, in_features: int) -> Tensor:
-    """Return ``x`` if a site of this width can take it."""
-    if x.shape[-1] != in_features:
-        raise ValueError(
-            f"HiLoMoELinear.in_features is {in_features}, but the input's last dimension is "
-            f"{x.shape[-1]}. Build the site with in_features={x.shape[-1]}."
-        )
-    if not x.is_floating_point():
-        raise ValueError(
-            f"HiLoMoELinear takes a floating-point input, got {x.dtype}. "
-            "Embed or convert it first, for example with x.float()."
-        )
-    return x
+def is_of_experts(name: str) -> bool:
+    """Whether a site's parameter is the experts', also under a reparametrization's name for it."""
+    return _stands_for(name, EXPERTS)
 
 
-def unflattened(y_NO: Tensor, x: Tensor) -> Tensor:
-    """Give rows back the leading dimensions of the input."""
-    return y_NO.reshape(*x.shape[:-1], y_NO.shape[1])
+def _stands_for(name: str, parameters: Sequence[str]) -> bool:
+    return any(
+        name == own or name.startswith((f"{own}_", f"parametrizations.{own}."))
+        for own in parameters
+    )

@@ -13,26 +13,36 @@ average over ranks, which data-parallel training takes, is the gradient of the g
 when ranks hold unequal numbers of rows. All ranks must run the same training forwards.
 
 **Scale.** The gradient that arrives at the output does not reveal by what the host multiplied its
-loss, so hosts that do must say so (`sites.set_auxiliary_loss_scale`): ``1 / K`` when they divide
+loss, so hosts that do must say so (`inject.set_auxiliary_loss_scale`): ``1 / K`` when they divide
 by ``K`` accumulated micro-batches, the ``GradScaler``'s scale when they use one.
+
+Other parts of a model may lose something, too, as DIEN's history does: :class:`AttachedLoss` hangs
+such a term on a tensor that the host's loss depends on, passes that tensor's gradient on, and
+starts its own.
 
 Shape legend:
     N  rows     L  active expert layers     E  experts
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn, Tensor
 from torch.distributed import _functional_collectives as collectives
 
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+
 __all__ = [
+    "AttachedLoss",
     "LossGradients",
     "RoutingLosses",
     "RoutingRecord",
+    "attached_losses",
     "choice_counts",
     "loss_gradients",
+    "loss_weights",
     "sum_over_ranks",
 ]
 
@@ -102,7 +112,7 @@ def sum_over_ranks(counts_LE: Tensor) -> Tensor:
 
 
 def loss_gradients(
-    counts_LE: Tensor, num_rows: int, top_k: int, weights: tuple[float, float]
+    counts_LE: Tensor, num_rows: int, top_k: int, weights: Sequence[float]
 ) -> LossGradients:
     """The gradient of a site's loss, which is the weighted mean over its layers.
 
@@ -120,6 +130,17 @@ def loss_gradients(
     )
 
 
+def loss_weights(config: HiLoMoEConfig, scale: float) -> tuple[float, float] | None:
+    """Of balance and z in a training pass; None where no loss would be learned from."""
+    weights = (config.balance_weight * scale, config.z_weight * scale)
+    return weights if torch.is_grad_enabled() and weights != (0.0, 0.0) else None
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least float32: logits are compared, and half precision cannot hold sums of them."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def _rows(counts_LE: Tensor, top_k: int, num_rows: int) -> Tensor | int:
     """The rows of all ranks; at least 1, because a batch without rows has no loss."""
     if _world_size() == 1:
@@ -129,3 +150,100 @@ def _rows(counts_LE: Tensor, top_k: int, num_rows: int) -> Tensor | int:
 
 def _world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# Opaque to FX: they ask for the process group.
+for _name in ("attach", "mean_of_ranks"):
+    torch.fx.wrap(_name)
+
+
+class AttachedLoss(nn.Module):
+    """The weighted mean, over the items of all ranks, of what a part of the model loses on each.
+
+    Args:
+        weight: Of this term beside the host's loss.
+
+    Attributes:
+        scale: Factor on the gradient; set for a whole model by ``set_auxiliary_loss_scale``.
+
+    Example:
+        >>> attached, x = AttachedLoss(0.5), torch.ones(2, requires_grad=True)
+        >>> y = attached(x, lost=(3 * x).sum(), items=torch.tensor(2))
+        >>> y.sum().backward()
+        >>> x.grad, attached.value
+        (tensor([1.7500, 1.7500]), tensor(3.))
+    """
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.scale = 1.0
+        self._value: Tensor | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether a forward now would have something to attach."""
+        return self.training and torch.is_grad_enabled() and self.weight * self.scale != 0
+
+    @property
+    def value(self) -> Tensor | None:
+        """This rank's part in the last training forward, unweighted and detached.
+
+        The average over ranks is the mean over all items; None before there was a forward.
+        """
+        return self._value
+
+    def forward(self, carrier: Tensor, lost: Tensor, items: Tensor) -> Tensor:
+        """Return ``carrier``, with the loss hanging on it.
+
+        Args:
+            carrier: What the host's loss depends on.
+            lost: ``()``, the sum over this rank's items.
+            items: ``()``, how many there are.
+        """
+        if not self.learns:
+            return carrier
+        mean = mean_of_ranks(lost, items)
+        if isinstance(mean, Tensor):  # an FX proxy is no value to keep
+            self._value = mean.detach()
+        return attach(carrier, mean, self.weight * self.scale)
+
+    def extra_repr(self) -> str:
+        """What it weighs."""
+        return f"weight={self.weight}"
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles start without the last pass's value."""
+        return {**super().__getstate__(), "_value": None}
+
+
+def attached_losses(model: nn.Module) -> dict[str, AttachedLoss]:
+    """The model's attached losses by qualified name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AttachedLoss)}
+
+
+def mean_of_ranks(lost: Tensor, items: Tensor) -> Tensor:
+    """Divide by the mean number of items a rank has, so that ranks' average is the mean of all."""
+    items = items.detach().long()
+    all_items, ranks = sum_over_ranks(torch.stack([items, torch.ones_like(items)])).unbind()
+    return lost * ranks / all_items.clamp(min=1)
+
+
+def attach(carrier: Tensor, loss: Tensor, weight: float) -> Tensor:
+    """Return ``carrier``; its backward is also ``weight`` times that of ``loss``."""
+    return _Attach.apply(carrier, loss, weight)
+
+
+class _Attach(torch.autograd.Function):
+    """See `attach`."""
+
+    @staticmethod
+    def forward(ctx, carrier, loss, weight):
+        ctx.weight = weight
+        ctx.save_for_backward(loss)
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (loss,) = ctx.saved_tensors
+        return grad, torch.full_like(loss, ctx.weight), None

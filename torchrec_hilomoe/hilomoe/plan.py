@@ -17,13 +17,14 @@ from typing import Literal
 import torch
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.experts import gathering_pays
 
-__all__ = ["Plan", "plan_for"]
+__all__ = ["Plan", "gathering_pays", "plan_for"]
 
 MOST_VECTORS = 256  # a kernel keeps a row's hidden values of all experts in registers
 
 _log = logging.getLogger(__name__)
+
+ExpertsName = Literal["dense", "gathered", "indexed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,15 @@ class Plan:
     Attributes:
         backend: ``eager``; ``compiled``, its function going through ``torch.compile``; or
             ``triton``, by the kernels of `fused`, for which the other two are no questions.
-        experts: How rows meet the vectors that they chose; see `experts`.
-        space: Where the layers' recursion runs; see `routing` and `query_space`.
+        experts: How rows meet the vectors that they chose, on a CPU; see `experts`.
+        gpu_experts: The same on a GPU, wherever the site was built.
+        space: Where the layers' recursion runs; see `routing`.
     """
 
     backend: Literal["eager", "compiled", "triton"]
     space: Literal["scores", "queries"]
-    experts: Literal["dense", "gathered", "indexed"]
+    experts: ExpertsName
+    gpu_experts: ExpertsName
 
 
 def plan_for(config: HiLoMoEConfig, width: int) -> Plan:
@@ -61,10 +64,21 @@ def plan_for(config: HiLoMoEConfig, width: int) -> Plan:
     plan = Plan(
         backend=backend,
         experts="indexed" if backend == "compiled" else "gathered" if gathered else "dense",
+        # Embedding bags have no bfloat16 there, and a matrix unit hardly notices a dense bank.
+        gpu_experts="indexed" if backend == "compiled" else "dense",
         space="queries" if moving else "scores",
     )
-    _say(config.backend, plan)
+    _say(config.backend, plan, width)
     return plan
+
+
+def gathering_pays(num_experts: int, top_k: int, width: int) -> bool:
+    """Whether rows use so few of so wide a bank that dense products cost more.
+
+    A dense product takes time in proportion to ``E D``, a gathered one to ``k (D + a constant)``;
+    measured in ``benchmarks/LOG.md``.
+    """
+    return num_experts >= 8 * top_k and num_experts * width >= 1024 * top_k
 
 
 def _moving_queries_pays(config: HiLoMoEConfig, width: int) -> bool:
@@ -74,10 +88,10 @@ def _moving_queries_pays(config: HiLoMoEConfig, width: int) -> bool:
 
 
 @cache
-def _say(asked: str, plan: Plan) -> None:
-    """Once per decision, not once per site."""
+def _say(asked: str, plan: Plan, width: int) -> None:
+    """Once per decision, not once per site; sites of other widths may be decided otherwise."""
     way = "Triton kernels" if plan.backend == "triton" else f"experts {plan.experts}, {plan.space}"
-    _log.info("HiLoMoE backend %r: %s, %s", asked, plan.backend, way)
+    _log.info("HiLoMoE backend %r for sites of %d inputs: %s, %s", asked, width, plan.backend, way)
 
 
 def _against_compiling(config: HiLoMoEConfig) -> tuple[str, ...]:

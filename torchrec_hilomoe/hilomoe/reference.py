@@ -18,7 +18,17 @@ from torch import Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 
-__all__ = ["Losses", "Output", "choose", "hilomoe_linear", "losses", "rms_norm"]
+__all__ = [
+    "BucketedRows",
+    "Interaction",
+    "Losses",
+    "Output",
+    "choose",
+    "hilomoe_linear",
+    "interaction",
+    "losses",
+    "rms_norm",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,15 @@ class Output:
         scores_NLE: Their softmax.
         gates_NLE: The scores of the chosen experts, zero elsewhere.
         chosen_NLE: True where a row chose an expert.
+
+    Example:
+        >>> from torchrec_hilomoe.hilomoe import HiLoMoELinear
+        >>> config = HiLoMoEConfig(num_layers=2, num_experts=4)
+        >>> site = HiLoMoELinear(8, 4, config).double()
+        >>> x_ND = torch.randn(5, 8, dtype=torch.float64)
+        >>> out = hilomoe_linear(x_ND, dict(site.named_parameters()), config)
+        >>> out.scores_NLE.shape
+        torch.Size([5, 2, 4])
     """
 
     y_NO: Tensor
@@ -42,7 +61,18 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The auxiliary losses of each layer, unweighted, and their weighted mean."""
+    """The auxiliary losses of each layer, unweighted, and their weighted mean.
+
+    Example:
+        >>> from torchrec_hilomoe.hilomoe import HiLoMoELinear
+        >>> config = HiLoMoEConfig(num_layers=2, num_experts=4)
+        >>> site = HiLoMoELinear(8, 4, config).double()
+        >>> x_ND = torch.randn(5, 8, dtype=torch.float64)
+        >>> out = hilomoe_linear(x_ND, dict(site.named_parameters()), config)
+        >>> found = losses(out, config)
+        >>> bool(found.total > 0)
+        True
+    """
 
     balance_L: Tensor
     z_L: Tensor
@@ -68,6 +98,15 @@ def hilomoe_linear(
             fall either way; with the choice given, what is left is a smooth function.
         source_NC: What each row is routed by, if not by itself: its sample's tensor, where sites
             share a router.
+
+    Example:
+        >>> from torchrec_hilomoe.hilomoe import HiLoMoELinear
+        >>> config = HiLoMoEConfig(num_layers=2, num_experts=4)
+        >>> site = HiLoMoELinear(8, 4, config).double()
+        >>> x_ND = torch.randn(5, 8, dtype=torch.float64)
+        >>> out = hilomoe_linear(x_ND, dict(site.named_parameters()), config)
+        >>> torch.allclose(out.y_NO, site(x_ND))
+        True
     """
     L = config.num_layers if active_layers is None else active_layers
     keys_LEQ = params["expert_in"].squeeze(2) if config.tie_keys else params["expert_keys"]
@@ -122,6 +161,10 @@ def choose(logits_E: Tensor, k: int) -> Tensor:
 
     Softmax is strictly increasing, so the largest logits are the largest scores. They are compared
     before it, because rounding can make different logits equal scores.
+
+    Example:
+        >>> choose(torch.tensor([0.1, 2.0, 2.0, -1.0]), k=1)
+        tensor([False,  True, False, False])
     """
     chosen_E = torch.zeros_like(logits_E, dtype=torch.bool)
     values = logits_E.tolist()
@@ -131,13 +174,28 @@ def choose(logits_E: Tensor, k: int) -> Tensor:
 
 
 def rms_norm(q_Q: Tensor) -> Tensor:
-    """Divide by the root mean square, as ``torch.nn.functional.rms_norm`` does by default."""
+    """Divide by the root mean square, as ``torch.nn.functional.rms_norm`` does by default.
+
+    Example:
+        >>> round(rms_norm(torch.tensor([3.0, 4.0])).square().mean().item(), 4)
+        1.0
+    """
     wide = torch.float64 if q_Q.dtype == torch.float64 else torch.float32
     return q_Q / (q_Q.square().mean() + torch.finfo(wide).eps).sqrt()
 
 
 def losses(out: Output, config: HiLoMoEConfig) -> Losses:
-    """The auxiliary losses over all rows of ``out``, which must be the global batch."""
+    """The auxiliary losses over all rows of ``out``, which must be the global batch.
+
+    Example:
+        >>> from torchrec_hilomoe.hilomoe import HiLoMoELinear
+        >>> config = HiLoMoEConfig(num_layers=2, num_experts=4)
+        >>> site = HiLoMoELinear(8, 4, config).double()
+        >>> x_ND = torch.randn(5, 8, dtype=torch.float64)
+        >>> out = hilomoe_linear(x_ND, dict(site.named_parameters()), config)
+        >>> losses(out, config).balance_L.shape
+        torch.Size([2])
+    """
     N, L, E = out.scores_NLE.shape
     balances, zs = [], []
     for layer in range(L):
@@ -157,3 +215,136 @@ def losses(out: Output, config: HiLoMoEConfig) -> Losses:
 
 def _stack(layers: list[Tensor], like: Tensor) -> Tensor:
     return torch.stack(layers) if layers else like.new_zeros(0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketedRows:
+    """Rows of a site of a plain model, in buckets.
+
+    Attributes:
+        x_ND: Inputs.
+        delta_NO: The gradient of each row's own loss by the site's output.
+        weight_N: Weights of the rows.
+        bucket_N: The bucket of each row.
+
+    Example:
+        >>> rows = BucketedRows(
+        ...     x_ND=torch.randn(8, 3),
+        ...     delta_NO=torch.randn(8, 2),
+        ...     weight_N=torch.ones(8),
+        ...     bucket_N=torch.arange(8) % 4,
+        ... )
+        >>> len(rows.bucket_N)
+        8
+    """
+
+    x_ND: Tensor
+    delta_NO: Tensor
+    weight_N: Tensor
+    bucket_N: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interaction:
+    """What experts would gain if they were routed by these buckets.
+
+    Attributes:
+        slope: ``a``, by how much the held-out loss falls along the step at first.
+        size: ``b``, by how much it bends.
+        gain: ``a |a| / 2 b``, nats a row; 0 where ``b`` is.
+
+    Example:
+        >>> Interaction(slope=0.2, size=2.0, gain=0.01).gain
+        0.01
+    """
+
+    slope: float
+    size: float
+    gain: float
+
+
+def interaction(
+    fit: BucketedRows, held_out: BucketedRows, num_experts: int, rank: int
+) -> Interaction:
+    """Fit the step that experts would take to some rows, and judge it by others.
+
+    Args:
+        fit: Rows that define the step, and the metric.
+        held_out: Rows that judge it.
+        num_experts: Number of buckets.
+        rank: Outer products of the step in each bucket.
+
+    Example:
+        >>> x_ND = torch.randn(512, 3, dtype=torch.float64)
+        >>> bucket_N = torch.arange(512) % 2
+        >>> noise_NO = torch.randn(512, 2, dtype=torch.float64)
+        >>> delta_NO = noise_NO + x_ND[:, :2] * (1 - 2 * bucket_N)[:, None]
+        >>> rows = BucketedRows(
+        ...     x_ND=x_ND, delta_NO=delta_NO, weight_N=torch.ones(512), bucket_N=bucket_N
+        ... )
+        >>> interaction(rows, rows, num_experts=2, rank=1).gain > 0.05
+        True
+    """
+    total = sum(float(w) for w in fit.weight_N)
+    D, width = fit.x_ND.shape[1], fit.delta_NO.shape[1]
+    mean_D, second_DD = fit.x_ND.new_zeros(D), fit.x_ND.new_zeros(D, D)
+    gram_OO = fit.x_ND.new_zeros(width, width)
+    for x_D, delta_O, w in zip(fit.x_ND, fit.delta_NO, fit.weight_N, strict=True):
+        mean_D = mean_D + w * x_D / total
+        second_DD = second_DD + w * torch.outer(x_D, x_D) / total
+        gram_OO = gram_OO + w * torch.outer(delta_O, delta_O) / total
+    left_OO = _inverse_root(gram_OO)
+    right_DD = _inverse_root(second_DD - torch.outer(mean_D, mean_D))
+    fitted, judged = (_between(rows, num_experts) for rows in (fit, held_out))
+    shares = _shares(held_out, num_experts)
+    slope = size = 0.0
+    for e in range(num_experts):
+        u, sizes, v = torch.linalg.svd(left_OO @ fitted[e] @ right_DD)
+        step_OD = torch.zeros_like(fitted[e])
+        for r in range(min(rank, len(sizes))):
+            step_OD = step_OD + sizes[r] * torch.outer(u[:, r], v[r])
+        slope += shares[e] * float((step_OD * (left_OO @ judged[e] @ right_DD)).sum())
+        size += shares[e] * float((step_OD * step_OD).sum())
+    return Interaction(
+        slope=slope, size=size, gain=slope * abs(slope) / (2 * size) if size > 0 else 0.0
+    )
+
+
+def _shares(rows: BucketedRows, num_experts: int) -> list[float]:
+    total = sum(float(w) for w in rows.weight_N)
+    weights = [0.0] * num_experts
+    for bucket, w in zip(rows.bucket_N, rows.weight_N, strict=True):
+        weights[int(bucket)] += float(w)
+    return [weight / total for weight in weights]
+
+
+def _between(rows: BucketedRows, num_experts: int) -> list[Tensor]:
+    """For each bucket, the covariance of gradient and input in it, less the mean over buckets."""
+    inside = []
+    for e in range(num_experts):
+        mine = [n for n, bucket in enumerate(rows.bucket_N) if int(bucket) == e]
+        weight = sum(float(rows.weight_N[n]) for n in mine)
+        x_D, delta_O = torch.zeros_like(rows.x_ND[0]), torch.zeros_like(rows.delta_NO[0])
+        product_OD = torch.outer(delta_O, x_D)
+        for n in mine:
+            share = rows.weight_N[n] / weight
+            x_D = x_D + share * rows.x_ND[n]
+            delta_O = delta_O + share * rows.delta_NO[n]
+            product_OD = product_OD + share * torch.outer(rows.delta_NO[n], rows.x_ND[n])
+        inside.append(product_OD - torch.outer(delta_O, x_D))
+    shares = _shares(rows, num_experts)
+    overall_OD = sum(p * c_OD for p, c_OD in zip(shares, inside, strict=True))
+    return [
+        c_OD - overall_OD if p > 0 else torch.zeros_like(c_OD)
+        for p, c_OD in zip(shares, inside, strict=True)
+    ]
+
+
+def _inverse_root(matrix: Tensor, kept: float = 1e-3) -> Tensor:
+    """On the eigenvectors whose eigenvalues are above a share of the largest."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = torch.zeros_like(matrix)
+    for value, vector in zip(values, vectors.t(), strict=True):
+        if value > kept * values[-1]:
+            root = root + torch.outer(vector, vector) / value.sqrt()
+    return root

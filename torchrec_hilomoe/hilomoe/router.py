@@ -4,6 +4,12 @@ Routing per row computes logits for each token of each site. Where what matters 
 known in one place of the model, for instance in the embedding of its user, the sites can share one
 router that reads that place: its cost no longer grows with the length of the sequence.
 
+A layer may have a *view*, the columns of that tensor that it reads. Experts can only specialise by
+what their router can tell apart: one that reads everything starts with choices that say little
+about any one feature, so all experts see the same mixture, and nothing pulls them apart. With a
+view of its own, a layer's first choices already are a function of what it reads. (As Hash Layers,
+Roller et al., 2021, arXiv 2106.04426, choose by a token alone; here the choice goes on learning.)
+
 Shape legend:
     B  samples     D  width of the tensor that is read     Q  query width
     L  active expert layers     E  experts     k  experts chosen
@@ -11,9 +17,10 @@ Shape legend:
 """
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import nn, Tensor
@@ -21,24 +28,25 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.function import route_samples
-from torchrec_hilomoe.hilomoe.losses import RoutingRecord
-from torchrec_hilomoe.hilomoe.plan import plan_for
-from torchrec_hilomoe.hilomoe.queries import check_views, parts_of, places_of, rms_norm
+from torchrec_hilomoe.hilomoe.dispatch import refuse_torchscript
+from torchrec_hilomoe.hilomoe.function import record_of, rms_norm, route_samples
+from torchrec_hilomoe.hilomoe.losses import loss_weights, RoutingRecord
+from torchrec_hilomoe.hilomoe.passes import RoutedPass, RoutedPasses
+from torchrec_hilomoe.hilomoe.plan import Plan, plan_for
 from torchrec_hilomoe.hilomoe.routing import Routing
 
-__all__ = ["SampleRouter", "TokenGates", "for_tokens"]
+__all__ = ["SampleRouter", "check_views", "parts_of", "places_of"]
 
 # Opaque to FX, as in `linear`.
-for _name in ("checked", "parts_of", "rms_norm", "route_samples"):
-    torch.fx.wrap(_name)
+torch.fx.wrap("_route")
+torch.fx.wrap("query_of")
 
 
 class SampleRouter(nn.Module):
     """Routes samples by a tensor of the model.
 
-    It hears the tensor through a forward hook (`hear`) on the module that makes it, and keeps the
-    routing for the sites until the model's next forward.
+    A forward hook (`query_hook`) on the module that makes the tensor routes the samples; the
+    routing is kept for the sites until the model's next forward.
 
     Args:
         width: ``D``.
@@ -54,6 +62,12 @@ class SampleRouter(nn.Module):
         query_width: ``Q``.
         active_layers: As for a site; the sites set it.
         auxiliary_scale: As for a site, for all sites that share this router together.
+        query_entry: Which entry of the query module's output is the query; None where it is one.
+
+    Example:
+        >>> router = SampleRouter(6, HiLoMoEConfig(num_layers=2, num_experts=4))
+        >>> router(torch.randn(32, 6)).chosen_LkN.shape
+        torch.Size([2, 1, 32])
     """
 
     def __init__(
@@ -87,8 +101,9 @@ class SampleRouter(nn.Module):
             check_views(views, width, config)
             self.ranges = tuple(dict.fromkeys(part for view in views for part in view))
             source = sum(len(part) for part in self.ranges)
-            places_LV = places_of(views, self.ranges, device)
+            self._places_LV = places_of(views, self.ranges)
             self.view_places: Tensor
+            places_LV = torch.empty(self._places_LV.shape, dtype=torch.int64, device=device)
             self.register_buffer("view_places", places_LV, persistent=False)
             read = places_LV.shape[1]
         self.plan = plan_for(config, source)
@@ -99,14 +114,21 @@ class SampleRouter(nn.Module):
             self.query_proj = nn.Parameter(torch.empty(V, width, device=device, dtype=dtype))
         self.active_layers = L
         self.auxiliary_scale = 1.0
+        self.query_entry: str | int | None = None
         self._hooks: list[RemovableHandle] = []
         self._routing: Routing | None = None
+        self._passes = RoutedPasses()
         self._offsets: dict[str, Tensor] = {}
         self._record: RoutingRecord | None = None
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Keys of a layer sum to zero, as in ``HiLoMoELinear.reset_experts``."""
+        """Draw keys and query projection anew, and say again where views stand.
+
+        Keys of a layer sum to zero, as in ``HiLoMoELinear.reset_experts``.
+        """
+        if self.ranges:
+            self.view_places.copy_(self._places_LV)
         nn.init.normal_(self.expert_keys, generator=generator)
         if self.config.num_experts > 1:
             with torch.no_grad():
@@ -114,9 +136,16 @@ class SampleRouter(nn.Module):
         if self.config.query_dim is not None:
             nn.init.normal_(self.query_proj, std=1 / math.sqrt(self.width), generator=generator)
 
-    @property
     def routing(self) -> Routing:
-        """How the samples of the pass under way are routed; gates are differentiable."""
+        """How the samples of the pass under way are routed; gates are differentiable.
+
+        In a backward that runs a site again it is the routing of that site's own forward.
+
+        Raises:
+            ValueError: If nothing has been routed, or that forward is not known.
+        """
+        if self._reruns:
+            return self._passes.again()
         if self._routing is None:
             raise ValueError(
                 "SampleRouter: a site ran before the module whose output routes it, or outside of "
@@ -126,83 +155,118 @@ class SampleRouter(nn.Module):
         return self._routing
 
     @property
+    def _reruns(self) -> bool:
+        return not torch.compiler.is_compiling() and self._passes.reruns
+
+    def anchor(self, y: Tensor) -> Tensor:
+        """Let the output of a site that has used `routing` keep it for the backward."""
+        if not torch.compiler.is_compiling():
+            self._passes.anchor(y)
+        return y
+
+    @property
     def routing_record(self) -> RoutingRecord | None:
         """As ``HiLoMoELinear.routing_record``."""
         return self._record
 
-    def attach(self, model: nn.Module, query: str, tokens: Iterable[str]) -> None:
-        """Hear what modules of ``model`` say in each of its forwards.
+    def attach(self, model: nn.Module, query_module: str, tokens: Iterable[str]) -> None:
+        """Register hooks on the modules of ``model`` whose outputs are needed.
 
         Args:
             model: Has the sites.
-            query: The module whose output, ``(samples, D)``, is the query.
+            query_module: The module whose output, ``(samples, D)``, is the query.
             tokens: Modules whose outputs are offsets, ``(samples + 1,)``: where in a list of
                 tokens each sample's begin.
         """
         self._hooks += [
-            model.register_forward_pre_hook(self.forget),
-            model.get_submodule(query).register_forward_hook(self.hear),
+            model.register_forward_pre_hook(self.clear),
+            model.register_forward_hook(self.leave, always_call=True),
+            model.get_submodule(query_module).register_forward_hook(self.query_hook),
         ]
         for name in tokens:
-            hook = partial(self.hear_offsets, name)
+            hook = partial(self.offsets_hook, name)
             self._hooks.append(model.get_submodule(name).register_forward_hook(hook))
 
     def detach(self) -> None:
-        """Hear no more."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
-    def hear(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def query_hook(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the module that makes the query."""
-        if self.active_layers > 0:
-            self._routing = self(output.flatten(1))
+        if self.active_layers == 0:
+            return
+        routing = self(query_of(output, self.query_entry))
+        if self._reruns:
+            self._passes.rerouted(routing)
+            return
+        self._routing = routing
+        if not torch.compiler.is_compiling():
+            self._passes.routed(routing, self._offsets)
 
-    def hear_offsets(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """Forward hook of a module that says whose the tokens of a list are."""
-        self._offsets[name] = output
+    def offsets_hook(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of a module whose output says whose the tokens of a list are."""
+        if not self._reruns:
+            self._offsets[name] = output
 
     def offsets(self, name: str | None) -> Tensor | None:
-        """What the module ``name`` said in the pass under way; None if it has not run."""
-        return None if name is None else self._offsets.get(name)
+        """The output of the module ``name`` in the pass under way; None if it has not run."""
+        if name is None:
+            return None
+        offsets = self._passes.running().offsets if self._reruns else self._offsets
+        return offsets.get(name)
 
-    def forget(self, module: nn.Module, args: tuple) -> None:
+    def clear(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the model: a pass must not use the routing of the one before."""
-        self._routing = None
-        self._offsets.clear()
+        self._routing, self._offsets = None, {}
+        if not torch.compiler.is_compiling():
+            self._passes.enter()
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the model: its outputs keep the routing for their backward."""
+        if not torch.compiler.is_compiling():
+            self._passes.leave(output, self.begin)
+
+    def begin(self, passes: Sequence[RoutedPass]) -> None:
+        """A backward has reached the outputs of one of the model's forwards.
+
+        A compiled site that it runs again asks nobody: it reads what is set here.
+        """
+        self._passes.begin(passes, partial(self._set, self._routing, self._offsets))
+        if len(passes) == 1:
+            self._set(passes[0].routing, passes[0].offsets)
+        else:
+            self._set(None, {})
+
+    def _set(self, routing: Routing | None, offsets: dict[str, Tensor]) -> None:
+        self._routing, self._offsets = routing, offsets
 
     def forward(self, query_BD: Tensor) -> Routing:
         """Route samples."""
+        if torch.jit.is_tracing():
+            refuse_torchscript()
         config = self.config
-        query_BD = checked(query_BD, self.width)
-        q_BQ = query_BD.detach() if config.stop_gradient == "query" else query_BD
-        if config.query_dim is not None:
-            q_BQ = F.linear(q_BQ, self.query_proj)
-        if self.ranges:
-            q_BQ = parts_of(q_BQ, self.ranges)
-        elif config.query_norm:
-            q_BQ = rms_norm(q_BQ)
-        scale = self.auxiliary_scale
-        weights = (config.balance_weight * scale, config.z_weight * scale)
-        losing = self.training and torch.is_grad_enabled() and weights != (0.0, 0.0)
-        keys_MQ = self._keys()[: self.active_layers].flatten(0, 1)
-        routing, counts_LE = route_samples(
-            q_BQ, keys_MQ, config, self.plan, weights if losing else None
+        routing, counts_LE = _route(
+            query_BD,
+            self.width,
+            None if config.query_dim is None else self.query_proj,
+            self.ranges,
+            self._keys()[: self.active_layers],
+            config,
+            self.plan,
+            loss_weights(config, self.auxiliary_scale) if self.training else None,
         )
-        if losing and isinstance(counts_LE, Tensor):  # an FX proxy is no value to keep
-            self._record = RoutingRecord(
-                counts_LE=counts_LE,
-                scores_LEN=routing.scores_LEN,
-                logsumexp_LN=routing.logsumexp_LN,
-                top_k=config.top_k,
-            )
+        if (record := record_of(counts_LE, routing, config)) is not None:
+            self._record = record
         return routing
 
     def _keys(self) -> Tensor:
         """``(L, E, Q)``: keys compare with what their layer reads, and are zero elsewhere."""
         if not self.ranges:
             return self.expert_keys
-        L, E, V = self.expert_keys.shape
+        # Of the configuration: FX knows no shapes, and must not have to unpack them.
+        L, E, V = self.config.num_layers, self.config.num_experts, self._places_LV.shape[1]
         everywhere_LEQ = self.expert_keys.new_zeros(L, E, self.query_width + 1)
         places_LEV = self.view_places[:, None].expand(L, E, V)
         return everywhere_LEQ.scatter(2, places_LEV, self.expert_keys)[..., : self.query_width]
@@ -211,66 +275,104 @@ class SampleRouter(nn.Module):
         """What it reads and how it routes."""
         return f"width={self.width}, active_layers={self.active_layers}, {self.config}"
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What ``torch.jit.script`` asks for."""
+        refuse_torchscript()
+
     def __getstate__(self) -> dict:
         """Copies and pickles start without what the last pass left."""
         return {**super().__getstate__(), "_routing": None, "_record": None, "_offsets": {}}
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenGates:
-    """The gates of each token: those of its sample."""
-
-    gates_LkN: Tensor
-    chosen_LkN: Tensor
-
-
-def for_tokens(
-    routing: Routing, x: Tensor, num_layers: int, offsets: Tensor | None = None
-) -> TokenGates:
-    """Give every token of ``x`` the routing of its sample.
-
-    Args:
-        routing: Of the samples.
-        x: ``(B, ..., D)``; or, with offsets, ``(N, D)``: the tokens of all samples in one list.
-        num_layers: Expert layers that compute.
-        offsets: ``(B + 1,)``, where in that list each sample's tokens begin.
-
-    Raises:
-        ValueError: If ``x`` has neither the router's number of samples nor, as far as is known,
-            their tokens.
-    """
-    gates_LkB, chosen_LkB = routing.gates_LkN[:num_layers], routing.chosen_LkN[:num_layers]
-    samples = gates_LkB.shape[2]
-    if offsets is not None:
-        lengths_B = offsets[1:] - offsets[:-1]
-        sample_B = torch.arange(samples, device=x.device)
-        sample_N = torch.repeat_interleave(sample_B, lengths_B, output_size=x.shape[0])
-        return TokenGates(
-            gates_LkN=gates_LkB.index_select(2, sample_N),
-            chosen_LkN=chosen_LkB.index_select(2, sample_N),
-        )
-    if x.dim() < 2 or x.shape[0] != samples:
+def query_of(output: Any, entry: str | int | None) -> Tensor:
+    """``(samples, D)``, the query in a module's output: a tensor, or pooled embeddings."""
+    if entry is not None:
+        output = output[entry]
+    sparse = sys.modules.get("torchrec.sparse.jagged_tensor")  # costly to import, if not there
+    if sparse is not None:
+        lazy = sys.modules.get("torchrec.distributed.types")
+        if lazy is not None and isinstance(output, lazy.LazyAwaitable):
+            output = output.wait()
+        if isinstance(output, sparse.KeyedTensor):
+            output = output.values()
+    if not isinstance(output, Tensor):
         raise ValueError(
-            f"SampleRouter: {samples} samples were routed, but a site's input has shape "
-            f"{tuple(x.shape)}; its first dimension must be the samples. Give the site rows per "
-            "sample, say whose its tokens are (share_routing's tokens), or let it route its own "
-            "rows."
+            f"SampleRouter: the query module's output is a {type(output).__name__}, which must be "
+            "a tensor or a KeyedTensor. Say which entry of a tuple or dict is the query "
+            "(query_entry of inject_shared_router), or name another module."
         )
-    tokens = x.shape[1:-1].numel()
-    if tokens == 1:
-        return TokenGates(gates_LkN=gates_LkB, chosen_LkN=chosen_LkB)
-    return TokenGates(
-        gates_LkN=gates_LkB.repeat_interleave(tokens, dim=2),
-        chosen_LkN=chosen_LkB.repeat_interleave(tokens, dim=2),
-    )
+    return output.flatten(1)
 
 
-def checked(query_BD: Tensor, width: int) -> Tensor:
-    """Return the query if a router of this width can take it."""
+def _route(
+    query_BD: Tensor,
+    width: int,
+    query_proj: Tensor | None,
+    ranges: Sequence[range],
+    keys_LEQ: Tensor,
+    config: HiLoMoEConfig,
+    plan: Plan,
+    weights: tuple[float, float] | None,
+) -> tuple[Routing, Tensor | None]:
+    """As `route_samples`, if a router of this width can take the query."""
     if query_BD.dim() != 2 or query_BD.shape[1] != width:
         raise ValueError(
             f"SampleRouter.width is {width}, but the query's shape is {tuple(query_BD.shape)}; it "
             f"must be (samples, {width}). Name another module as the query, or build the router "
             "with its width."
         )
-    return query_BD
+    q_BQ = query_BD.detach() if config.stop_gradient == "query" else query_BD
+    if query_proj is not None:
+        q_BQ = F.linear(q_BQ, query_proj)
+    if ranges:
+        q_BQ = parts_of(q_BQ, ranges)
+    elif config.query_norm:
+        q_BQ = rms_norm(q_BQ)
+    return route_samples(q_BQ, keys_LEQ, config, plan, weights)
+
+
+def check_views(views: Sequence[Sequence[range]], width: int, config: HiLoMoEConfig) -> None:
+    """Refuse views that no router of this width and these options can have."""
+    if isinstance(views, str):
+        raise ValueError(
+            f"SampleRouter.views is {views!r}, but a router does not find its views by itself. "
+            "Let an InteractionProbe listen to the plain model, and give probe.views()."
+        )
+    if len(views) != config.num_layers:
+        raise ValueError(
+            f"SampleRouter.views must be one for each expert layer, got {len(views)} for "
+            f"num_layers = {config.num_layers}. Add or drop views, or set num_layers."
+        )
+    if config.query_dim is not None:
+        raise ValueError(
+            f"SampleRouter.views need query_dim = None, got query_dim = {config.query_dim}: a "
+            "projection would mix what layers must read apart. Use query_dim=None."
+        )
+    for layer, view in enumerate(views, start=1):
+        inside = all(part.step == 1 and 0 <= part.start < part.stop <= width for part in view)
+        if not view or not inside or len(set(view)) < len(view):
+            raise ValueError(
+                f"SampleRouter.views: layer {layer} reads {list(view)}, which must be one or more "
+                f"different, non-empty ranges of step 1 within the query's {width} columns."
+            )
+
+
+def places_of(views: Sequence[Sequence[range]], ranges: Sequence[range]) -> Tensor:
+    """``(L, V)``, where in the query each layer's columns stand; those missing to V, behind it."""
+    starts, end = {}, 0
+    for part in ranges:
+        starts[part] = end
+        end += len(part)
+    columns = [[starts[part] + i for part in view for i in range(len(part))] for view in views]
+    widest = max(map(len, columns))
+    return torch.tensor([own + [end] * (widest - len(own)) for own in columns])
+
+
+def parts_of(source_BD: Tensor, ranges: Sequence[range]) -> Tensor:
+    """Return ranges of columns side by side, each divided by its own root mean square.
+
+    Embeddings start near zero, where no choice would say anything of them. Of a single column the
+    norm would leave the sign; it is taken as it is.
+    """
+    parts = [source_BD[:, part.start : part.stop] for part in ranges]
+    return torch.cat([rms_norm(part) if part.shape[1] > 1 else part for part in parts], dim=1)

@@ -5,33 +5,14 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.datasets import AMAZON
 from torchrec_hilomoe.backbones.dien import Attention, DIEN
 from torchrec_hilomoe.config import DIENConfig, InjectionConfig, ModelConfig
-from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 from torchrec_hilomoe.embeddings.features import FeatureWidths, HistoryWidths
-from torchrec_hilomoe.hilomoe.sites import sites_of
+from torchrec_hilomoe.hilomoe.inject import sites_of
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import Cost, count_cost
 
-AMAZON = Schema(
-    dataset="AmazonElectronics_x1",
-    tables={"item": 63_003, "category": 803},
-    candidate=(
-        IdFeature(name="item_id", table="item"),
-        IdFeature(name="cate_id", table="category"),
-    ),
-    sequences=(
-        SequenceGroup(
-            name="history",
-            fields=(
-                IdFeature(name="item_history", table="item"),
-                IdFeature(name="cate_history", table="category"),
-            ),
-            max_length=100,
-        ),
-    ),
-    group="user_id",
-)
 PUBLISHED = ModelConfig(
     backbone="dien",
     embedding_dim=64,
@@ -39,7 +20,7 @@ PUBLISHED = ModelConfig(
     dropout=0.1,
     batch_norm=True,
     dien=DIENConfig(attention_units=(256, 128)),
-    hilomoe=None,
+    hilomoe=InjectionConfig(enabled=False),
 )
 
 

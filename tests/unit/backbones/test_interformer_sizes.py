@@ -5,32 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from torchrec_hilomoe.config import InterFormerConfig, ModelConfig
-from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
+from tests.helpers.datasets import AMAZON
+from torchrec_hilomoe.config import InjectionConfig, InterFormerConfig, ModelConfig
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import Cost, count_cost
 
 ITEM, CATEGORY = 63_003, 803
 FIELDS, EVENTS = 2, 100
-SCHEMA = Schema(
-    dataset="AmazonElectronics_x1",
-    tables={"item": ITEM, "category": CATEGORY},
-    candidate=(
-        IdFeature(name="item_id", table="item"),
-        IdFeature(name="cate_id", table="category"),
-    ),
-    sequences=(
-        SequenceGroup(
-            name="history",
-            fields=(
-                IdFeature(name="item_history", table="item"),
-                IdFeature(name="cate_history", table="category"),
-            ),
-            max_length=EVENTS,
-        ),
-    ),
-    group="user_id",
-)
 # The paper's: 4 CLS, 2 pooled, 2 recent tokens; its width is the benchmark's.
 CLS, POOLED, RECENT, WIDTH = 4, 2, 2, 64
 HEAD = (1024, 512, 256, 128)
@@ -56,9 +37,9 @@ def cost_of(depth: Depth) -> Cost:
         interformer=InterFormerConfig(
             num_layers=depth.layers, interaction_layers=depth.interactions
         ),
-        hilomoe=None,
+        hilomoe=InjectionConfig(enabled=False),
     )
-    return count_cost(build_task(config, SCHEMA), SCHEMA, WIDTH)
+    return count_cost(build_task(config, AMAZON), AMAZON, WIDTH)
 
 
 def linear(inputs: int, outputs: int) -> int:

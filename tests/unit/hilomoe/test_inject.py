@@ -4,12 +4,16 @@ import pytest
 import torch
 from torch import nn
 
+from torchrec_hilomoe.backbones.base import HookPoint
 from torchrec_hilomoe.hilomoe import (
     expert_parameters,
+    fix_random_routing,
     HiLoMoEConfig,
     HiLoMoELinear,
     inject_hilomoe,
+    inject_shared_router,
     remove_hilomoe,
+    routers_of,
     sites_of,
 )
 
@@ -31,7 +35,7 @@ def test_keeps_parameters_mode_dtype_and_outputs():
     assert set(after) - set(before) == set(expert_parameters(model))
     assert not any(module.training for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.float64}
-    torch.testing.assert_close(model(x), want, rtol=0, atol=0)
+    assert torch.equal(model(x), want)
     assert torch.equal(model.train()(x), want)
 
 
@@ -124,3 +128,98 @@ def test_leaves_the_model_alone_when_it_refuses():
     with pytest.raises(ValueError, match="matches none"):
         inject_hilomoe(model, CONFIG, sites=["0", "head"])
     assert not any(isinstance(m, HiLoMoELinear) for m in model.modules())
+
+
+class Host(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.up, self.last = HookPoint(), nn.Linear(6, 4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.up(self.query(x)))
+
+
+def host(shared: bool = False, **options) -> Host:
+    model, config = Host(), HiLoMoEConfig(num_experts=4, **options)
+    if shared:
+        inject_shared_router(model, config, ["up", "last"], "query", query_width=6)
+    else:
+        inject_hilomoe(model, config, sites=["up", "last"])
+    return model
+
+
+def routers(tower: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: b for name, b in tower.named_buffers() if name.endswith(("keys", "query_proj"))}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_is_fixed_by_the_seed_and_cannot_be_made_to_train(shared):
+    towers = [host(shared, query_dim=3) for _ in range(2)]
+    for tower in towers:
+        fix_random_routing(tower, seed=7)
+    one, other = towers
+    before = {name: keys.clone() for name, keys in routers(one).items()}
+    assert len(before) == (2 if shared else 4)
+    one.requires_grad_(True)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        one(torch.randn(9, 6)).sum().backward()
+        optimizer.step()
+    for name, keys in routers(one).items():
+        assert torch.equal(keys, before[name])
+        assert torch.equal(keys, routers(other)[name])
+    assert not [name for name in expert_parameters(one) if name.endswith(("keys", "query_proj"))]
+    assert sites_of(one)["up"].expert_in.grad is not None
+
+
+def test_refuses_tied_keys():
+    with pytest.raises(ValueError, match=r"'up' has tie_keys = True.*tie_keys=False"):
+        fix_random_routing(host(tie_keys=True), seed=0)
+
+
+def test_a_router_is_the_model_s_whatever_the_sites():
+    """Its parameters keep their names, and its fresh values, when a site joins."""
+    states = []
+    for sites in (["up"], ["up", "last"]):
+        torch.manual_seed(0)
+        model = Host()
+        inject_shared_router(model, HiLoMoEConfig(query_dim=3), sites, "query", query_width=6)
+        states.append(model.state_dict())
+        assert list(routers_of(model)) == ["hilomoe_router"]
+    few, more = states
+    assert [name for name in few if "router" in name] == [
+        "hilomoe_router.expert_keys",
+        "hilomoe_router.query_proj",
+    ]
+    assert few.keys() < more.keys()
+
+
+def test_a_seed_starts_experts_alike_whoever_routes_them():
+    models = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        models.append(host(shared, query_dim=3))
+    alone, together = ({n: s.expert_in for n, s in sites_of(m).items()} for m in models)
+    assert alone.keys() == together.keys()
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
+
+
+def test_several_routers_have_names():
+    model, config = Host(), HiLoMoEConfig(num_layers=2, num_experts=4)
+    inject_shared_router(model, config, ["up"], "query", query_width=6)
+    with pytest.raises(
+        ValueError, match=r"model has a 'hilomoe_router' already\. .* name='hilomoe"
+    ):
+        inject_shared_router(model, config, ["last"], "up", query_width=4)
+    inject_shared_router(model, config, ["last"], "up", query_width=4, name="by_up")
+    assert list(routers_of(model)) == ["hilomoe_router", "by_up"]
+    assert sites_of(model)["last"].router is model.get_submodule("by_up")
+    model(torch.randn(5, 6)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_a_sequential_cannot_hold_a_router():
+    with pytest.raises(ValueError, match=r"run the router as its last layer\. Make it a child of"):
+        inject_shared_router(tower(), HiLoMoEConfig(), ["*"], "0", query_width=6)

@@ -8,6 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.helpers.rounding import (
+    assert_same,
+    assert_within,
+    float64_rounding,
+    of_sums,
+    rounding_of,
+    within,
+)
 from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear, sites_of
 
 OPTIONS = {
@@ -17,6 +25,7 @@ OPTIONS = {
     "tied": {"tie_keys": True, "query_norm": True},
     "selected": {"query_update": "selected", "stop_gradient": "scores"},
 }
+RELEASE = tuple(map(int, torch.__version__.split(".")[:2]))
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 
 
@@ -45,7 +54,7 @@ def test_any_leading_dimensions(options, lead):
     assert y.shape == (*lead, 5)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in [x, *site.parameters()])
     rows = site(x.detach().reshape(-1, 6))
-    torch.testing.assert_close(y.detach().reshape(-1, 5), rows)
+    assert_within(y.reshape(-1, 5), rows, rounding_of(site, x))
 
 
 def test_takes_a_gradient_of_one_expanded_number():
@@ -53,7 +62,9 @@ def test_takes_a_gradient_of_one_expanded_number():
     site = HiLoMoELinear(256, 5, HiLoMoEConfig())
     site(torch.randn(7, 256)).sum().backward()
     assert site.bias is not None
-    torch.testing.assert_close(site.bias.grad, torch.full((5,), 7.0))
+    assert site.bias.grad is not None
+    assert site.bias.grad is not None
+    assert torch.equal(site.bias.grad, torch.full((5,), 7.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -73,7 +84,9 @@ def test_no_active_layer_is_linear_to_the_bit_and_trains_like_it():
     assert torch.equal(site(x), plain(x))
     site(x).sum().backward()
     plain(x).sum().backward()
-    torch.testing.assert_close(site.weight.grad, plain.weight.grad, rtol=0, atol=0)
+    assert site.weight.grad is not None
+    assert plain.weight.grad is not None
+    assert torch.equal(site.weight.grad, plain.weight.grad)
     assert site.expert_in.grad is None
 
 
@@ -90,7 +103,8 @@ def test_same_seed_gives_the_base_of_a_plain_linear():
     torch.manual_seed(3)
     plain = nn.Linear(6, 5)
     assert torch.equal(site.weight, plain.weight)
-    torch.testing.assert_close(site.bias, plain.bias, rtol=0, atol=0)
+    assert site.bias is not None
+    assert torch.equal(site.bias, plain.bias)
 
 
 def test_fresh_layers_are_not_collapsed():
@@ -109,29 +123,47 @@ def test_fx_trace(options, training):
     site = trained_site(options).train(training)
     traced = torch.fx.symbolic_trace(site)
     x = torch.randn(7, 6)
-    torch.testing.assert_close(grads_of(traced, x), grads_of(site, x))
+    assert_same(grads_of(traced, x), grads_of(site, x))
     assert torch.equal(traced(x), site(x))
 
 
 # Dynamo instantiates an autograd.Function while it traces its backward. Goes when it does not.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.skipif(RELEASE < (2, 12), reason="torch 2.11 loses a site's gradients in a graph")
 @pytest.mark.parametrize("training", [True, False])
 @every_option
 def test_compiles_without_graph_breaks(options, training):
-    site = trained_site(options).train(training)
+    site = trained_site(options).double().train(training)
     torch.compiler.reset()  # compiled code of earlier cases counts towards a limit
     compiled = torch.compile(site, fullgraph=True, backend="aot_eager")
-    x = torch.randn(7, 6)
-    torch.testing.assert_close(grads_of(compiled, x), grads_of(site, x))
+    x = torch.randn(7, 6).double()
+    want = grads_of(site, x)
+    assert_within(grads_of(compiled, x), want, float64_rounding(site, x, want))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# Dynamo of torch 2.11 looks for gradients where there are none. Goes with that release.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_a_host_that_is_compiled_trains_what_it_would_train(training):
+    host = nn.Sequential(trained_site({}), nn.Tanh()).double().train(training)
+    torch.compiler.reset()
+    x = torch.randn(7, 6).double()
+    want = grads_of(host, x)
+    got = grads_of(torch.compile(host, backend="aot_eager"), x)
+    assert_within(got, want, float64_rounding(host, x, want))
 
 
 @every_option
 def test_exports_with_a_free_batch(options):
-    site = trained_site(options).eval()
+    if RELEASE < (2, 13) and {"rank", "top_k"} & options.keys():
+        pytest.skip("torch before 2.13 cannot prove that min(N, 2 N) is N, and refuses")
+    site = trained_site(options).double().eval()
     rows = torch.export.Dim("rows", min=1)
-    program = torch.export.export(site, (torch.randn(7, 6),), dynamic_shapes={"x": {0: rows}})
-    x = torch.randn(11, 6)
-    torch.testing.assert_close(program.module()(x), site(x))
+    given = torch.randn(7, 6).double()
+    program = torch.export.export(site, (given,), dynamic_shapes={"x": {0: rows}})
+    x = torch.randn(11, 6).double()
+    assert_within(program.module()(x), site(x), float64_rounding(site, x))
 
 
 @every_option
@@ -169,9 +201,9 @@ def test_autocast(options, half):
         y = site(x)
     assert y.dtype == half
     y.float().sum().backward()
-    low, high = y.float(), site(x)
-    # Rows whose choice did not fall to rounding: most.
-    near = (low - high).abs().amax(dim=1) < 64 * torch.finfo(half).eps
+    # Rows whose choice did not fall to rounding: most. Each of three layers rounds what it adds.
+    unit = torch.finfo(half).eps * of_sums(3 * 6)
+    near = within(y, site(x), unit * y.abs().max()).all(dim=1)
     assert near.float().mean() > 0.9
     for p in site.parameters():
         assert p.grad is not None
@@ -184,7 +216,9 @@ def test_logits_stay_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing = site.compute(torch.randn(7, 6)).routing
     assert routing.scores_LEN.dtype == torch.float32
-    torch.testing.assert_close(routing.scores_LEN.sum(dim=1), torch.ones(3, 7))
+    experts = routing.scores_LEN.shape[1]  # whose scores are quotients by a sum, and are summed up
+    unit = of_sums(2 * experts) * torch.finfo(torch.float32).eps
+    assert_within(routing.scores_LEN.sum(dim=1), torch.ones(3, 7), unit)
 
 
 def test_refuses_bad_input():

@@ -1,7 +1,10 @@
 """Multi-head self-attention over jagged rows, written with four linear maps.
 
 ``nn.MultiheadAttention`` keeps its in-projection as a bare parameter; four ``nn.Linear`` can
-carry experts. They work on the tokens there are; only the product of queries and keys pads.
+carry experts. They work on the tokens there are; only the product of queries and keys pads. So does
+the layer of the transformer's encoder around it (Vaswani et al., 2017), where
+``nn.TransformerEncoderLayer`` has a map into the attention that can carry no experts. Positions may
+be rotary (Su et al., 2021, arXiv 2104.09864): products then tell how far apart tokens are.
 
 Shape legend:
     N  tokens of all rows together
@@ -9,15 +12,61 @@ Shape legend:
     B  rows
     L  the longest row of the batch
     H  heads
+    P  pairs of features in a head: W / H / 2
+    F  hidden width of the feed-forward map
 """
 
+from dataclasses import dataclass
+
+import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.backbones.layers.jagged import pad, unpad, valid
-from torchrec_hilomoe.backbones.layers.rotary import rotate, Rotation
 
-__all__ = ["SelfAttention"]
+__all__ = ["EncoderLayer", "Rotation", "SelfAttention", "rotate", "rotation_of"]
+
+
+BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How far each token's pairs of features are turned; the same in every head and layer.
+
+    Attributes:
+        cosines: ``(N, P)``.
+        sines: ``(N, P)``.
+    """
+
+    cosines: Tensor
+    sines: Tensor
+
+
+def rotation_of(positions_N: Tensor, head_width: int, dtype: torch.dtype) -> Rotation:
+    """Turn pair ``p`` of a token at position ``t`` by ``t * 10000 ** (-p / P)``.
+
+    Args:
+        positions_N: Integers; only their differences within a row matter.
+        head_width: Features of a head, ``2 P``.
+        dtype: Of the result. Angles are always float32: bfloat16 cannot tell 256 from 257.
+    """
+    assert head_width % 2 == 0, head_width
+    pairs = head_width // 2
+    exponents_P = torch.arange(pairs, dtype=torch.float32, device=positions_N.device) / pairs
+    angles_NP = positions_N.float().unsqueeze(1) * BASE**-exponents_P
+    return Rotation(cosines=angles_NP.cos().to(dtype), sines=angles_NP.sin().to(dtype))
+
+
+def rotate(x_NW: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+    """Turn each head's features, of which ``p`` and ``p + P`` are a pair; ``(N, W)``."""
+    first_NHP, second_NHP = x_NW.unflatten(1, (num_heads, -1)).chunk(2, dim=2)
+    cosines, sines = rotation.cosines.unsqueeze(1), rotation.sines.unsqueeze(1)
+    turned = [
+        first_NHP * cosines - second_NHP * sines,
+        second_NHP * cosines + first_NHP * sines,
+    ]
+    return torch.cat(turned, dim=2).flatten(1)
 
 
 class SelfAttention(nn.Module):
@@ -58,7 +107,7 @@ class SelfAttention(nn.Module):
         self,
         x_NW: Tensor,
         offsets: Tensor,
-        longest: int,
+        max_seqlen: int,
         visible_BL: Tensor | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:
@@ -67,12 +116,12 @@ class SelfAttention(nn.Module):
         Args:
             x_NW: Tokens, row after row.
             offsets: ``(B + 1,)``, where each row begins.
-            longest: ``L``.
+            max_seqlen: ``L``.
             visible_BL: Booleans: which tokens are attended to, at least one a row; all by default.
             rotation: Turns queries and keys by their tokens' positions.
         """
         if visible_BL is None:
-            visible_BL = valid(offsets, longest)
+            visible_BL = valid(offsets, max_seqlen)
         key_NW = self.key(x_NW)
         if self.targets_only:
             assert rotation is None
@@ -82,11 +131,11 @@ class SelfAttention(nn.Module):
             if rotation is not None:
                 query_NW = rotate(query_NW, rotation, self.num_heads)
                 key_NW = rotate(key_NW, rotation, self.num_heads)
-            query_BLW = pad(query_NW, offsets, longest)
+            query_BLW = pad(query_NW, offsets, max_seqlen)
         attended_BHLD = F.scaled_dot_product_attention(
             self._heads(query_BLW),
-            self._heads(pad(key_NW, offsets, longest)),
-            self._heads(pad(self.value(x_NW), offsets, longest)),
+            self._heads(pad(key_NW, offsets, max_seqlen)),
+            self._heads(pad(self.value(x_NW), offsets, max_seqlen)),
             attn_mask=visible_BL[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0,
         )
@@ -97,3 +146,30 @@ class SelfAttention(nn.Module):
 
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then ``W -> F -> W`` with ReLU; each adds to its input, then a norm.
+
+    Args:
+        width: ``W``.
+        num_heads: Attention heads.
+        ffn_width: ``F``.
+        dropout: Of attention weights, after the attention, and inside and after the feed-forward.
+    """
+
+    def __init__(self, width: int, num_heads: int, ffn_width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.attention = SelfAttention(width, num_heads, dropout=dropout)
+        self.ffn_in = nn.Linear(width, ffn_width)
+        self.ffn_out = nn.Linear(ffn_width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm_attention = nn.LayerNorm(width)
+        self.norm_ffn = nn.LayerNorm(width)
+
+    def forward(self, x_NW: Tensor, offsets: Tensor, max_seqlen: int, visible_BL: Tensor) -> Tensor:
+        """Return ``(N, W)``; arguments as in :class:`SelfAttention`."""
+        attended_NW = self.attention(x_NW, offsets, max_seqlen, visible_BL)
+        x_NW = self.norm_attention(x_NW + self.dropout(attended_NW))
+        hidden_NF = self.dropout(F.relu(self.ffn_in(x_NW)))
+        return self.norm_ffn(x_NW + self.dropout(self.ffn_out(hidden_NF)))

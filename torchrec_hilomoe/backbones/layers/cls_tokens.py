@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchrec_hilomoe.backbones.layers.rotary import Rotation, rotation_of
+from torchrec_hilomoe.backbones.layers.attention import Rotation, rotation_of
 
 __all__ = ["Places", "TokenCounts", "places_of", "prepend"]
 
@@ -47,7 +47,7 @@ class Places:
 
     Attributes:
         offsets: ``(B + 1,)`` int64, where each row begins.
-        longest: Most tokens in a row.
+        max_seqlen: Most tokens in a row.
         sources: ``(N,)`` int64, each token's place in all CLS tokens followed by all events.
         ends: ``(B, C + R)`` int64, places of the CLS tokens and of the latest events, latest first.
         exists: ``(B, C + R, 1)`` booleans: false for events that a short history lacks.
@@ -55,7 +55,7 @@ class Places:
     """
 
     offsets: Tensor
-    longest: int
+    max_seqlen: int
     sources: Tensor
     ends: Tensor
     exists: Tensor
@@ -63,14 +63,14 @@ class Places:
 
 
 def places_of(
-    offsets: Tensor, events_TD: Tensor, longest: int, counts: TokenCounts, head_width: int
+    offsets: Tensor, events_TD: Tensor, max_seqlen: int, counts: TokenCounts, head_width: int
 ) -> Places:
     """Lay out rows of CLS tokens and events.
 
     Args:
         offsets: ``(B + 1,)`` int64, where each row begins, its CLS tokens counted.
         events_TD: The events.
-        longest: Most events in a row.
+        max_seqlen: Most events in a row.
         counts: ``C`` and ``R``.
         head_width: Features of an attention head, which are turned by their token's position.
     """
@@ -90,7 +90,7 @@ def places_of(
     always_BC = torch.ones_like(cls_BC, dtype=torch.bool)
     return Places(
         offsets=offsets,
-        longest=longest + cls,
+        max_seqlen=max_seqlen + cls,
         sources=torch.where(position_N < cls, cls_N, event_N),
         ends=torch.cat([cls_BC, torch.where(exists_BR, recent_BR, 0)], dim=1),
         exists=torch.cat([always_BC, exists_BR], dim=1).unsqueeze(2),

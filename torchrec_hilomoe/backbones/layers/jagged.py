@@ -118,21 +118,21 @@ class Tokens:
         values: ``(N, W)``.
         offsets: ``(B + 1,)`` int64, where each row begins; its target stands there.
         recency: ``(N,)`` int64, distance to the target: 0 the target, 1 the latest event.
-        longest: Most tokens in a row.
+        max_seqlen: Most tokens in a row.
     """
 
     values: Tensor
     offsets: Tensor
     recency: Tensor
-    longest: int
+    max_seqlen: int
 
 
-def tokens_of(history: History, longest: int) -> Tokens:
+def tokens_of(history: History, max_seqlen: int) -> Tokens:
     """Put each row's target before its events.
 
     Args:
         history: One behaviour sequence.
-        longest: Most events in a row of the batch.
+        max_seqlen: Most events in a row of the batch.
     """
     events_TW, lengths_B = history.events, history.lengths
     rows_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
@@ -150,13 +150,13 @@ def tokens_of(history: History, longest: int) -> Tokens:
         values=values_NW[order_N],
         offsets=offsets,
         recency=recency_N[order_N],
-        longest=longest + 1,
+        max_seqlen=max_seqlen + 1,
     )
 
 
-def pad(values_NW: Tensor, offsets: Tensor, longest: int) -> Tensor:
+def pad(values_NW: Tensor, offsets: Tensor, max_seqlen: int) -> Tensor:
     """Return ``(B, L, W)``, zero beyond each row's end."""
-    return torch.ops.fbgemm.jagged_to_padded_dense(values_NW, [offsets], [longest], 0.0)
+    return torch.ops.fbgemm.jagged_to_padded_dense(values_NW, [offsets], [max_seqlen], 0.0)
 
 
 def unpad(padded_BLW: Tensor, offsets: Tensor, total: int) -> Tensor:
@@ -164,7 +164,7 @@ def unpad(padded_BLW: Tensor, offsets: Tensor, total: int) -> Tensor:
     return torch.ops.fbgemm.dense_to_jagged(padded_BLW, [offsets], total)[0]
 
 
-def valid(offsets: Tensor, longest: int) -> Tensor:
+def valid(offsets: Tensor, max_seqlen: int) -> Tensor:
     """Return ``(B, L)`` booleans: true where a row has a token."""
     lengths_B = offsets[1:] - offsets[:-1]
-    return torch.arange(longest, device=offsets.device) < lengths_B.unsqueeze(1)
+    return torch.arange(max_seqlen, device=offsets.device) < lengths_B.unsqueeze(1)

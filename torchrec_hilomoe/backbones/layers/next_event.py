@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from torchrec_hilomoe.backbones.layers.jagged import Layout
 from torchrec_hilomoe.backbones.layers.mlp import Activation, MLP
-from torchrec_hilomoe.hilomoe.attached import AttachedLoss
+from torchrec_hilomoe.hilomoe.losses import AttachedLoss
 
 __all__ = ["NextEventLoss", "foreign_events"]
 

@@ -8,8 +8,9 @@ from torch import distributed as dist
 from torch import nn, Tensor
 
 from tests.helpers.processes import run_ranks
+from tests.helpers.rounding import assert_within, float64_rounding
 from torchrec_hilomoe.backbones.layers.batch_norm import GlobalBatchNorm
-from torchrec_hilomoe.backbones.layers.dice import Dice
+from torchrec_hilomoe.backbones.layers.mlp import Dice
 
 WIDTH = 3
 # Of the rows of the whole batch, those of each rank; among them a rank without any.
@@ -100,10 +101,6 @@ def on_a_rank(
     return trained
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-
-
 def test_ranks_together_compute_what_one_process_does():
     batches = [torch.randn(9, WIDTH, dtype=torch.float64) * 3 + 20 for _ in range(2)]
     cotangents = [torch.randn(9, WIDTH, dtype=torch.float64) for _ in range(2)]
@@ -114,14 +111,17 @@ def test_ranks_together_compute_what_one_process_does():
         want = train_twice(
             modules()[name], [x[:rows] for x in batches], [c[:rows] for c in cotangents]
         )
-        close(torch.cat([first.outputs, second.outputs]), want.outputs)
+        # Where two rows are close to each other, their variance amplifies what rounds their mean.
+        spread = batches[1][:rows].std(dim=0, correction=0).min().item() if rows > 1 else 1.0
+        rounding = float64_rounding(batches, cotangents, want) / min(spread, 1.0) ** 2
+        assert_within(torch.cat([first.outputs, second.outputs]), want.outputs, rounding)
         grads = torch.cat([first.input_grads, second.input_grads])
-        close(grads, want.input_grads)
+        assert_within(grads, want.input_grads, rounding)
         for key, grad in want.parameter_grads.items():
             total = first.parameter_grads[key] + second.parameter_grads[key]
-            close(total, grad)
+            assert_within(total, grad, rounding)
         for key, value in want.buffers.items():
-            close(first.buffers[key], value)
+            assert_within(first.buffers[key], value, rounding)
             assert torch.equal(first.buffers[key], second.buffers[key])
 
 

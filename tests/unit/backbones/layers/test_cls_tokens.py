@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchrec_hilomoe.backbones.layers.attention import rotation_of
 from torchrec_hilomoe.backbones.layers.cls_tokens import places_of, prepend, TokenCounts
-from torchrec_hilomoe.backbones.layers.rotary import rotation_of
 
 WIDTH = 4
 LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=6)
@@ -17,13 +17,13 @@ def test_rows_are_their_cls_tokens_then_their_events(lengths, cls, recent, more)
     events, tokens = torch.randn(sum(lengths), WIDTH), torch.randn(len(lengths), cls, WIDTH)
     sizes = [cls + length for length in lengths]
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    longest = max(lengths) + more
-    places = places_of(offsets, events, longest, counts, WIDTH)
+    max_seqlen = max(lengths) + more
+    places = places_of(offsets, events, max_seqlen, counts, WIDTH)
     rows = [torch.cat(pair) for pair in zip(tokens, events.split(lengths), strict=True)]
     values = prepend(tokens, events, places)
     assert torch.equal(values, torch.cat(rows))
     assert torch.equal(places.offsets, offsets)
-    assert places.longest == longest + cls
+    assert places.max_seqlen == max_seqlen + cls
 
     for row, length in enumerate(lengths):
         at = places.ends[row]

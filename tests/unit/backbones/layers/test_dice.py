@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from torchrec_hilomoe.backbones.layers.dice import blend, Dice
+from tests.helpers.rounding import assert_within, float64_rounding, rounding_of
+from torchrec_hilomoe.backbones.layers.mlp import blend, Dice
 
 ROWS, UNITS = 9, 4
 
@@ -20,22 +22,25 @@ def test_values_and_gradients_are_those_of_the_equation(rows):
     ours, theirs = ([leaf.clone().requires_grad_() for leaf in leaves] for _ in range(2))
     got, want = blend(*ours), equation(*theirs)
     cotangent = torch.randn_like(want)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    rounding = float64_rounding(leaves, cotangent)
+    assert_within(got, want, rounding)
     gradients = (torch.autograd.grad(*pair, cotangent) for pair in ((got, ours), (want, theirs)))
-    for mine, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    mine, other = gradients
+    assert_within(mine, other, rounding)
 
 
 def test_under_autocast_it_learns_as_in_float32():
     dice = Dice(UNITS).train()
     with torch.no_grad():
         dice.alpha.copy_(torch.linspace(-1, 1, UNITS))
-    x = torch.randn(ROWS, UNITS)
-    gradients = []
-    for dtype in (torch.float32, torch.bfloat16):
-        leaf = x.to(torch.bfloat16).to(dtype).requires_grad_()
-        with torch.autocast("cpu", enabled=dtype is torch.bfloat16):
+    x = torch.randn(ROWS, UNITS).bfloat16()
+
+    def gradients(dice: Dice, x: Tensor) -> tuple[Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        with torch.autocast("cpu", enabled=x.dtype is torch.bfloat16):
             y = dice(leaf)
-        gradients.append(torch.autograd.grad(y.float().square().sum(), [leaf, dice.alpha]))
-    for exact, rounded in zip(*gradients, strict=True):
-        torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.1)
+        return torch.autograd.grad(y.float().square().sum(), [leaf, dice.alpha])
+
+    rounding = rounding_of(gradients, dice, x.float(), dtype=torch.bfloat16, terms=1)
+    exact = [gradient.double() for gradient in gradients(dice, x.float())]
+    assert_within(gradients(dice, x), exact, rounding)

@@ -5,8 +5,8 @@ import torch
 from torch import nn, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchrec_hilomoe.backbones.layers.gru import GRU
-from torchrec_hilomoe.backbones.layers.recurrence import States
+from tests.helpers.rounding import assert_within, float64_rounding
+from torchrec_hilomoe.backbones.layers.gru import GRU, States
 
 WIDTH = 4
 OFFSETS = torch.tensor([0, 3, 3, 8, 9])
@@ -29,6 +29,9 @@ def inputs(offsets: Tensor = OFFSETS) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(events, WIDTH), offsets, torch.rand(events)
 
 
+# torch 2.14 hides this warning of its own where it reads .grad, but not from a filter that makes it
+# an error. Goes when opcheck reads leaves alone.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("attended", [True, False])
 def test_the_operator_keeps_what_it_promises_to_pytorch(attended):
     """Schema, fake tensors, autograd registration, and gradients under AOT."""
@@ -64,16 +67,17 @@ def test_it_exports_for_any_number_of_rows_events_and_steps():
 
 
 def test_it_compiles_without_a_graph_break():
-    model = Last()
+    model = Last().double()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for offsets in (OFFSETS, torch.tensor([0, 0, 6, 17])):
-        arguments = inputs(offsets)
+        events, _, attention = inputs(offsets)
+        arguments = events.double(), offsets, attention.double()
         grads = []
         for run in (model, compiled):
             model.zero_grad()
             run(*arguments).square().sum().backward()
             grads.append([parameter.grad for parameter in model.parameters()])
-        torch.testing.assert_close(grads[1], grads[0])
+        assert_within(grads[1], grads[0], float64_rounding(model, arguments, grads[0]))
 
 
 def test_it_recurs_in_32_bits_under_autocast():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.rounding import assert_within, float64_rounding
 from torchrec_hilomoe.backbones.layers.batch_norm import GlobalBatchNorm
-from torchrec_hilomoe.backbones.layers.dice import Dice
-from torchrec_hilomoe.backbones.layers.mlp import Activation, ACTIVATIONS, hidden_layers, MLP
+from torchrec_hilomoe.backbones.layers.mlp import Activation, ACTIVATIONS, Dice, hidden_layers, MLP
 
 
 def test_each_hidden_layer_is_linear_norm_activation_dropout():
@@ -21,13 +21,13 @@ def test_each_hidden_layer_is_linear_norm_activation_dropout():
 
 @pytest.mark.parametrize("hidden", [(), (5,), (5, 4)])
 def test_computes_one_number_a_row(hidden):
-    mlp, x = MLP(6, hidden), torch.randn(9, 6)
+    mlp, x = MLP(6, hidden).double(), torch.randn(9, 6).double()
     want = x
     for layer in mlp.hidden:
         if isinstance(layer, nn.Linear):
             want = (want @ layer.weight.T + layer.bias).clamp(min=0)
     want = (want @ mlp.output.weight.T + mlp.output.bias)[:, 0]
-    torch.testing.assert_close(mlp(x), want)
+    assert_within(mlp(x), want, float64_rounding(mlp, x))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

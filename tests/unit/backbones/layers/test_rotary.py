@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrec_hilomoe.backbones.layers.rotary import rotate, rotation_of
+from tests.helpers.rounding import assert_within, of_sums
+from torchrec_hilomoe.backbones.layers.attention import rotate, rotation_of
 
 
 def turned(x: torch.Tensor, positions: torch.Tensor, heads: int) -> torch.Tensor:
@@ -52,7 +53,10 @@ def test_products_do_depend_on_the_distance():
 
 def test_lengths_are_kept_and_the_first_position_is_not_turned():
     x, positions = torch.randn(5, 8), torch.arange(5)
-    torch.testing.assert_close(turned(x, positions, 2).norm(dim=1), x.norm(dim=1))
+    # Sines and cosines are rounded, products of them, and eight squares.
+    unit = of_sums(3 + 8) * torch.finfo(torch.float32).eps
+    lengths = x.norm(dim=1)
+    assert_within(turned(x, positions, 2).norm(dim=1), lengths, unit * lengths)
     assert torch.equal(turned(x, torch.zeros(5, dtype=torch.int64), 2), x)
 
 

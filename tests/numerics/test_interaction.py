@@ -1,0 +1,163 @@
+"""What a probe adds up, batch by batch, against loops over rows in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.helpers.rounding import assert_within, float64_rounding, rounding_of
+from torchrec_hilomoe.hilomoe.probe.interactions import (
+    BucketRows,
+    FitSums,
+    HeldOutSums,
+    signed_gain,
+)
+from torchrec_hilomoe.hilomoe.reference import BucketedRows, interaction
+
+BLOCKS = 3
+# rows, D, O, E, R: odd and degenerate sizes first
+SHAPES = [(40, 1, 1, 2, 1), (60, 5, 3, 4, 2), (90, 4, 7, 3, 9)]
+
+
+def make_rows(shape, seed: int, weighted: bool, units: int = 2) -> BucketRows:
+    """Rows whose map differs by bucket of the first unit."""
+    rows, width_in, width_out, experts, _ = shape
+    rng = torch.Generator().manual_seed(seed)
+    bucket_KN = torch.randint(experts, (units, rows), generator=rng)
+    x_ND = torch.randn(rows, width_in, generator=rng).double() + 0.3
+    maps_EOD = torch.randn(
+        experts, width_out, width_in, generator=torch.Generator().manual_seed(9)
+    ).double()
+    delta_NO = torch.randn(rows, width_out, generator=rng).double()
+    delta_NO += torch.einsum("nod,nd->no", maps_EOD[bucket_KN[0]], x_ND)
+    weight_N = torch.ones(rows).double()
+    if weighted:
+        weight_N = torch.rand(rows, generator=rng).double() + 0.1
+    return BucketRows(
+        x_ND=x_ND,
+        delta_NO=delta_NO * weight_N[:, None],
+        weight_N=weight_N,
+        bucket_KN=bucket_KN,
+    )
+
+
+def in_buckets(rows: BucketRows, unit: int) -> BucketedRows:
+    """As the reference takes them: gradients without weights."""
+    return BucketedRows(
+        x_ND=rows.x_ND.double(),
+        delta_NO=(rows.delta_NO / rows.weight_N[:, None]).double(),
+        weight_N=rows.weight_N.double(),
+        bucket_N=rows.bucket_KN[unit],
+    )
+
+
+def pieces(rows: BucketRows) -> list[BucketRows]:
+    """The same rows in unequal batches; one of them is empty."""
+    cuts = [0, 7, 7, len(rows.x_ND) // 2, len(rows.x_ND)]
+    return [
+        BucketRows(
+            x_ND=rows.x_ND[start:stop],
+            delta_NO=rows.delta_NO[start:stop],
+            weight_N=rows.weight_N[start:stop],
+            bucket_KN=rows.bucket_KN[:, start:stop],
+        )
+        for start, stop in zip(cuts, cuts[1:], strict=False)
+    ]
+
+
+def streamed(fit: BucketRows, held_out: BucketRows, experts: int, rank: int) -> HeldOutSums:
+    sums = FitSums(
+        len(fit.bucket_KN), experts, fit.x_ND.shape[1], fit.delta_NO.shape[1], torch.device("cpu")
+    )
+    for part in pieces(fit):
+        sums.add(part)
+    judge = HeldOutSums(sums.directions(rank), BLOCKS)
+    for at, part in enumerate(pieces(held_out)):
+        judge.add(part, at % BLOCKS)
+    return judge
+
+
+def results(fit: BucketRows, held_out: BucketRows, experts: int, rank: int) -> dict:
+    found = streamed(fit, held_out, experts, rank).statistics()
+    gain_K = signed_gain(found.slope_K, found.size_K)
+    return {"slope": found.slope_K, "size": found.size_K, "gain": gain_K}
+
+
+def reference_results(fit: BucketRows, held_out: BucketRows, experts: int, rank: int) -> dict:
+    found = [
+        interaction(in_buckets(fit, unit), in_buckets(held_out, unit), experts, rank)
+        for unit in range(len(fit.bucket_KN))
+    ]
+    return {
+        name: torch.tensor([getattr(one, name) for one in found], dtype=torch.float64)
+        for name in ("slope", "size", "gain")
+    }
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-D{}-O{}-E{}-R{}".format(*s))
+def test_matches_the_reference_in_float64(shape, weighted):
+    fit, held_out = make_rows(shape, 0, weighted), make_rows(shape, 1, weighted)
+    _, _, _, experts, rank = shape
+    want = reference_results(fit, held_out, experts, rank)
+    bound = rounding_of(results, fit, held_out, experts, rank)
+    assert_within(results(fit, held_out, experts, rank), want, bound)
+    assert float(want["size"][0]) > 0
+
+
+def test_matches_the_reference_in_float32():
+    shape = SHAPES[1]
+    fit, held_out = (
+        replace(
+            rows,
+            x_ND=rows.x_ND.float(),
+            delta_NO=rows.delta_NO.float(),
+            weight_N=rows.weight_N.float(),
+        )
+        for rows in (make_rows(shape, 0, True), make_rows(shape, 1, True))
+    )
+    want = reference_results(fit, held_out, shape[3], shape[4])
+    bound = rounding_of(results, fit, held_out, shape[3], shape[4])
+    assert_within(results(fit, held_out, shape[3], shape[4]), want, bound)
+
+
+def test_a_bucket_without_rows_adds_nothing():
+    shape = SHAPES[1]
+    fit, held_out = make_rows(shape, 0, False), make_rows(shape, 1, False)
+    fit.bucket_KN[0] = fit.bucket_KN[0].clamp(max=2)  # bucket 3 has held-out rows only
+    held_out.bucket_KN[1] = held_out.bucket_KN[1].clamp(min=1)  # bucket 0 has fit rows only
+    want = reference_results(fit, held_out, shape[3], shape[4])
+    bound = rounding_of(results, fit, held_out, shape[3], shape[4])
+    assert_within(results(fit, held_out, shape[3], shape[4]), want, bound)
+
+
+def test_overlap_is_the_mean_product_of_two_rows_steps():
+    shape = SHAPES[1]
+    fit, held_out = make_rows(shape, 0, True), make_rows(shape, 1, True)
+    judge = streamed(fit, held_out, shape[3], shape[4])
+    found, steps = judge.statistics(), judge.directions
+    full = torch.einsum("kero,kerd->keod", steps.left_KERO, steps.right_KERD)
+    total, want = held_out.weight_N.sum(), torch.zeros(2, 2, dtype=torch.float64)
+    for n, weight in enumerate(held_out.weight_N):
+        own = [full[unit, held_out.bucket_KN[unit, n]] for unit in range(2)]
+        for one in range(2):
+            for other in range(2):
+                want[one, other] += weight / total * (own[one] * own[other]).sum()
+    bound = float64_rounding(held_out.weight_N, full)
+    assert_within(found.overlap_KK, want, bound)
+    assert_within(found.overlap_KK.diagonal(), found.size_K, bound)
+
+
+def test_blocks_that_count_twice_are_rows_that_stand_there_twice():
+    shape = SHAPES[1]
+    fit, held_out = make_rows(shape, 0, True), make_rows(shape, 1, True)
+    judge = streamed(fit, held_out, shape[3], shape[4])
+    slope_BK, size_BK = judge.slopes(torch.tensor([[2.0, 0.0, 1.0]], dtype=torch.float64))
+    again = HeldOutSums(judge.directions, BLOCKS)
+    for at, part in enumerate(pieces(held_out)):
+        for _ in range((2, 0, 1)[at % BLOCKS]):
+            again.add(part, 0)
+    want = again.statistics()
+    bound = float64_rounding(held_out.x_ND, held_out.delta_NO, want.size_K)
+    assert_within(slope_BK[0], want.slope_K, bound)
+    assert_within(size_BK[0], want.size_K, bound)

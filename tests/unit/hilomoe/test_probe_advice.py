@@ -1,0 +1,104 @@
+"""What a probe advises: never more than what was found can bear, and always what to do next."""
+
+import pytest
+
+from torchrec_hilomoe.hilomoe import Gain, LayerChoice
+from torchrec_hilomoe.hilomoe.probe.advice import advise, CONFIRM, Findings, PlainModel
+
+LEARNED = PlainModel(loss=0.4, constant_loss=0.5, steps=300)
+
+
+def gain(name, value, spread=0.0005):
+    return Gain(name=name, site="up", gain=value, low=value - spread, high=value + spread)
+
+
+def advised(*totals, wider=-0.001, random=0.0005, filled=8, plain=LEARNED):
+    """The advice where layers add up to these totals, and the first adds most."""
+    befores = (0.0, *totals)
+    layers = [
+        LayerChoice(feature=name, gain=total - before, total=total)
+        for name, total, before in zip(["hour", "page", "item"], totals, befores, strict=False)
+    ]
+    best = layers[0].gain if layers else 0.0001
+    return advise(
+        Findings(
+            layers=layers,
+            best=gain("hour", best),
+            wider=gain("wider", wider),
+            random=gain("random", 0.0, random),
+            filled=filled,
+            blocks=8,
+            rows=4096,
+            plain=plain,
+        )
+    )
+
+
+def test_a_promise_ends_with_how_to_confirm_it():
+    advice = advised(0.01, 0.012)
+    assert advice.pays
+    assert advice.verdict == (
+        f"experts should pay: route by hour, page (predicted 0.010, 0.002 nats). {CONFIRM}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("plain", "why"),
+    [
+        (
+            PlainModel(loss=0.4),
+            "promise 0.410 nats, and the whole loss of the plain model is 0.400",
+        ),
+        (
+            PlainModel(loss=0.7, constant_loss=0.69),
+            "the plain model's loss is 0.700, and that of the click rate alone 0.690",
+        ),
+    ],
+)
+def test_a_model_that_has_not_learned_promises_nothing(plain, why):
+    advice = advised(0.3, 0.41, plain=plain)
+    assert not advice.pays
+    assert advice.verdict.startswith("cannot tell yet: ")
+    assert why in advice.verdict
+    assert advice.verdict.endswith(
+        "Train it longer (--steps), or probe a checkpoint of a longer run (--checkpoint)."
+    )
+
+
+def test_too_few_rows_are_neither_a_yes_nor_a_no():
+    advice = advised(0.01, filled=3)
+    assert not advice.pays
+    assert "4,096 held-out rows are too few: they fill 3 of 8 blocks" in advice.verdict
+    advice = advised(random=0.002)
+    assert advice.verdict.startswith("cannot tell yet: the 4,096 held-out rows are too few: random")
+    assert advice.verdict.endswith("Judge by more rows (--judge_batches, --data.eval_rows).")
+    assert advised(0.01, random=0.002).pays
+
+
+def test_all_doubts_are_told():
+    both = advised(0.3, 0.41, filled=1, plain=PlainModel(loss=0.4)).verdict
+    assert "whole loss" in both
+    assert "too few" in both
+
+
+@pytest.mark.parametrize("totals", [(), (0.001,), (0.01,)])
+@pytest.mark.parametrize("wider", [-0.001, 0.0, 0.0003])
+def test_a_wider_head_is_not_promised_where_its_control_gains_nothing(totals, wider):
+    """Also where its interval has zero in it."""
+    assert "wider head promises more" not in advised(*totals, wider=wider).verdict
+
+
+def test_a_wider_head_that_gains_more_is_named_whatever_the_verdict():
+    more = "A wider head promises more: hidden units for the same FLOPs 0.0200 nats, hour 0.0100."
+    assert more in advised(0.01, wider=0.02).verdict
+    assert "nats, hour 0.0001." in advised(wider=0.02).verdict
+    assert "A wider head promises nothing either." in advised(wider=-0.1).verdict
+
+
+@pytest.mark.parametrize(("steps", "warned"), [(299, True), (300, False), (None, False)])
+def test_a_short_probe_warns(steps, warned):
+    plain = PlainModel(loss=0.4, constant_loss=0.5, steps=steps)
+    for totals in ((), (0.01,)):
+        verdict = advised(*totals, plain=plain).verdict
+        assert (f"trained for {steps} steps only" in verdict) == warned
+        assert verdict.endswith(CONFIRM)

@@ -1,0 +1,53 @@
+"""Buckets: where a feature sends each row, as an untrained router would."""
+
+import torch
+
+from tests.helpers.probed_hosts import build, FEATURES
+from tests.helpers.rounding import assert_same
+from torchrec_hilomoe import HiLoMoEConfig, inject_shared_router
+from torchrec_hilomoe.hilomoe import SampleRouter
+from torchrec_hilomoe.hilomoe.probe.buckets import FeatureBuckets
+
+
+def test_random_buckets_depend_on_samples_and_pass_alone():
+    """So ranks may share the samples in any way."""
+    buckets = FeatureBuckets(FEATURES, 8, 2, 0, torch.device("cpu"))
+    query = torch.randn(64, 9)
+    buckets.prepare(query)
+    whole = buckets(query, 5)[-2:]
+    parts = torch.cat([buckets(query[:20], 5), buckets(query[20:], 5)], dim=1)[-2:]
+    assert_same(parts, whole)
+    assert not torch.equal(buckets(query, 6)[-2:], whole)
+    same = buckets(query[:1].expand(4096, -1), 5)[-2:]  # equal samples go anywhere, too
+    shares = torch.stack([row.bincount(minlength=8) for row in same]) / 4096
+    assert float(shares.max()) < 1 / 6
+
+
+def test_numbers_go_to_their_quantiles():
+    buckets = FeatureBuckets(FEATURES, 4, 1, 0, torch.device("cpu"))
+    query = torch.zeros(400, 9)
+    query[:, 8] = torch.arange(400.0)
+    buckets.prepare(query)
+    number = list(buckets.names).index("number")
+    assert buckets(query, 0)[number].bincount().tolist() == [100] * 4
+
+
+def test_embeddings_go_where_an_untrained_router_sends_them():
+    """The same keys, on the same view, choose the same expert."""
+    model = build()
+    buckets = FeatureBuckets(FEATURES, 4, 1, 0, torch.device("cpu"))
+    inject_shared_router(
+        model,
+        HiLoMoEConfig(num_layers=1, num_experts=4),
+        ["first"],
+        "features",
+        9,
+        views=[[range(4)]],
+    )
+    router = model.hilomoe_router
+    assert isinstance(router, SampleRouter)
+    with torch.no_grad():
+        router.expert_keys[0] = buckets._keys["a"].t()
+    query = torch.randn(64, 9)
+    buckets.prepare(query)
+    assert_same(router(query).chosen_LkN[0, 0], buckets(query, 0)[0])

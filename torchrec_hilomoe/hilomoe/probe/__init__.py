@@ -1,0 +1,21 @@
+"""Which features decide: found from the gradients of a plain model, before any expert is trained.
+
+Read in this order: `interactions` (the statistic), `buckets` (a feature as a router would read it),
+`wider` (the control of as many FLOPs), `heard` (a pass of the host's), `probe` (the hooks on a
+host's loop), `verdict` (what it means: ranking, intervals, views, a sentence), `picture`.
+"""
+
+from torchrec_hilomoe.hilomoe.probe.heard import LossTerms
+from torchrec_hilomoe.hilomoe.probe.picture import draw_probe
+from torchrec_hilomoe.hilomoe.probe.probe import InteractionProbe
+from torchrec_hilomoe.hilomoe.probe.verdict import Gain, LayerChoice, ProbeReport, SiteCost
+
+__all__ = [
+    "Gain",
+    "InteractionProbe",
+    "LayerChoice",
+    "LossTerms",
+    "ProbeReport",
+    "SiteCost",
+    "draw_probe",
+]

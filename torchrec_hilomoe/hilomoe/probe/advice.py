@@ -1,0 +1,149 @@
+"""What a probe advises, in words: experts, none, or that it cannot tell yet, and why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchrec_hilomoe.hilomoe.probe.verdict import Gain, LayerChoice
+
+__all__ = ["PAYING_GAIN", "Advice", "Findings", "PlainModel", "advise"]
+
+# The least that views must promise, in nats a sample. Fixed on the generated worlds, DIN of head
+# 64-32 after 300 steps, seeds 0, 1, 2: `benchmarks/LOG.md` has them beside what experts brought.
+PAYING_GAIN = 2e-3
+FIXED_AT_STEPS = 300
+LONGER = "Train it longer (--steps), or probe a checkpoint of a longer run (--checkpoint)."
+MORE_ROWS = "Judge by more rows (--judge_batches, --data.eval_rows)."
+CONFIRM = (
+    "Confirm it with a pair of runs that differ in the experts alone, of the same seed: compare "
+    "their test AUC."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainModel:
+    """What is known of the model that is probed, each None where it is not.
+
+    Attributes:
+        loss: Mean loss of the rows that judged, in nats a sample.
+        constant_loss: The same of a model that predicts their mean for all.
+        steps: Optimizer steps that it was trained for.
+    """
+
+    loss: float | None = None
+    constant_loss: float | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What the advice rests on.
+
+    Attributes:
+        layers: What each expert layer should be routed by; empty if nothing stands out.
+        best: The largest gain of a feature.
+        wider: The largest gain of hidden units for the FLOPs of the experts.
+        random: The widest interval of random buckets.
+        filled: Blocks that have held-out rows.
+        blocks: Blocks there are.
+        rows: Held-out rows.
+        plain: The model.
+    """
+
+    layers: Sequence["LayerChoice"]
+    best: "Gain"
+    wider: "Gain"
+    random: "Gain"
+    filled: int
+    blocks: int
+    rows: int
+    plain: PlainModel
+
+    @property
+    def total(self) -> float:
+        """What all layers promise together, in nats a sample."""
+        return self.layers[-1].total if self.layers else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """Whether experts are worth it, and the same in words."""
+
+    pays: bool
+    verdict: str
+
+
+def advise(found: Findings) -> Advice:
+    """Weigh what was found; what is too uncertain is neither a yes nor a no."""
+    pays = found.total >= PAYING_GAIN
+    doubts = _doubts(found, pays)
+    if doubts:
+        text = " ".join(["cannot tell yet:", " And ".join(doubts)])
+        return Advice(pays=False, verdict=text)
+    said = [_promise(found) if pays else _no_promise(found), _of_width(found, pays)]
+    steps = found.plain.steps
+    if steps is not None and steps < FIXED_AT_STEPS:
+        said.append(
+            f"The plain model was trained for {steps} steps only, and gains shrink as a model "
+            f"learns: probe again after {FIXED_AT_STEPS} or more."
+        )
+    return Advice(pays=pays, verdict=" ".join([*filter(None, said), CONFIRM]))
+
+
+def _doubts(found: Findings, pays: bool) -> list[str]:
+    """Why nothing can be said yet, each with what to do."""
+    doubts, loss, constant = [], found.plain.loss, found.plain.constant_loss
+    if loss is not None and found.total >= loss:
+        doubts.append(
+            f"all layers together promise {found.total:.3f} nats, and the whole loss of the plain "
+            f"model is {loss:.3f}, so it has not learned what it can by itself. {LONGER}"
+        )
+    elif loss is not None and constant is not None and loss >= constant:
+        doubts.append(
+            f"the plain model's loss is {loss:.3f}, and that of the click rate alone "
+            f"{constant:.3f}, so it has not learned what it can by itself. {LONGER}"
+        )
+    if 2 * found.filled < found.blocks:
+        doubts.append(
+            f"the {found.rows:,} held-out rows are too few: they fill {found.filled} of "
+            f"{found.blocks} blocks, and no interval can be trusted. {MORE_ROWS}"
+        )
+    elif not pays and found.random.high - found.random.low > PAYING_GAIN:
+        doubts.append(
+            f"the {found.rows:,} held-out rows are too few: random buckets are between "
+            f"{found.random.low:.4f} and {found.random.high:.4f} nats, which is wider than the "
+            f"{PAYING_GAIN:g} that pay. {MORE_ROWS}"
+        )
+    return doubts
+
+
+def _promise(found: Findings) -> str:
+    features = list(dict.fromkeys(layer.feature for layer in found.layers))
+    adds = {it: sum(at.gain for at in found.layers if at.feature == it) for it in features}
+    shown = ", ".join(f"{gain:.3f}" for gain in adds.values())
+    return f"experts should pay: route by {', '.join(features)} (predicted {shown} nats)."
+
+
+def _no_promise(found: Findings) -> str:
+    if not found.layers:
+        return (
+            "nothing decides: no feature stands out against random buckets (the best is "
+            f"{found.best.name}, {found.best.gain:.4f} nats)."
+        )
+    return (
+        f"nothing decides: {found.layers[0].feature} stands out, but all layers together promise "
+        f"{found.total:.4f} nats, and {PAYING_GAIN:g} are the least that pays."
+    )
+
+
+def _of_width(found: Findings, pays: bool) -> str:
+    """What hidden units for the same FLOPs promise, where that is something, and more."""
+    wider = found.wider
+    if wider.low <= 0 or wider.gain <= found.best.gain:
+        return "" if pays or wider.gain > 0 else "A wider head promises nothing either."
+    than = f"{found.best.name} {found.best.gain:.4f}"
+    return (
+        f"A wider head promises more: hidden units for the same FLOPs {wider.gain:.4f} nats, "
+        f"{than}."
+    )

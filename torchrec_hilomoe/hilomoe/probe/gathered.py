@@ -1,0 +1,165 @@
+"""What a probe gathers at one site: sums of the rows that fit, then of those that judge.
+
+Shape legend: as in `probe`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn, Tensor
+
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.probe.interactions import (
+    add_over_ranks,
+    BucketRows,
+    Directions,
+    FitSums,
+    HeldOutSums,
+)
+from torchrec_hilomoe.hilomoe.probe.verdict import Evidence
+from torchrec_hilomoe.hilomoe.probe.wider import Wider
+
+__all__ = ["SiteSums"]
+
+ROWS_OF_A_BUCKET = 32  # fewer say nothing about a bucket's mean
+
+
+class SiteSums:
+    """Sums over the rows of one site.
+
+    Args:
+        name: Of the site, for errors and the report.
+        module: The map.
+        tokens: The module that says whose its rows are, if it sees events.
+        config: The experts that are thought of.
+        units: ``K``.
+        blocks: Parts of the rows that judge.
+        sketch: Widest side that is kept as it is.
+        seed: Of projections.
+        hidden: Random hidden units of the control ``wider``.
+        thin_events: Whether of a site's events only about one a sample is kept.
+        device: Where the rows are.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Linear | HiLoMoELinear,
+        tokens: str | None,
+        *,
+        config: HiLoMoEConfig,
+        units: int,
+        blocks: int,
+        sketch: int,
+        seed: int,
+        hidden: int,
+        thin_events: bool,
+        device: torch.device,
+    ) -> None:
+        self.name, self.module, self.tokens = name, module, tokens
+        self._config, self._blocks = config, blocks
+        self._sketch, self._seed, self._thin = sketch, seed, thin_events
+        widths = (min(module.in_features, sketch), min(module.out_features, sketch))
+        self.fit = FitSums(units, config.num_experts, *widths, device)
+        # A unit beside the site costs as much as a vector of an expert down and up.
+        paid = config.num_layers * config.num_experts * config.rank
+        self._wider = Wider(paid, *widths, blocks, seed, device, units=hidden)
+        self.held_out: HeldOutSums | None = None
+        self._seen = torch.zeros(2, dtype=torch.float64, device=device)  # held-out samples, rows
+
+    def add(self, rows: BucketRows, samples: int, block: int) -> None:
+        """Add the rows of a pass, to a block if they judge."""
+        seen = len(rows.x_ND)
+        if self._thin and seen > samples:
+            rows = rows.every(seen // samples)
+        rows = rows.sketched(self._sketch, self._seed)
+        if self.held_out is None:
+            self.fit.add(rows)
+            self._wider.fit(rows.x_ND, rows.delta_NO, rows.weight_N)
+            return
+        self.held_out.add(rows, block)
+        self._wider.judge(rows.x_ND, rows.delta_NO, rows.weight_N, block)
+        self._seen += self._seen.new_tensor([samples, seen])
+
+    def settle(self) -> None:
+        """Add up what has fit over ranks, and find the steps; a collective call.
+
+        Raises:
+            ValueError: If too few rows have fit.
+        """
+        add_over_ranks((*self.fit.tensors, *self._wider.fit_tensors))
+        if not self.fit.rows:
+            raise ValueError(
+                f"InteractionProbe.sites: {self.name!r} had no gradient in a backward pass "
+                "while the probe fitted, so it was not used or nothing before it or in it "
+                "learns. Run backward inside probe.fit(), or leave this site out."
+            )
+        self._check_rows("fit", float(self.fit.rows))
+        self.held_out = HeldOutSums(self.fit.directions(self._config.rank), self._blocks)
+        self._wider.settle()
+
+    def evidence(self, buckets_in_use: Mapping[str, int]) -> Evidence:
+        """Add up what has judged over ranks, once; a collective call.
+
+        Raises:
+            ValueError: If too few rows have judged.
+        """
+        assert self.held_out is not None
+        add_over_ranks((*self.held_out.tensors, *self._wider.tensors, self._seen))
+        self._check_rows("held-out", float(self.held_out.rows))
+        samples, seen = self._seen.tolist()
+        return Evidence(
+            site=self.name,
+            in_features=self.module.in_features,
+            out_features=self.module.out_features,
+            rows_per_sample=seen / samples,
+            held_out=self.held_out,
+            wider=self._wider,
+            fit_rows=int(self.fit.rows),
+            buckets_in_use=buckets_in_use,
+        )
+
+    def _check_rows(self, kind: str, rows: float) -> None:
+        least = ROWS_OF_A_BUCKET * self._config.num_experts
+        if rows < least:
+            where = "probe.fit()" if kind == "fit" else "probe.judge()"
+            raise ValueError(
+                f"InteractionProbe: site {self.name!r} saw {int(rows)} {kind} rows, and "
+                f"{self._config.num_experts} buckets need {least}: {ROWS_OF_A_BUCKET} each. Run "
+                f"more batches inside {where}, or lower num_experts."
+            )
+
+    def sums(self) -> dict[str, Tensor]:
+        """By name, what ranks have yet to add up; the tensors themselves."""
+        if self.held_out is None:
+            return _named("fit", self.fit.tensors) | _named("wider", self._wider.fit_tensors)
+        held_out = _named("held_out", self.held_out.tensors)
+        return held_out | _named("wider", self._wider.tensors) | {"seen": self._seen}
+
+    def shared(self) -> dict[str, Tensor]:
+        """By name, what is the same on all ranks: the steps, and what tells of their rows."""
+        if self.held_out is None:
+            return {}
+        directions = {f"step.{name}": it for name, it in vars(self.held_out.directions).items()}
+        fit = {"weight_KE": self.fit.weight_KE, "rows": self.fit.rows}
+        assert self._wider.step is not None
+        return directions | fit | _named("wider", self._wider.step)
+
+    def take(self, shared: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+        """Go on from what `shared` and `sums` gave; sums that are missing stay zero."""
+        if shared:
+            here = {name: tensor.to(self._seen.device) for name, tensor in shared.items()}
+            steps = {name: it for name, it in here.items() if name.startswith("step.")}
+            found = Directions(**{name.removeprefix("step."): it for name, it in steps.items()})
+            self.held_out = HeldOutSums(found, self._blocks)
+            self.fit.weight_KE.copy_(here["weight_KE"])
+            self.fit.rows.copy_(here["rows"])
+            self._wider.step = (here["wider.0"], here["wider.1"], here["wider.2"])
+        for name, tensor in self.sums().items():
+            if name in sums:
+                tensor.copy_(sums[name])
+
+
+def _named(prefix: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{at}": tensor for at, tensor in enumerate(tensors)}

@@ -1,0 +1,373 @@
+"""`InteractionProbe`: find out in a host's own loop by which features experts should be routed.
+
+What a model cannot express shows in its gradients before any expert is trained (`interactions`).
+The probe hears them through hooks: a site's input and the gradient by its output, and the output of
+the module that is a sample's query. Outside of `InteractionProbe.fit` and `InteractionProbe.judge`
+it does nothing and costs nothing.
+
+Shape legend:
+    B  samples     N  rows of a site: samples, or their events     D  input width
+    O  output width     E  experts     K  units: features x draws of keys
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn, Tensor
+
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.module_names import check_module
+from torchrec_hilomoe.hilomoe.probe.advice import PlainModel
+from torchrec_hilomoe.hilomoe.probe.buckets import FeatureBuckets
+from torchrec_hilomoe.hilomoe.probe.checks import check_columns, check_features, match_sites
+from torchrec_hilomoe.hilomoe.probe.gathered import SiteSums
+from torchrec_hilomoe.hilomoe.probe.heard import HeardPass, LossTerms
+from torchrec_hilomoe.hilomoe.probe.verdict import conclude, ProbeReport
+
+__all__ = ["InteractionProbe"]
+
+
+class InteractionProbe:
+    """Predicts what experts would gain at some sites if a feature routed them.
+
+    Rows fit for each feature the step that pays most, and later rows judge it, so what is only
+    learned by heart does not count: judge rows that the model has not been trained on yet. During
+    the first epoch that is every row. A model that has seen all of its training rows is judged on
+    a validation split.
+
+    Works for any model: nothing is injected, parameters are not touched, the loop stays the
+    host's. With several ranks, all run the same number of passes and give the same report.
+
+    Args:
+        model: The model, not its wrapper, before or after it is wrapped for distributed training;
+            its forward is what the host's loop calls.
+        config: The experts that are thought of: ``num_layers``, ``num_experts``, ``rank``.
+        sites: Shell patterns over qualified names of ``nn.Linear``, or of sites.
+        query_module: Qualified name of the module whose output, ``(samples, ...)``, has the
+            features; flattened to ``(samples, columns)``.
+        features: For each feature, its columns in that output; two features at least.
+        tokens: For sites that see the events of all samples in one list: name pattern to the
+            module whose output, ``(samples + 1,)``, says where each sample's begin.
+        loss_terms: Called with the arguments of the model's forward, tells how the host makes its
+            loss. None: it is the mean over the samples. A constant factor does not matter.
+        draws: Draws of keys whose gains are averaged.
+        blocks: Parts of the rows that judge, for the intervals.
+        sketch: Widest side of a site that is kept as it is; wider ones are projected at random to
+            this width, which bounds memory.
+        every: Passes of which one is heard, to make a step cheaper.
+        hidden: Random hidden units of the control ``wider``.
+        thin_events: Whether of a site that sees events only about one a sample is kept.
+        seed: Of keys and projections.
+
+    Raises:
+        ValueError: If a name, a pattern or a range of columns means nothing, or there are fewer
+            than two features.
+
+    Example:
+        >>> class Host(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.tables = nn.ModuleList(nn.Embedding(9, 4) for _ in "ab")
+        ...         self.features = nn.Flatten()
+        ...         self.up = nn.Linear(8, 1)
+        ...
+        ...     def forward(self, ids):
+        ...         found = [table(column) for table, column in zip(self.tables, ids.t())]
+        ...         return self.up(self.features(torch.stack(found, dim=1)))
+        >>> model = Host()
+        >>> probe = InteractionProbe(
+        ...     model,
+        ...     HiLoMoEConfig(num_layers=2, num_experts=4),
+        ...     sites=["up"],
+        ...     query_module="features",
+        ...     features={"a": range(0, 4), "b": range(4, 8)},
+        ... )
+        >>> def steps(number):
+        ...     for _ in range(number):
+        ...         ids = torch.randint(9, (64, 2))
+        ...         clicks = ((ids[:, 0] < 4) == (ids[:, 1] < 4)).float()
+        ...         logits = model(ids).squeeze(1)
+        ...         nn.functional.binary_cross_entropy_with_logits(logits, clicks).backward()
+        >>> with probe.fit():
+        ...     steps(8)
+        >>> with probe.judge():
+        ...     steps(8)
+        >>> report = probe.report()
+        >>> sorted(found.name for found in report.features)
+        ['a', 'b']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: HiLoMoEConfig,
+        sites: Sequence[str],
+        query_module: str,
+        features: Mapping[str, range],
+        *,
+        tokens: Mapping[str, str] = MappingProxyType({}),
+        loss_terms: Callable[..., LossTerms] | None = None,
+        draws: int = 4,
+        blocks: int = 8,
+        sketch: int = 128,
+        every: int = 1,
+        hidden: int = 256,
+        thin_events: bool = False,
+        seed: int = 0,
+    ) -> None:
+        counts = {"draws": draws, "sketch": sketch, "every": every, "hidden": hidden}
+        counts["blocks"] = blocks - 1
+        for option, value in counts.items():
+            if value < 1:
+                least, got = (2, blocks) if option == "blocks" else (1, value)
+                raise ValueError(
+                    f"InteractionProbe.{option} must be at least {least}, got {got}. "
+                    f"Use {option}={least} or more."
+                )
+        modules = dict(model.named_modules())
+        given = [("query_module", query_module), *(("tokens", name) for name in tokens.values())]
+        for option, name in given:
+            check_module(f"InteractionProbe.{option}:", name, modules)
+        check_features(features)
+        self._model, self._config, self._features = model, config, dict(features)
+        self._query_module, self._loss_terms = query_module, loss_terms
+        self._token_modules = tuple(dict.fromkeys(tokens.values()))
+        self._draws, self._blocks, self._sketch, self._seed = draws, blocks, sketch, seed
+        self._every = every
+        self._hidden, self._thin_events = hidden, thin_events
+        self._modules = match_sites(modules, sites)
+        self._tokens = {
+            name: next((t for p, t in tokens.items() if fnmatchcase(name, p)), None)
+            for name in self._modules
+        }
+        self._sites: list[SiteSums] = []  # from the first pass that is heard
+        self._buckets: FeatureBuckets | None = None
+        self._handles: list[Any] = []
+        self._pass: HeardPass | None = None
+        self._phase = "idle"
+        self._passes = 0
+        self._settled = False
+        self._report: ProbeReport | None = None
+
+    @contextmanager
+    def fit(self) -> Iterator[None]:
+        """Let the backward passes inside fit the steps that experts would take.
+
+        Raises:
+            ValueError: If rows have judged already.
+        """
+        if self._settled:
+            raise ValueError(
+                "InteractionProbe.fit: rows have judged already, and what they judged must not "
+                "change. Make another probe."
+            )
+        with self._listening("fit"):
+            yield
+
+    @contextmanager
+    def judge(self) -> Iterator[None]:
+        """Let the backward passes inside judge; with several ranks, a collective call.
+
+        Raises:
+            ValueError: If too few rows have fit, or a site, or the query, has not run.
+        """
+        self._settle()
+        with self._listening("judge"):
+            yield
+
+    def report(
+        self,
+        *,
+        loss: float | None = None,
+        constant_loss: float | None = None,
+        steps: int | None = None,
+    ) -> ProbeReport:
+        """Say what was found; with several ranks, a collective call.
+
+        What the host tells of the model makes the verdict careful: one that has not learned yet
+        what it can by itself promises anything to experts. The first call decides.
+
+        Args:
+            loss: Mean loss of the rows that judged, in nats a sample; None is not known.
+            constant_loss: The same of a model that predicts their mean for all.
+            steps: Optimizer steps that the model was trained for.
+
+        Raises:
+            ValueError: If too few rows have judged.
+        """
+        if self._report is not None:
+            return self._report
+        self._settle()
+        assert self._buckets is not None
+        evidence = [
+            site.evidence(site.fit.buckets_in_use(self._buckets.names, self._draws))
+            for site in self._sites
+        ]
+        self._report = conclude(
+            evidence,
+            self._buckets.names,
+            self._config,
+            self._draws,
+            self._seed,
+            PlainModel(loss=loss, constant_loss=constant_loss, steps=steps),
+        )
+        return self._report
+
+    def views(self) -> tuple[tuple[range, ...], ...]:
+        """The views to take, as `inject_shared_router` wants them, one for each expert layer.
+
+        Raises:
+            ValueError: If nothing decides, so that experts would not pay.
+        """
+        report = self.report()
+        if not report.pays:
+            raise ValueError(
+                f"InteractionProbe.views: {report.verdict} Keep the plain model, or name features "
+                "that you know to decide."
+            )
+        return tuple(tuple(self._features[name] for name in names) for names in report.route_by)
+
+    @contextmanager
+    def _listening(self, phase: str) -> Iterator[None]:
+        model = self._model
+        self._phase = phase
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.get_submodule(self._query_module).register_forward_hook(self._hear_query),
+            *(
+                model.get_submodule(name).register_forward_hook(partial(self._hear_offsets, name))
+                for name in self._token_modules
+            ),
+            *(
+                module.register_forward_hook(partial(self._hear_site, name))
+                for name, module in self._modules.items()
+            ),
+        ]
+        try:
+            yield
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._phase, self._handles, self._pass = "idle", [], None
+
+    def _begin(self, module: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the model."""
+        self._pass = None
+        if torch.is_grad_enabled():
+            if self._passes % self._every == 0:
+                self._pass = HeardPass(number=self._passes // self._every, args=args)
+            self._passes += 1
+
+    @torch.no_grad()
+    def _hear_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of the query's module; FX traces it with a proxy."""
+        if self._pass is None or not isinstance(output, Tensor):
+            return
+        query_BQ = output.detach().flatten(1)
+        if self._buckets is None:
+            check_columns(self._features, self._query_module, query_BQ.shape[1])
+            self._buckets = self._start(query_BQ.device)
+        if self._buckets.prepare(query_BQ):
+            self._pass.query_BQ = query_BQ.clone()  # a host may go on to change it in place
+
+    def _hear_offsets(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of a module that says whose the events of a list are."""
+        if self._pass is not None and isinstance(output, Tensor):
+            self._pass.offsets[name] = output
+
+    def _hear_site(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Forward hook of a site."""
+        if self._pass is None or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        output.register_hook(partial(self._hear_gradient, name, self._pass, args[0].detach()))
+
+    @torch.no_grad()
+    def _hear_gradient(self, name: str, heard: HeardPass, x: Tensor, gradient: Tensor) -> None:
+        """Hook of a site's output: add the pass to the sums."""
+        if self._phase == "idle" or heard.query_BQ is None or len(heard.query_BQ) == 0:
+            return
+        if heard.bucket_KB is None:
+            assert self._buckets is not None
+            heard.bucket_KB = self._buckets(heard.query_BQ, heard.number)
+            if self._loss_terms is not None:
+                heard.terms = self._loss_terms(*heard.args)
+        site = next(site for site in self._sites if site.name == name)
+        rows = heard.rows(name, site.tokens, x, gradient)
+        site.add(rows, len(heard.query_BQ), heard.number % self._blocks)
+
+    def _start(self, device: torch.device) -> FeatureBuckets:
+        """Begin the sums, also where this rank will have no row."""
+        config = self._config
+        buckets = FeatureBuckets(
+            self._features, config.num_experts, self._draws, self._seed, device
+        )
+        self._sites = [
+            SiteSums(
+                name,
+                module,
+                self._tokens[name],
+                config=config,
+                units=self._draws * len(buckets.names),
+                blocks=self._blocks,
+                sketch=self._sketch,
+                seed=self._seed,
+                hidden=self._hidden,
+                thin_events=self._thin_events,
+                device=device,
+            )
+            for name, module in self._modules.items()
+        ]
+        return buckets
+
+    def _settle(self) -> None:
+        """Add up what has fit over ranks, and find the steps; once."""
+        if self._settled:
+            return
+        if self._buckets is None:
+            raise ValueError(
+                f"InteractionProbe.query_module: {self._query_module!r} did not run in a training "
+                "forward of the model while it fitted. Run the model's own forward inside "
+                "probe.fit(), or name a module that runs; the hooks of a module that FX has traced "
+                "away do not."
+            )
+        for site in self._sites:
+            site.settle()
+        self._settled = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was gathered so far, by name: views, not copies; empty before the first pass.
+
+        Names that begin with ``sums.`` are this rank's part, to be added up where fewer ranks go
+        on; what begins with ``shared.`` is the same on every rank.
+        """
+        if self._buckets is None:
+            return {}
+        state = {"shared.passes": torch.tensor([self._passes, int(self._settled)])}
+        for at, edges in enumerate(self._buckets.edges()):
+            state[f"shared.edges.{at}"] = edges
+        for at, site in enumerate(self._sites):
+            state |= {f"shared.{at}.{name}": tensor for name, tensor in site.shared().items()}
+            state |= {f"sums.{at}.{name}": tensor for name, tensor in site.sums().items()}
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state_dict` gave, to the bit on as many ranks."""
+        if not state_dict:
+            return
+        device = next(iter(self._modules.values())).weight.device
+        self._buckets = self._start(device)
+        passes, settled = state_dict["shared.passes"].tolist()
+        self._passes, self._settled = passes, bool(settled)
+        edges = [it for name, it in state_dict.items() if name.startswith("shared.edges.")]
+        self._buckets.take_edges([it.to(device) for it in edges])
+        for at, site in enumerate(self._sites):
+            site.take(_below(f"shared.{at}.", state_dict), _below(f"sums.{at}.", state_dict))
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): it for n, it in tensors.items() if n.startswith(prefix)}

@@ -1,0 +1,334 @@
+"""What a probe found, and what to do: gains with intervals, controls, views, a sentence.
+
+Shape legend:
+    K  units: names x draws     F  names     S  blocks     B  resamples
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.plan import gathering_pays
+from torchrec_hilomoe.hilomoe.probe.advice import advise, Findings, PlainModel
+from torchrec_hilomoe.hilomoe.probe.buckets import ALL, RANDOM
+from torchrec_hilomoe.hilomoe.probe.interactions import HeldOutSums, signed_gain, Statistics
+from torchrec_hilomoe.hilomoe.probe.wider import Wider
+
+__all__ = ["Evidence", "Gain", "LayerChoice", "ProbeReport", "SiteCost", "conclude"]
+
+WIDER = "wider"
+RESAMPLES = 200
+TAIL = 0.025  # of the resamples below, and above, an interval
+# Of what another draw of keys for the same feature adds: keys that learn part its values anyway.
+REPEATED = 1 / 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What experts of one layer would gain at a site, if this routed them.
+
+    Attributes:
+        name: A feature; or the control ``all`` (all features at once), ``random`` (nothing), or
+            ``wider`` (hidden units for the FLOPs of the experts).
+        site: Name of the site.
+        gain: Nats a row, averaged over draws; negative if the step would do harm.
+        low: Lower end of its interval over draws and blocks of rows.
+        high: Upper end.
+
+    Example:
+        >>> Gain(name="hour", site="up", gain=0.005, low=0.004, high=0.006).gain
+        0.005
+    """
+
+    name: str
+    site: str
+    gain: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerChoice:
+    """What one expert layer should be routed by.
+
+    Attributes:
+        feature: Name of the feature.
+        gain: What it adds to the layers before it at the site that gains most, in nats a sample.
+        total: What the layers so far gain together.
+
+    Example:
+        >>> LayerChoice(feature="hour", gain=0.005, total=0.02).total
+        0.02
+    """
+
+    feature: str
+    gain: float
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCost:
+    """What experts at a site would cost, forward, in FLOPs a row.
+
+    Attributes:
+        site: Name of the site.
+        base: FLOPs of the map as it is.
+        experts: FLOPs of its experts; routing, once a sample for all sites, is not among them.
+        rows_per_sample: Mean number of rows of a sample, 1 where the site sees no events.
+
+    Example:
+        >>> SiteCost(site="up", base=1000, experts=96, rows_per_sample=1.0).experts
+        96
+    """
+
+    site: str
+    base: int
+    experts: int
+    rows_per_sample: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeReport:
+    """What a probe found.
+
+    Attributes:
+        features: Every feature at every site, best first.
+        controls: The controls by name: ``random``, ``all`` and ``wider``, at every site.
+        layers: What to route each expert layer by, whether it pays or not; empty if nothing stands
+            out.
+        route_by: The same as ``model.hilomoe.route_by`` wants it.
+        pays: Whether experts are worth it.
+        verdict: The same in words.
+        costs: What experts would cost at each site.
+        not_judged: Features of which nothing can be said, and why.
+        fit_rows: Rows that fit, at the first site.
+        held_out_rows: Rows that judged.
+
+    Example:
+        >>> report = ProbeReport(
+        ...     features=(Gain(name="hour", site="up", gain=0.005, low=0.004, high=0.006),),
+        ...     controls={"random": (Gain(name="random", site="up", gain=0.0, low=0.0, high=0.0),)},
+        ...     layers=(LayerChoice(feature="hour", gain=0.005, total=0.005),),
+        ...     route_by=(("hour",),),
+        ...     pays=True,
+        ...     verdict="experts should pay",
+        ...     costs=(SiteCost(site="up", base=1000, experts=96, rows_per_sample=1.0),),
+        ...     not_judged={},
+        ...     fit_rows=4096,
+        ...     held_out_rows=4096,
+        ... )
+        >>> print(report.table())
+        gain in nats a row    site          gain       low      high  layer
+        hour                  up         0.00500   0.00400   0.00600  1
+        (random)              up         0.00000   0.00000   0.00000
+        experts on up: 96 FLOPs a row beside its own 1,000 (+9.6 %)
+        experts should pay
+        >>> report.to_json()["route_by"]
+        [['hour']]
+    """
+
+    features: tuple[Gain, ...]
+    controls: Mapping[str, tuple[Gain, ...]]
+    layers: tuple[LayerChoice, ...]
+    route_by: tuple[tuple[str, ...], ...]
+    pays: bool
+    verdict: str
+    costs: tuple[SiteCost, ...]
+    not_judged: Mapping[str, str]
+    fit_rows: int
+    held_out_rows: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as what ``json.dumps`` takes."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def table(self) -> str:
+        """A line a feature and site, the controls, the costs, and the verdict."""
+        gains = [*self.features, *(gain for found in self.controls.values() for gain in found)]
+        names = [f"({gain.name})" if gain.name in self.controls else gain.name for gain in gains]
+        wide, site = max(20, *map(len, names)), max(8, *(len(gain.site) for gain in gains))
+        heads = "  ".join(f"{head:>8}" for head in ("gain", "low", "high"))
+        lines = [f"{'gain in nats a row':<{wide}}  {'site':<{site}}  {heads}  layer"]
+        for name, gain in zip(names, gains, strict=True):
+            chosen = [str(at) for at, layer in enumerate(self.layers, 1) if layer.feature == name]
+            values = "  ".join(f"{value:8.5f}" for value in (gain.gain, gain.low, gain.high))
+            line = f"{name:<{wide}}  {gain.site:<{site}}  {values}  {', '.join(chosen)}"
+            lines.append(line.rstrip())
+        lines += [f"{name}: cannot judge: {reason}" for name, reason in self.not_judged.items()]
+        lines += [
+            f"experts on {cost.site}: {cost.experts:,} FLOPs a row beside its own {cost.base:,} "
+            f"(+{cost.experts / cost.base:.1%})".replace("%", " %")
+            for cost in self.costs
+        ]
+        return "\n".join([*lines, self.verdict])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What was gathered at a site, over all ranks."""
+
+    site: str
+    in_features: int
+    out_features: int
+    rows_per_sample: float
+    held_out: HeldOutSums
+    wider: Wider
+    fit_rows: int
+    buckets_in_use: Mapping[str, int]
+
+
+def conclude(
+    evidence: Sequence[Evidence],
+    names: Sequence[str],
+    config: HiLoMoEConfig,
+    draws: int,
+    seed: int,
+    plain: PlainModel,
+) -> ProbeReport:
+    """Rank the features, choose the layers' views, and judge whether they pay.
+
+    Raises:
+        ValueError: If nothing can be said of any feature.
+    """
+    not_judged = {
+        name: "all rows are in one bucket, so it has one value, or no spread"
+        for name in names
+        if name not in (ALL, RANDOM) and all(site.buckets_in_use[name] <= 1 for site in evidence)
+    }
+    judged = [name for name in names if name not in (ALL, RANDOM, *not_judged)]
+    if not judged:
+        raise ValueError(
+            f"InteractionProbe.features: none of {list(not_judged)} can be judged, because each "
+            "has 1 value in all rows that fit, and 2 are the least. Name features that vary."
+        )
+    gains: dict[str, list[Gain]] = {name: [] for name in (*names, WIDER)}
+    for site in evidence:
+        intervals = _gains(site, len(names), draws, seed)
+        for name, (gain, low, high) in zip((*names, WIDER), intervals, strict=True):
+            gains[name].append(Gain(name=name, site=site.site, gain=gain, low=low, high=high))
+    noise = [gain.high for gain in gains[RANDOM]]
+    standing = [
+        name
+        for name in judged
+        if any(gain.low > max(0.0, above) for gain, above in zip(gains[name], noise, strict=True))
+    ]
+    layers = _choose(evidence, names, standing, draws, config.num_layers)
+    ranked = sorted((g for name in judged for g in gains[name]), key=lambda g: -g.gain)
+    weight_S = evidence[0].wider.weight_S
+    advice = advise(
+        Findings(
+            layers=layers,
+            best=ranked[0],
+            wider=max(gains[WIDER], key=lambda gain: gain.gain),
+            random=max(gains[RANDOM], key=lambda gain: gain.high - gain.low),
+            filled=int((weight_S > 0).sum()),
+            blocks=len(weight_S),
+            rows=int(evidence[0].held_out.rows),
+            plain=plain,
+        )
+    )
+    return ProbeReport(
+        features=tuple(ranked),
+        controls={name: tuple(gains[name]) for name in (RANDOM, ALL, WIDER)},
+        layers=layers,
+        route_by=tuple((layer.feature,) for layer in layers),
+        pays=advice.pays,
+        verdict=advice.verdict,
+        costs=tuple(_cost(site, config) for site in evidence),
+        not_judged=not_judged,
+        fit_rows=evidence[0].fit_rows,
+        held_out_rows=int(evidence[0].held_out.rows),
+    )
+
+
+def _gains(site: Evidence, names: int, draws: int, seed: int) -> list[tuple[float, float, float]]:
+    """Gain, low and high of each name, then of the wider layer."""
+    weight_S = site.wider.weight_S
+    filled_C = (weight_S > 0).nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    picked_BC = torch.randint(len(filled_C), (RESAMPLES, len(filled_C)), generator=generator)
+    times_BS = torch.zeros(RESAMPLES + 1, len(weight_S), dtype=torch.float64)
+    times_BS[0] = 1.0
+    times_BS[1:].scatter_add_(
+        1, filled_C.cpu()[picked_BC], torch.ones(picked_BC.shape, dtype=torch.float64)
+    )
+    times_BS = times_BS.to(weight_S.device)
+    gain_BFD = signed_gain(*site.held_out.slopes(times_BS)).cpu().unflatten(1, (names, draws))
+    drawn_BFD = torch.randint(draws, (RESAMPLES, 1, draws), generator=generator)
+    resampled_BF = gain_BFD[1:].gather(2, drawn_BFD.expand(-1, names, -1)).mean(dim=2)
+    wider_B1 = signed_gain(*site.wider.slopes(times_BS)).cpu()
+    all_F = torch.cat([gain_BFD[0].mean(dim=1), wider_B1[0]])
+    spread_BF = torch.cat([resampled_BF, wider_B1[1:]], dim=1)
+    low_F, high_F = spread_BF.quantile(torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64), dim=0)
+    return list(zip(all_F.tolist(), low_F.tolist(), high_F.tolist(), strict=True))
+
+
+def _choose(
+    evidence: Sequence[Evidence],
+    names: Sequence[str],
+    standing: Sequence[str],
+    draws: int,
+    num_layers: int,
+) -> tuple[LayerChoice, ...]:
+    """Take for each layer what adds most to the layers before it.
+
+    A feature may come again, with other keys, where it is much stronger than the next one.
+    Sites that follow each other would mend the same error, so they are not added up: the site that
+    gains most counts.
+    """
+    statistics = [site.held_out.statistics() for site in evidence]
+
+    def together(chosen: Sequence[str]) -> float:
+        """The gain of views, averaged over draws; each layer has another draw of keys."""
+        of_sites = []
+        for site, found in zip(evidence, statistics, strict=True):
+            units = [_units(names, chosen, draw, draws) for draw in range(draws)]
+            gains = [_joint(found, of_draw) for of_draw in units]
+            of_sites.append(site.rows_per_sample * sum(gains) / draws)
+        return max(of_sites)
+
+    layers: list[LayerChoice] = []
+    for _ in range(num_layers if standing else 0):
+        before = [layer.feature for layer in layers]
+        total, together_before = layers[-1].total if layers else 0.0, together(before)
+        adds = {
+            name: (together([*before, name]) - together_before)
+            * (REPEATED if name in before else 1.0)
+            for name in standing
+        }
+        best = max(adds, key=lambda name: adds[name])
+        layers.append(LayerChoice(feature=best, gain=adds[best], total=total + adds[best]))
+    return tuple(layers)
+
+
+def _units(names: Sequence[str], chosen: Sequence[str], draw: int, draws: int) -> list[int]:
+    return [names.index(name) * draws + (draw + at) % draws for at, name in enumerate(chosen)]
+
+
+def _joint(found: Statistics, units: Sequence[int]) -> float:
+    """The most that steps of several units take off the loss together, none of them backwards."""
+    left = [unit for unit in dict.fromkeys(units) if found.slope_K[unit] > 0]
+    while left:
+        slope_U, bend_UU = found.slope_K[left], found.overlap_KK[left][:, left]
+        ridge = 1e-9 * bend_UU.diagonal().mean() * torch.eye(len(left)).to(bend_UU)
+        step_U = torch.linalg.solve(bend_UU + ridge, slope_U)
+        if bool((step_U >= 0).all()):
+            return float(slope_U @ step_U) / 2
+        left.pop(int(step_U.argmin()))
+    return 0.0
+
+
+def _cost(site: Evidence, config: HiLoMoEConfig) -> SiteCost:
+    few = gathering_pays(config.num_experts, config.top_k, site.in_features)
+    experts = config.top_k if few else config.num_experts
+    vectors = config.num_layers * experts * config.rank
+    return SiteCost(
+        site=site.site,
+        base=2 * site.in_features * site.out_features,
+        experts=2 * vectors * (site.in_features + site.out_features),
+        rows_per_sample=site.rows_per_sample,
+    )
