@@ -6,36 +6,51 @@ Shape legend:
     T  events of one sequence group, all rows together
 """
 
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-__all__ = ["CTRBatch", "Position"]
+__all__ = ["CTRBatch", "LoaderState"]
+
+
+TENSORS = (Tensor, KeyedJaggedTensor)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Position:
+class LoaderState:
     """How far training has read: independent of world size, workers and batch size.
 
-    An epoch's rows, in that epoch's order, are cut into ``lanes`` contiguous lanes of equal
-    length. A global batch takes the same number of rows from each, so one number is enough.
+    An epoch's rows, in that epoch's order, are cut into ``num_canonical_shards`` contiguous
+    shards of equal length. A global batch takes the same number of rows from each, so one number is
+    enough.
 
     Attributes:
         epoch: The epoch being read, from 0.
-        lane_rows: Rows consumed from each lane of that epoch.
-        lanes: Number of lanes.
-        window_rows: Rows of each lane that are sorted by length together; 0 where none are. Inside
+        lane_rows: Rows consumed from each shard of that epoch.
+        num_canonical_shards: Number of shards.
+        window_rows: Rows of each shard that are sorted by length together; 0 where none are. Inside
             a window, training resumes only with the same.
     """
 
     epoch: int
     lane_rows: int
-    lanes: int
+    num_canonical_shards: int
     window_rows: int = 0
+
+    @classmethod
+    def renewed(cls, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint says, even one of the last release, in the names of today.
+
+        Example:
+            >>> LoaderState.renewed({"epoch": 0, "lane_rows": 3, "lanes": 8})
+            {'epoch': 0, 'lane_rows': 3, 'num_canonical_shards': 8}
+        """
+        return {"num_canonical_shards" if it == "lanes" else it: raw[it] for it in raw}
 
 
 @dataclass
@@ -55,14 +70,14 @@ class CTRBatch(Pipelineable):
         dense: ``(B, F)`` float32.
         labels: ``(B,)`` float32, 0 or 1.
         weights: ``(B,)`` float32, above 0.
-        groups: ``(B,)`` int64, the groups of GAUC.
-        longest: The longest history in the batch, known on the host so that padding needs no
+        grouping_keys: ``(B,)`` int64, the groups of GAUC.
+        max_seqlen: The longest history in the batch, known on the host so that padding needs no
             device synchronisation; at least 1.
-        mean_rows: Rows of the global batch divided by the world size: the loss's denominator,
-            which makes the average over ranks the mean over the global batch. It is known before
-            the rows are read, so those that turn out to count nowhere are among them.
+        loss_denominator: Rows of the global batch divided by the world size, which makes the
+            average over ranks the mean over the global batch. It is known before the rows are
+            read, so those that turn out to count nowhere are among them.
         position: Where training resumes once this batch has been trained on.
-        steps: Events of each row's longest history, summed over rows; known on the host, too.
+        num_tokens: Events of each row's longest history, summed over rows; known on the host, too.
         time: ``(B,)`` int64, when the candidate was shown, in seconds; None where the schema
             names no such column.
         times: ``(T,)`` int64 of each sequence group that has times, in the schema's order: when
@@ -74,53 +89,42 @@ class CTRBatch(Pipelineable):
     dense: Tensor
     labels: Tensor
     weights: Tensor
-    groups: Tensor
-    longest: int
-    mean_rows: float
-    position: Position
-    steps: int | None = None
+    grouping_keys: Tensor
+    max_seqlen: int
+    loss_denominator: float
+    position: LoaderState
+    num_tokens: int | None = None
     time: Tensor | None = None
     times: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CTRBatch":
         """Copy every tensor to ``device``."""
-        return CTRBatch(
-            pooled=self.pooled.to(device=device, non_blocking=non_blocking),
-            unpooled=self.unpooled.to(device=device, non_blocking=non_blocking),
-            dense=self.dense.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            weights=self.weights.to(device, non_blocking=non_blocking),
-            groups=self.groups.to(device, non_blocking=non_blocking),
-            longest=self.longest,
-            mean_rows=self.mean_rows,
-            position=self.position,
-            steps=self.steps,
-            time=None if self.time is None else self.time.to(device, non_blocking=non_blocking),
-            times=tuple(times.to(device, non_blocking=non_blocking) for times in self.times),
-        )
+        return self._mapped(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of every tensor until ``stream`` is done with it."""
-        for jagged in (self.pooled, self.unpooled):
+        for tensor in self._tensors():
             # torchrec's own override names the CUDA class where its base class names any.
-            jagged.record_stream(cast(torch.cuda.Stream, stream))
-        plain = (self.dense, self.labels, self.weights, self.groups, *self.times)
-        for tensor in plain if self.time is None else (*plain, self.time):
-            tensor.record_stream(stream)
+            tensor.record_stream(cast(torch.cuda.Stream, stream))
 
     def pin_memory(self) -> "CTRBatch":
         """Copy every tensor to page-locked memory."""
-        return CTRBatch(
-            pooled=self.pooled.pin_memory(),
-            unpooled=self.unpooled.pin_memory(),
-            dense=self.dense.pin_memory(),
-            labels=self.labels.pin_memory(),
-            weights=self.weights.pin_memory(),
-            groups=self.groups.pin_memory(),
-            longest=self.longest,
-            mean_rows=self.mean_rows,
-            position=self.position,
-            steps=self.steps,
-            time=None if self.time is None else self.time.pin_memory(),
-            times=tuple(times.pin_memory() for times in self.times),
-        )
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _tensors(self) -> Iterator[Tensor | KeyedJaggedTensor]:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for tensor in value if isinstance(value, tuple) else (value,):
+                if isinstance(tensor, TENSORS):
+                    yield tensor
+
+    def _mapped(self, change: Callable[[Any], Any]) -> "CTRBatch":
+        """Return the same batch with every tensor changed."""
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, TENSORS):
+                changed[field.name] = change(value)
+            elif isinstance(value, tuple):
+                changed[field.name] = tuple(map(change, value))
+        return replace(self, **changed)

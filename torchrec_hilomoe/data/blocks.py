@@ -1,15 +1,15 @@
-"""The blocks of a rank's lanes, in the order of need, each read once; and their bad rows.
+"""The blocks of a rank's shards, in the order of need, each read once; and their bad rows.
 
-A border between two lanes that falls inside a block gives it to both. Where one rank has both and
+A border between two shards that falls inside a block gives it to both. Where one rank has both and
 blocks are few, it stays decoded from its first use to its last: at most one block for each border.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 
+from torchrec_hilomoe.data.canonical_shards import Epoch, Segment
 from torchrec_hilomoe.data.decode import DecodedBlock
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.lanes import Epoch, Segment
 from torchrec_hilomoe.data.source import BlockSource
 
 __all__ = ["OpenBlocks", "needed_blocks"]
@@ -20,19 +20,19 @@ REPORTED_BAD_ROWS = 3  # of each block; the rest are counted
 
 
 def needed_blocks(
-    epoch: Epoch, lanes: Sequence[int], skip: int, rows_per_lane: int
+    epoch: Epoch, shards: Sequence[int], skip: int, rows_per_shard: int
 ) -> Iterator[int]:
     """Yield the blocks of an epoch in the order of need, each once unless blocks are many.
 
     Args:
         epoch: The order of rows.
-        lanes: A rank's.
-        skip: Rows of each lane that are consumed already.
-        rows_per_lane: Rows that are taken of each lane in turn.
+        shards: A rank's.
+        skip: Rows of each shard that are consumed already.
+        rows_per_shard: Rows that are taken of each shard in turn.
     """
-    shared = set(epoch.shared_blocks(lanes, skip))
+    shared = set(epoch.shared_blocks(shards, skip))
     read = set()
-    for segment in epoch.openings(lanes, skip, rows_per_lane):
+    for segment in epoch.openings(shards, skip, rows_per_shard):
         if segment.block not in read:
             yield segment.block
         if segment.block in shared:

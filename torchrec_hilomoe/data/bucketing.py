@@ -1,11 +1,11 @@
 """Rows of similar length together: less padding, at the price of an order that is less random.
 
-A lane's rows are sorted within windows that every lane shares, so the batches of all ranks become
+A shard's rows are sorted within windows that every shard shares, so the batches of all ranks become
 long and short together, and a window's rows are the same with and without sorting.
 
 Shape legend:
     N  rows of a window
-    G  kinds of lengths: one a row, then those of each of ``Layout.lists``
+    G  kinds of lengths: one a row, then those of each of ``ColumnLayout.lists``
 """
 
 from collections import deque
@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from torchrec_hilomoe.data.decode import DecodedBlock, Rows
-from torchrec_hilomoe.data.layout import Layout
+from torchrec_hilomoe.data.layout import ColumnLayout
 from torchrec_hilomoe.data.ragged import cut_alike, CutColumns, Ragged
 
-__all__ = ["SortedLane", "sort_rows"]
+__all__ = ["SortedShard", "sort_rows"]
 
 
-def sort_rows(layout: Layout, parts: Sequence[Rows], *, descending: bool) -> DecodedBlock:
+def sort_rows(layout: ColumnLayout, parts: Sequence[Rows], *, descending: bool) -> DecodedBlock:
     """Join rows and sort them by their longest history; rows of equal length keep their order.
 
     Args:
@@ -61,8 +61,8 @@ def sort_rows(layout: Layout, parts: Sequence[Rows], *, descending: bool) -> Dec
     return DecodedBlock(rows=rows, offsets=offsets, bad={})
 
 
-class SortedLane:
-    """The rows of one lane, sorted within windows, a batch's share at a time.
+class SortedShard:
+    """The rows of one shard, sorted within windows, a batch's share at a time.
 
     Args:
         layout: What the rows were decoded with.
@@ -74,7 +74,7 @@ class SortedLane:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: ColumnLayout,
         take_window: Callable[[], list[Rows]],
         descending: Callable[[int], bool],
         *,

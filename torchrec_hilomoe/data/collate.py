@@ -6,7 +6,7 @@ as batch norm or a router's balance, and those could not tell which rows it is.
 Shape legend:
     B  rows of the batch
     S  keys of one id a row
-    G  kinds of lengths: one a row, then those of each of ``Layout.lists``
+    G  kinds of lengths: one a row, then those of each of ``ColumnLayout.lists``
     K  keys of both jagged tensors, the unpooled ones first
 """
 
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_hilomoe.data.batch import CTRBatch, Position
+from torchrec_hilomoe.data.batch import CTRBatch, LoaderState
 from torchrec_hilomoe.data.decode import Rows
-from torchrec_hilomoe.data.layout import Layout
+from torchrec_hilomoe.data.layout import ColumnLayout
 
 __all__ = ["collate"]
 
 
 def collate(
-    layout: Layout, parts: Sequence[Rows], *, mean_rows: float, position: Position
+    layout: ColumnLayout, parts: Sequence[Rows], *, loss_denominator: float, position: LoaderState
 ) -> CTRBatch:
     """Join the rows that count into a batch, in the order given.
 
@@ -35,7 +35,7 @@ def collate(
     Args:
         layout: What the rows were decoded with.
         parts: One at least, which may be without rows.
-        mean_rows: See :class:`~torchrec_hilomoe.data.batch.CTRBatch`.
+        loss_denominator: See :class:`~torchrec_hilomoe.data.batch.CTRBatch`.
         position: See :class:`~torchrec_hilomoe.data.batch.CTRBatch`.
 
     Returns:
@@ -66,17 +66,17 @@ def collate(
         dense=torch.from_numpy(np.concatenate([part.dense for part in parts])),
         labels=torch.from_numpy(floats_2B[0]),
         weights=torch.from_numpy(floats_2B[1]),
-        groups=torch.from_numpy(integers_2B[0]),
-        longest=int(longest_B.max(initial=1)),
-        mean_rows=mean_rows,
+        grouping_keys=torch.from_numpy(integers_2B[0]),
+        max_seqlen=int(longest_B.max(initial=1)),
+        loss_denominator=loss_denominator,
         position=position,
-        steps=int(longest_B.sum()),
+        num_tokens=int(longest_B.sum()),
         time=torch.from_numpy(integers_2B[1]) if layout.schema.time is not None else None,
         times=ids[end:].split(sizes[keys:]) if sizes[keys:] else (),
     )
 
 
-def _pieces(layout: Layout, parts: Sequence[Rows]) -> list[Sequence[np.ndarray]]:
+def _pieces(layout: ColumnLayout, parts: Sequence[Rows]) -> list[Sequence[np.ndarray]]:
     """Return the ids of each place, part by part."""
     singles_SB = np.concatenate([part.singles for part in parts], axis=1)
     columns = [(of_key,) for of_key in singles_SB]
@@ -84,7 +84,7 @@ def _pieces(layout: Layout, parts: Sequence[Rows]) -> list[Sequence[np.ndarray]]
     return [columns[place] for place in layout.places]
 
 
-def _counted(layout: Layout, rows: Rows) -> Rows:
+def _counted(layout: ColumnLayout, rows: Rows) -> Rows:
     """Leave out rows of weight 0."""
     counts_N = rows.floats[1] > 0
     if counts_N.all():

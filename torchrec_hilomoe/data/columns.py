@@ -20,7 +20,7 @@ from torchrec_hilomoe.data.ragged import Ragged
 from torchrec_hilomoe.data.schema import SequenceGroup
 
 __all__ = [
-    "Faults",
+    "RowErrors",
     "check_parallel",
     "dense_columns",
     "flat_column",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class Faults:
+class RowErrors:
     """Which rows of a block are bad, and why.
 
     Args:
@@ -51,24 +51,24 @@ class Faults:
 
     def of(self, row: int) -> str:
         """Describe every fault of a row."""
-        faults = [describe(row) for bad_N, describe in self._found if bad_N[row]]
+        errors = [describe(row) for bad_N, describe in self._found if bad_N[row]]
         # A column that is an id and the group, say, is looked at twice.
-        return f"row {row}: {'; '.join(dict.fromkeys(faults))}"
+        return f"row {row}: {'; '.join(dict.fromkeys(errors))}"
 
 
-def single_ids(table: pa.Table, name: str, table_rows: int, faults: Faults) -> np.ndarray:
+def single_ids(table: pa.Table, name: str, table_rows: int, errors: RowErrors) -> np.ndarray:
     """Return a column of one id a row; nulls and ids outside the table are bad."""
     array = _whole(table, name)
-    values_N = _integers(_without_nulls(array, faults, lambda row: f"{name} is null"))
+    values_N = _integers(_without_nulls(array, errors, lambda row: f"{name} is null"))
     if _any_outside(values_N, table_rows):
         wrong_N = (values_N < 0) | (values_N >= table_rows)
-        faults.add(wrong_N, lambda row: _outside(name, values_N[row], table_rows))
+        errors.add(wrong_N, lambda row: _outside(name, values_N[row], table_rows))
     return values_N
 
 
-def many_ids(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Ragged:
+def many_ids(table: pa.Table, name: str, table_rows: int, errors: RowErrors) -> Ragged:
     """Return a column of many ids a row; nulls and ids outside the table are bad."""
-    column = many_integers(table, name, faults)
+    column = many_integers(table, name, errors)
     values, offsets = column.values, column.offsets
     if _any_outside(values, table_rows):
         wrong_V = (values < 0) | (values >= table_rows)
@@ -77,11 +77,11 @@ def many_ids(table: pa.Table, name: str, table_rows: int, faults: Faults) -> Rag
             mine = slice(offsets[row], offsets[row + 1])
             return _outside(name, values[mine][wrong_V[mine]][0], table_rows)
 
-        faults.add(_rows_with(wrong_V, offsets), describe)
+        errors.add(_rows_with(wrong_V, offsets), describe)
     return Ragged(values=_narrow(values, table_rows), offsets=offsets)
 
 
-def many_integers(table: pa.Table, name: str, faults: Faults) -> Ragged:
+def many_integers(table: pa.Table, name: str, errors: RowErrors) -> Ragged:
     """Return a column of many integers a row; nulls are bad."""
     array = _whole(table, name)
     offsets = array.offsets.to_numpy()
@@ -90,51 +90,51 @@ def many_integers(table: pa.Table, name: str, faults: Faults) -> Ragged:
         flat = flat.slice(offsets[0], offsets[-1] - offsets[0])
         offsets = offsets - offsets[0]
     if array.null_count:
-        faults.add(_mask(array.is_null()), lambda row: f"{name} is null")
+        errors.add(_mask(array.is_null()), lambda row: f"{name} is null")
     if flat.null_count:
         null_N = _rows_with(_mask(flat.is_null()), offsets)
-        faults.add(null_N, lambda row: f"{name} has a null id")
+        errors.add(null_N, lambda row: f"{name} has a null id")
         flat = pc.fill_null(flat, 0)
     return Ragged(values=_integers(flat), offsets=offsets)
 
 
-def flat_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
+def flat_column(table: pa.Table, name: str, errors: RowErrors) -> np.ndarray:
     """Return a column of numbers; nulls become 0 and are bad."""
     array = _whole(table, name)
-    array = _without_nulls(array, faults, lambda row: f"{name} is null")
+    array = _without_nulls(array, errors, lambda row: f"{name} is null")
     return array.to_numpy(zero_copy_only=False)
 
 
-def dense_columns(table: pa.Table, names: Sequence[str], faults: Faults) -> np.ndarray:
+def dense_columns(table: pa.Table, names: Sequence[str], errors: RowErrors) -> np.ndarray:
     """Return float columns as ``(F, N)``; what is not finite as float32 is bad."""
     dense_FN = np.empty((len(names), table.num_rows), dtype=np.float32)
     with np.errstate(over="ignore"):
         for index, name in enumerate(names):
-            dense_FN[index] = flat_column(table, name, faults)
+            dense_FN[index] = flat_column(table, name, errors)
     if not np.isfinite(dense_FN).all():
         for dense_N, name in zip(dense_FN, names, strict=True):
-            _check_finite(dense_N, name, faults)
+            _check_finite(dense_N, name, errors)
     return dense_FN
 
 
-def label_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
+def label_column(table: pa.Table, name: str, errors: RowErrors) -> np.ndarray:
     """Return the labels as float32; what is neither 0 nor 1 is bad."""
-    stored_N = flat_column(table, name, faults)
+    stored_N = flat_column(table, name, errors)
     wrong_N = (stored_N != 0) & (stored_N != 1)
-    faults.add(wrong_N, lambda row: f"{name} is {stored_N[row]}, not 0 or 1")
+    errors.add(wrong_N, lambda row: f"{name} is {stored_N[row]}, not 0 or 1")
     return (stored_N == 1).astype(np.float32)
 
 
-def weight_column(table: pa.Table, name: str, faults: Faults) -> np.ndarray:
+def weight_column(table: pa.Table, name: str, errors: RowErrors) -> np.ndarray:
     """Return the rows' weights as float32; what is negative or not finite is bad."""
     with np.errstate(over="ignore"):
-        weights_N = flat_column(table, name, faults).astype(np.float32)
-    _check_finite(weights_N, name, faults)
-    faults.add(weights_N < 0, lambda row: f"{name} is {weights_N[row]}, which is below 0")
+        weights_N = flat_column(table, name, errors).astype(np.float32)
+    _check_finite(weights_N, name, errors)
+    errors.add(weights_N < 0, lambda row: f"{name} is {weights_N[row]}, which is below 0")
     return weights_N
 
 
-def check_parallel(group: SequenceGroup, columns: Mapping[str, Ragged], faults: Faults) -> None:
+def check_parallel(group: SequenceGroup, columns: Mapping[str, Ragged], errors: RowErrors) -> None:
     """Mark rows whose fields of one sequence group have different numbers of events."""
     names = [field.name for field in group.fields] + ([group.time] if group.time else [])
     first, *others = (columns[name].offsets for name in names)
@@ -150,7 +150,7 @@ def check_parallel(group: SequenceGroup, columns: Mapping[str, Ragged], faults: 
         lengths = ", ".join(f"{name} {count_N[row]}" for name, count_N in counts.items())
         return f"the fields of sequence group {group.name!r} have unequal lengths ({lengths})"
 
-    faults.add(unequal_N, describe)
+    errors.add(unequal_N, describe)
 
 
 def _whole(table: pa.Table, name: str) -> Any:
@@ -159,10 +159,10 @@ def _whole(table: pa.Table, name: str) -> Any:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _without_nulls(array: pa.Array, faults: Faults, describe: Callable[[int], str]) -> pa.Array:
+def _without_nulls(array: pa.Array, errors: RowErrors, describe: Callable[[int], str]) -> pa.Array:
     if not array.null_count:
         return array
-    faults.add(_mask(array.is_null()), describe)
+    errors.add(_mask(array.is_null()), describe)
     return pc.fill_null(array, pa.scalar(0).cast(array.type))
 
 
@@ -188,8 +188,8 @@ def _outside(name: str, id_: int, table_rows: int) -> str:
     return f"{name} has id {id_}, outside its table's 0 to {table_rows - 1}"
 
 
-def _check_finite(values_N: np.ndarray, name: str, faults: Faults) -> None:
-    faults.add(~np.isfinite(values_N), lambda row: f"{name} is {values_N[row]}")
+def _check_finite(values_N: np.ndarray, name: str, errors: RowErrors) -> None:
+    errors.add(~np.isfinite(values_N), lambda row: f"{name} is {values_N[row]}")
 
 
 def _mask(array: pa.Array) -> np.ndarray:

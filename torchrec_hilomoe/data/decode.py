@@ -9,7 +9,7 @@ Shape legend:
     V  ids of a column, all rows together
     F  dense features
     S  keys of one id a row
-    G  kinds of lengths: one a row, then those of each of ``Layout.lists``
+    G  kinds of lengths: one a row, then those of each of ``ColumnLayout.lists``
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ import pyarrow as pa
 from torchrec_hilomoe.data.columns import (
     check_parallel,
     dense_columns,
-    Faults,
     flat_column,
     label_column,
     many_ids,
     many_integers,
+    RowErrors,
     single_ids,
     weight_column,
 )
-from torchrec_hilomoe.data.layout import Layout, ParallelLists
+from torchrec_hilomoe.data.layout import ColumnLayout, ParallelLists
 from torchrec_hilomoe.data.ragged import cut_alike, Ragged
 
 __all__ = ["DecodedBlock", "Rows", "decode_block", "no_rows"]
@@ -41,8 +41,8 @@ class Rows:
     """Rows of a block, as arrays that may be views of the block's; nobody writes to them.
 
     Attributes:
-        singles: ``(S, N)`` ids of ``Layout.singles``.
-        lists: ``(V,)`` of each column of ``Layout.lists``, of any integer types.
+        singles: ``(S, N)`` ids of ``ColumnLayout.singles``.
+        lists: ``(V,)`` of each column of ``ColumnLayout.lists``, of any integer types.
         lengths: ``(G, N)`` int32: ones, and how many entries each row has of each list.
         dense: ``(N, F)`` float32.
         floats: ``(2, N)`` float32: labels and weights; the weight is 0 for a bad row, else what the
@@ -65,7 +65,7 @@ class DecodedBlock:
     Attributes:
         rows: All of it.
         offsets: ``(N + 1,)`` for each of ``rows.lists``: where a row's begin.
-        bad: Place in this order to a description: the stored row's number and its faults.
+        bad: Place in this order to a description: the stored row's number and its errors.
     """
 
     rows: Rows
@@ -94,11 +94,11 @@ class DecodedBlock:
         ]
 
 
-def decode_block(table: pa.Table, layout: Layout, order_N: np.ndarray | None) -> DecodedBlock:
+def decode_block(table: pa.Table, layout: ColumnLayout, order_N: np.ndarray | None) -> DecodedBlock:
     """Check, cut and reorder a block.
 
     Args:
-        table: Columns that ``column_types.check_columns`` accepts.
+        table: Columns that ``parquet.check_columns`` accepts.
         layout: What they mean, and where they go.
         order_N: The stored row at each place of the result; ``None`` is the stored order.
 
@@ -106,26 +106,26 @@ def decode_block(table: pa.Table, layout: Layout, order_N: np.ndarray | None) ->
         The block, in that order.
     """
     schema, rows = layout.schema, table.num_rows
-    faults = Faults(rows)
-    singles_SN = _singles(table, layout, faults)
-    lists = [_parallel(table, parallel, schema.tables, faults) for parallel in layout.lists]
-    dense_FN = dense_columns(table, schema.dense, faults)
+    errors = RowErrors(rows)
+    singles_SN = _singles(table, layout, errors)
+    lists = [_parallel(table, parallel, schema.tables, errors) for parallel in layout.lists]
+    dense_FN = dense_columns(table, schema.dense, errors)
     floats_2N = np.ones((2, rows), dtype=np.float32)
-    floats_2N[0] = label_column(table, schema.label, faults)
+    floats_2N[0] = label_column(table, schema.label, errors)
     if schema.weight is not None:
-        floats_2N[1] = weight_column(table, schema.weight, faults)
+        floats_2N[1] = weight_column(table, schema.weight, errors)
     integers_2N = np.zeros((2, rows), dtype=np.int64)
-    integers_2N[0] = flat_column(table, schema.group, faults)
+    integers_2N[0] = flat_column(table, schema.group, errors)
     if schema.time is not None:
-        integers_2N[1] = flat_column(table, schema.time, faults)
+        integers_2N[1] = flat_column(table, schema.time, errors)
 
     bad: dict[int, str] = {}
-    if faults.bad_N.any():
-        bad_N = faults.bad_N if order_N is None else faults.bad_N[order_N]
+    if errors.bad_N.any():
+        bad_N = errors.bad_N if order_N is None else errors.bad_N[order_N]
         for place in np.flatnonzero(bad_N).tolist():
-            bad[place] = faults.of(place if order_N is None else int(order_N[place]))
+            bad[place] = errors.of(place if order_N is None else int(order_N[place]))
         for array in (singles_SN.T, dense_FN.T, floats_2N.T, integers_2N.T):
-            array[faults.bad_N] = 0
+            array[errors.bad_N] = 0
     dense_NF = np.ascontiguousarray(dense_FN.T)
     if order_N is not None:
         singles_SN = singles_SN.take(order_N, axis=1)
@@ -136,7 +136,7 @@ def decode_block(table: pa.Table, layout: Layout, order_N: np.ndarray | None) ->
         cut_alike(
             columns,
             order_N=order_N,
-            bad_N=faults.bad_N if bad else None,
+            bad_N=errors.bad_N if bad else None,
             max_length=parallel.max_length,
             keep=parallel.keep,
         )
@@ -159,8 +159,8 @@ def decode_block(table: pa.Table, layout: Layout, order_N: np.ndarray | None) ->
     )
 
 
-def no_rows(layout: Layout) -> Rows:
-    """Return what a rank has whose lanes have ended before the others'."""
+def no_rows(layout: ColumnLayout) -> Rows:
+    """Return what a rank has whose shards have ended before the others'."""
     columns = sum(len(parallel.columns) for parallel in layout.lists)
     return Rows(
         singles=np.zeros((len(layout.singles), 0), dtype=layout.single_type),
@@ -172,23 +172,23 @@ def no_rows(layout: Layout) -> Rows:
     )
 
 
-def _singles(table: pa.Table, layout: Layout, faults: Faults) -> np.ndarray:
+def _singles(table: pa.Table, layout: ColumnLayout, errors: RowErrors) -> np.ndarray:
     """Return ``(S, N)``; ids outside their table come out as anything, and their rows are bad."""
     singles_SN = np.empty((len(layout.singles), table.num_rows), dtype=layout.single_type)
     for index, (name, of_table) in enumerate(layout.singles.items()):
-        singles_SN[index] = single_ids(table, name, layout.schema.tables[of_table], faults)
+        singles_SN[index] = single_ids(table, name, layout.schema.tables[of_table], errors)
     return singles_SN
 
 
 def _parallel(
-    table: pa.Table, lists: ParallelLists, tables: Mapping[str, int], faults: Faults
+    table: pa.Table, lists: ParallelLists, tables: Mapping[str, int], errors: RowErrors
 ) -> list[Ragged]:
     columns = {
-        name: many_ids(table, name, tables[of_table], faults)
+        name: many_ids(table, name, tables[of_table], errors)
         for name, of_table in lists.ids.items()
     }
     if lists.time is not None:
-        columns[lists.time] = many_integers(table, lists.time, faults)
+        columns[lists.time] = many_integers(table, lists.time, errors)
     if lists.group is not None:
-        check_parallel(lists.group, columns, faults)
+        check_parallel(lists.group, columns, errors)
     return [columns[name] for name in lists.columns]

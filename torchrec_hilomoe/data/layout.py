@@ -12,7 +12,7 @@ import numpy as np
 
 from torchrec_hilomoe.data.schema import Schema, SequenceGroup
 
-__all__ = ["Layout", "ParallelLists"]
+__all__ = ["ColumnLayout", "ParallelLists"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ParallelLists:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ColumnLayout:
     """Where each key's ids and lengths are in the arrays of :class:`~.decode.Rows`.
 
     Args:

@@ -1,8 +1,8 @@
 """``Loader``: the blocks of a source become this rank's batches, at an exact position.
 
-The order of rows and their sharing over ranks is arithmetic (:mod:`.lanes`); decoding happens
-once a block (:mod:`.decode`, :mod:`.blocks`), joining once a batch (:mod:`.collate`), both ahead of
-training in threads (:mod:`.prefetch`).
+The order of rows and their sharing over ranks is arithmetic (:mod:`.canonical_shards`); decoding
+happens once a block (:mod:`.decode`, :mod:`.blocks`), joining once a batch (:mod:`.collate`), both
+ahead of training in threads (:mod:`.prefetch`).
 """
 
 from collections import deque
@@ -12,26 +12,26 @@ from itertools import count
 
 import torch
 
-from torchrec_hilomoe.data.batch import CTRBatch, Position
+from torchrec_hilomoe.data.batch import CTRBatch, LoaderState
 from torchrec_hilomoe.data.blocks import needed_blocks, OpenBlocks
-from torchrec_hilomoe.data.bucketing import SortedLane
+from torchrec_hilomoe.data.bucketing import SortedShard
+from torchrec_hilomoe.data.canonical_shards import choose_num_canonical_shards, Epoch, Segment
 from torchrec_hilomoe.data.collate import collate
 from torchrec_hilomoe.data.decode import decode_block, DecodedBlock, no_rows, Rows
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.lanes import choose_lanes, Epoch, Segment
-from torchrec_hilomoe.data.layout import Layout
+from torchrec_hilomoe.data.layout import ColumnLayout
 from torchrec_hilomoe.data.prefetch import map_ahead, prefetch
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.runtime.world import World
 
-__all__ = ["Loader", "choose_lanes"]
+__all__ = ["Loader", "choose_num_canonical_shards"]
 
 
 class Loader:
     """Iterates over this rank's share of the global batches, from a position on.
 
     Every rank yields the same number of batches. The rows of a global batch are the same for
-    every world size with the same lanes, and joining the ranks' batches gives the batch of a
+    every world size with the same shards, and joining the ranks' batches gives the batch of a
     single process; a rank may be without a row in an epoch's last batch. Each new iteration starts
     from ``start`` again.
 
@@ -54,7 +54,7 @@ class Loader:
             computes.
 
     Raises:
-        ValueError: If no lanes suit ``batch_size`` and the world, or ``start`` cannot be resumed.
+        ValueError: If no shards suit ``batch_size`` and the world, or ``start`` cannot be resumed.
         DataError: If the source has no row; while iterating, if a block is unreadable or too
             many rows are bad.
     """
@@ -67,7 +67,7 @@ class Loader:
         world: World | None = None,
         seed: int = 0,
         shuffle: bool = True,
-        start: Position | None = None,
+        start: LoaderState | None = None,
         epochs: int | None = None,
         workers: int = 0,
         prefetch: int = 4,
@@ -93,15 +93,20 @@ class Loader:
         if not sum(source.block_rows):
             raise DataError("the source has no rows, so there is nothing to read.")
         self.world = world or World()
-        self.lanes = choose_lanes(batch_size, self.world.size, start.lanes if start else None)
+        self.num_canonical_shards = choose_num_canonical_shards(
+            batch_size, self.world.size, start.num_canonical_shards if start else None
+        )
         self._source = source
-        self._layout = Layout(source.schema)
-        share = self.lanes // self.world.size
-        self._lanes = range(self.world.rank * share, (self.world.rank + 1) * share)
-        self._rows_per_lane = batch_size // self.lanes
-        self._window_rows = bucket_by_length * self._rows_per_lane if bucket_by_length > 1 else 0
-        self.start = start or Position(
-            epoch=0, lane_rows=0, lanes=self.lanes, window_rows=self._window_rows
+        self._layout = ColumnLayout(source.schema)
+        share = self.num_canonical_shards // self.world.size
+        self._shards = range(self.world.rank * share, (self.world.rank + 1) * share)
+        self._rows_per_shard = batch_size // self.num_canonical_shards
+        self._window_rows = bucket_by_length * self._rows_per_shard if bucket_by_length > 1 else 0
+        self.start = start or LoaderState(
+            epoch=0,
+            lane_rows=0,
+            num_canonical_shards=self.num_canonical_shards,
+            window_rows=self._window_rows,
         )
         self._seed = seed if shuffle else None
         self._epochs_end = epochs
@@ -112,17 +117,18 @@ class Loader:
         self._check_start()
 
     def _check_start(self) -> None:
-        if self.start.lane_rows > self._epoch(0).longest_lane:
+        if self.start.lane_rows > self._epoch(0).longest_shard:
             raise ValueError(
-                f"the position to resume has read {self.start.lane_rows} rows of each lane, but a "
-                f"lane has only {self._epoch(0).longest_lane}; the data set is not the one that "
-                "the position was saved with."
+                f"the position to resume has read {self.start.lane_rows} rows of each canonical "
+                f"shard, but one has only {self._epoch(0).longest_shard}; the data set is not the "
+                "one that the position was saved with."
             )
         saved, window = self.start.window_rows, self._window_rows
         if saved != window and any(self.start.lane_rows % rows for rows in (saved, window) if rows):
             raise ValueError(
-                f"the position to resume is inside a window of {saved} rows of each lane (0 is no "
-                f"sorting by length), but data.bucket_by_length and train.batch_size now make "
+                f"the position to resume is inside a window of {saved} rows of each canonical "
+                "shard (0 is no sorting by length), but data.bucket_by_length and "
+                "train.batch_size now make "
                 f"{window}, so rows would be read twice or never; resume with the values that it "
                 "was saved with, at least until the next epoch."
             )
@@ -130,16 +136,18 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of a whole epoch, the same on every rank."""
-        return -(-self._epoch(0).longest_lane // self._rows_per_lane)
+        return -(-self._epoch(0).longest_shard // self._rows_per_shard)
 
     def __iter__(self) -> Generator[CTRBatch, None, None]:
         return prefetch(self._batches(), self._prefetch)
 
     def _epoch(self, number: int) -> Epoch:
-        return Epoch(self._source.block_rows, self.lanes, epoch=number, seed=self._seed)
+        return Epoch(
+            self._source.block_rows, self.num_canonical_shards, epoch=number, seed=self._seed
+        )
 
     def _epochs(self) -> Iterator[tuple[Epoch, int]]:
-        """Yield the epochs to read, each with the rows of a lane that are consumed already."""
+        """Yield the epochs to read, each with the rows of a shard that are consumed already."""
         for number in count(self.start.epoch):
             if self._epochs_end is not None and number >= self._epochs_end:
                 return
@@ -148,8 +156,8 @@ class Loader:
     def _needed(self) -> Iterator[tuple[Epoch, int]]:
         """Yield the blocks to decode, over all epochs."""
         for epoch, skip in self._epochs():
-            at_once = self._window_rows or self._rows_per_lane
-            for block in needed_blocks(epoch, self._lanes, self._window_start(skip), at_once):
+            at_once = self._window_rows or self._rows_per_shard
+            for block in needed_blocks(epoch, self._shards, self._window_start(skip), at_once):
                 yield epoch, block
 
     def _decode(self, needed: tuple[Epoch, int]) -> DecodedBlock:
@@ -158,8 +166,8 @@ class Loader:
         return decode_block(table, self._layout, epoch.row_order(block, table.num_rows))
 
     def _batches(self) -> Generator[CTRBatch, None, None]:
-        # Lanes may come to a next block all at once.
-        ahead = max(len(self._lanes), self._workers)
+        # Shards may come to a next block all at once.
+        ahead = max(len(self._shards), self._workers)
         with closing(
             map_ahead(self._decode, self._needed(), workers=self._workers, ahead=ahead)
         ) as decoded:
@@ -169,53 +177,55 @@ class Loader:
     def _epoch_batches(
         self, epoch: Epoch, lane_rows: int, decoded: Iterator[DecodedBlock]
     ) -> Iterator[CTRBatch]:
-        lanes = self._open_lanes(epoch, lane_rows, decoded)
-        while lane_rows < epoch.longest_lane:
-            rows = epoch.batch_rows(lane_rows, self._rows_per_lane)
-            parts = [part for lane in lanes for part in lane.take()]
-            lane_rows += self._rows_per_lane
-            over = lane_rows >= epoch.longest_lane
+        shards = self._open_shards(epoch, lane_rows, decoded)
+        while lane_rows < epoch.longest_shard:
+            rows = epoch.batch_rows(lane_rows, self._rows_per_shard)
+            parts = [part for shard in shards for part in shard.take()]
+            lane_rows += self._rows_per_shard
+            over = lane_rows >= epoch.longest_shard
             batch = collate(
                 self._layout,
                 parts or [no_rows(self._layout)],
-                mean_rows=rows / self.world.size,
-                position=Position(
+                loss_denominator=rows / self.world.size,
+                position=LoaderState(
                     epoch=epoch.number + 1 if over else epoch.number,
                     lane_rows=0 if over else lane_rows,
-                    lanes=self.lanes,
+                    num_canonical_shards=self.num_canonical_shards,
                     window_rows=self._window_rows,
                 ),
             )
             yield batch.pin_memory() if self._pin_memory else batch
 
-    def _open_lanes(
+    def _open_shards(
         self, epoch: Epoch, lane_rows: int, decoded: Iterator[DecodedBlock]
-    ) -> "list[_Lane] | list[SortedLane]":
+    ) -> "list[_Shard] | list[SortedShard]":
         begin = self._window_start(lane_rows)
-        shared = epoch.shared_blocks(self._lanes, begin)
+        shared = epoch.shared_blocks(self._shards, begin)
         blocks = OpenBlocks(self._source, decoded, shared, self._max_bad_rows)
-        at_once = self._window_rows or self._rows_per_lane
-        lanes = [_Lane(epoch.segments(lane, begin), blocks.open, at_once) for lane in self._lanes]
+        at_once = self._window_rows or self._rows_per_shard
+        shards = [
+            _Shard(epoch.segments(shard, begin), blocks.open, at_once) for shard in self._shards
+        ]
         if not self._window_rows:
-            return lanes
+            return shards
         first = begin // self._window_rows
         return [
-            SortedLane(
+            SortedShard(
                 self._layout,
-                lane.take,
+                shard.take,
                 lambda window: epoch.descending(first + window),
-                rows=self._rows_per_lane,
+                rows=self._rows_per_shard,
                 skip=lane_rows - begin,
             )
-            for lane in lanes
+            for shard in shards
         ]
 
     def _window_start(self, lane_rows: int) -> int:
         return lane_rows - lane_rows % self._window_rows if self._window_rows else lane_rows
 
 
-class _Lane:
-    """The rows of one lane, a batch's share at a time.
+class _Shard:
+    """The rows of one shard, a batch's share at a time.
 
     Args:
         segments: Where the rows are.

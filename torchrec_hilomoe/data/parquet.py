@@ -12,15 +12,21 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchrec_hilomoe.data.column_types import check_columns
-from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.errors import DataError, how_to_prepare
 from torchrec_hilomoe.data.open_files import OpenFiles
-from torchrec_hilomoe.data.remedies import how_to_prepare
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
 
-__all__ = ["SUCCESS_FILE", "ParquetSource", "check_folder", "load_schema"]
+__all__ = [
+    "SUCCESS_FILE",
+    "ParquetSource",
+    "check_columns",
+    "check_folder",
+    "is_list",
+    "load_schema",
+    "raw_values",
+]
 
 SUCCESS_FILE = "_SUCCESS"
 BLOCK_BYTES = 4 << 20
@@ -131,8 +137,29 @@ def load_schema(folder: str) -> Schema:
     path = f"{folder}/{SCHEMA_FILE}"
     try:
         return Schema.load(path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise DataError(f"{path} is not a schema ({_one_line(error)}). {REMEDY}") from error
+
+
+def raw_values(folder: str, schema: Schema, feature: str) -> dict[int, str]:
+    """Return what a feature's ids stand for, where the vocabulary lies beside the schema.
+
+    Args:
+        folder: A prepared folder.
+        schema: Its schema.
+        feature: A column of ids.
+
+    Returns:
+        Raw values by id; none if the ids were hashed or were ids from the start.
+    """
+    tables = {field.name: field.table for field in schema.id_features}
+    rule = schema.vocabularies.get(tables.get(feature, ""))
+    if rule is None or rule.file is None or not path_manager.isfile(f"{folder}/{rule.file}"):
+        return {}
+    with open_binary(f"{folder}/{rule.file}", "rb") as source:
+        found = pq.read_table(source)
+    values = dict(zip(found["id"].to_pylist(), map(str, found["value"].to_pylist()), strict=True))
+    return {0: "(none)", **values, schema.unknown_id(tables[feature]): "(unknown)"}
 
 
 def _split_files(folder: str) -> list[str]:
@@ -209,3 +236,52 @@ def _begins(sizes: list[int], most: int) -> list[int]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_columns(columns: pa.Schema, schema: Schema, where: str) -> None:
+    """Refuse columns that are missing or whose type cannot hold what the schema says.
+
+    Args:
+        columns: The Arrow schema of a file.
+        schema: What is wanted.
+        where: The file, for the message.
+
+    Raises:
+        DataError: Naming every fault.
+    """
+    lists = {field.name for field in schema.sequence_fields} | set(schema.event_times)
+    lists |= {feature.name for feature in schema.pooled if feature.max_length > 1}
+    ids = {feature.name for feature in schema.id_features}
+    faults = []
+    for name in schema.columns:
+        if columns.get_field_index(name) < 0:
+            how = "occurs twice" if name in columns.names else "is missing"
+            faults.append(f"column {name!r} {how}")
+            continue
+        stored = columns.field(name).type
+        if name in lists:
+            fits, wanted = is_list(stored) and _is_id(stored.value_type), "a list of integers"
+        elif name in ids or name in (schema.group, schema.time):
+            fits, wanted = _is_id(stored), "an integer"
+        else:
+            fits, wanted = _is_number(stored), "a number"
+        if not fits:
+            faults.append(f"column {name!r} is {stored}, the schema wants {wanted}")
+    if faults:
+        raise DataError(
+            f"{where}: {'; '.join(faults)}. Prepare the data again, or correct its schema.json."
+        )
+
+
+def is_list(stored: pa.DataType) -> bool:
+    """Say whether a column of this type has many entries a row."""
+    return pa.types.is_list(stored) or pa.types.is_large_list(stored)
+
+
+def _is_id(stored: pa.DataType) -> bool:
+    return pa.types.is_integer(stored)
+
+
+def _is_number(stored: pa.DataType) -> bool:
+    floating = pa.types.is_floating(stored)
+    return floating or pa.types.is_integer(stored) or pa.types.is_boolean(stored)

@@ -1,10 +1,56 @@
 """What a :class:`~torchrec_hilomoe.data.schema.Schema` is made of, each part checked by itself."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-__all__ = ["FrozenTable", "IdFeature", "PooledFeature", "SequenceGroup", "VocabularyRule"]
+from torch import nn
+
+__all__ = [
+    "FrozenTable",
+    "IdFeature",
+    "PooledFeature",
+    "SequenceGroup",
+    "VocabularyRule",
+    "check_tables",
+]
+
+MOST_ROWS = 1 << 40  # a trillion
+# A table becomes a module of a dictionary of modules, a prefix of parameters, a file.
+TABLE_NAME = re.compile(r"\w[\w -]{0,99}")
+TAKEN = frozenset(dir(nn.ModuleDict()))
+POOLED = "_pooled"  # the copy of a table for features that are pooled
+
+
+def check_tables(tables: Mapping[str, int]) -> None:
+    """Refuse names of tables that cannot name a module and a file, and sizes that no table has.
+
+    Raises:
+        ValueError: Naming the table and what would do.
+    """
+    for table, rows in tables.items():
+        if not isinstance(table, str) or not TABLE_NAME.fullmatch(table):
+            raise ValueError(
+                f"Schema.tables: {table!r} cannot name a table, which names a module and a file; "
+                "take 1 to 100 letters, digits, '_', '-' and spaces."
+            )
+        if table in TAKEN:
+            raise ValueError(
+                f"Schema.tables: {table!r} is an attribute of PyTorch's modules; take another "
+                f"name, such as {table + '_id'!r}."
+            )
+        if table.endswith(POOLED) and table.removesuffix(POOLED) in tables:
+            raise ValueError(
+                f"Schema.tables: {table!r} is what the pooled copy of table "
+                f"{table.removesuffix(POOLED)!r} is called; rename one."
+            )
+        if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows <= MOST_ROWS:
+            raise ValueError(
+                f"Schema.tables[{table!r}] must be a whole number of at least 1 (id 0 is "
+                f"padding) and at most {MOST_ROWS}, got {rows!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,8 +58,12 @@ class IdFeature:
     """A categorical column looked up one vector an id.
 
     Attributes:
-        name: Column, and the key in the jagged tensor.
-        table: The embedding table that its ids index.
+        name: Name of the column, and its key in the jagged tensor.
+        table: Name of the embedding table that its ids index.
+
+    Example:
+        >>> IdFeature(name="item_id", table="item").table
+        'item'
     """
 
     name: str
@@ -25,10 +75,14 @@ class PooledFeature:
     """A categorical column whose vectors are averaged into one: context, or a bag of ids.
 
     Attributes:
-        name: Column, and the key in the jagged tensor.
-        table: The embedding table that its ids index.
-        max_length: 1 for a plain integer column; more for a list column, which is cut to its
-            last ``max_length`` ids.
+        name: Name of the column, and its key in the jagged tensor.
+        table: Name of the embedding table that its ids index.
+        max_length: Largest number of ids of a row: 1 for a plain column, more for a list column,
+            of which the last ones are kept.
+
+    Example:
+        >>> PooledFeature(name="tags", table="tag", max_length=10).max_length
+        10
     """
 
     name: str
@@ -48,12 +102,17 @@ class SequenceGroup:
     """Parallel list columns of equal lengths: one entry an event, the oldest first.
 
     Attributes:
-        name: What the events are, for messages.
-        fields: The columns; those that share a table with a candidate field describe the same
-            property of the event as that field does of the candidate.
-        max_length: Longer rows are cut to this many events.
-        keep: Which end survives the cut: ``"last"`` (the latest events) or ``"first"``.
-        time: A list column parallel to the fields: when each event happened, in whole seconds.
+        name: Name of the group, for messages.
+        fields: Columns of the events; those that share a table with a candidate field describe
+            the same property of the event as that field does of the candidate.
+        max_length: Largest number of events of a row; longer rows are cut.
+        keep: End of a longer row that is kept: ``"last"`` (the latest events) or ``"first"``.
+        time: List column of the times of the events, parallel to the fields, in whole seconds.
+
+    Example:
+        >>> clicks = IdFeature(name="clicked_items", table="item")
+        >>> SequenceGroup(name="clicks", fields=(clicks,), max_length=50).keep
+        'last'
     """
 
     name: str
@@ -80,8 +139,12 @@ class FrozenTable:
     """Vectors that come with the data and are never trained, such as those of images.
 
     Attributes:
-        width: Of a vector; a multiple of 4, which FBGEMM's kernels want.
-        file: The vectors, one row an id, as a ``.npy`` file of float32 beside the schema.
+        width: Width of a vector, in features; a multiple of 4, which FBGEMM's kernels want.
+        file: File of the vectors, one row an id: ``.npy`` of float32 beside the schema.
+
+    Example:
+        >>> FrozenTable(width=64, file="covers.npy").width
+        64
     """
 
     width: int
@@ -105,11 +168,15 @@ class VocabularyRule:
     """How the raw values of a table's columns became ids; id 0 is padding.
 
     Attributes:
-        kind: ``counted``: the values that occur often enough in training rows; ``given``: those
-            of a list; ``hashed``: every value has a row, which it may share.
-        min_count: Rarer values are unknown, if ``counted``.
-        unknown: The row of unknown values: ``zero``, with padding, or ``last``, their own.
-        file: The values and their ids, beside the schema; null if ``hashed``.
+        kind: Source of the values: ``counted``: those that occur often enough in training rows;
+            ``given``: those of a list; ``hashed``: every value has a row, which it may share.
+        min_count: Smallest number of occurrences of a ``counted`` value; rarer ones are unknown.
+        unknown: Row of unknown values: ``zero``, with padding, or ``last``, their own.
+        file: File of the values and their ids, beside the schema; null if ``hashed``.
+
+    Example:
+        >>> VocabularyRule(kind="counted", min_count=2).unknown
+        'zero'
     """
 
     kind: Literal["counted", "given", "hashed"]

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.datasets import replace_column, SCHEMA, toy_table, without
-from torchrec_hilomoe.data.batch import Position
+from torchrec_hilomoe.data.batch import LoaderState
 from torchrec_hilomoe.data.collate import collate
 from torchrec_hilomoe.data.decode import decode_block, no_rows
-from torchrec_hilomoe.data.layout import Layout
+from torchrec_hilomoe.data.layout import ColumnLayout
 
-POSITION = Position(epoch=0, lane_rows=0, lanes=1)
+POSITION = LoaderState(epoch=0, lane_rows=0, num_canonical_shards=1)
 TYPES = toy_table(1).schema
 
 
@@ -59,7 +59,7 @@ def actual_rows(batch):
             zip(
                 batch.dense.tolist(),
                 batch.labels.tolist(),
-                batch.groups.tolist(),
+                batch.grouping_keys.tolist(),
                 batch.weights.tolist(),
                 strict=True,
             )
@@ -120,27 +120,30 @@ def test_matches_the_row_by_row_definition(stored, chunks, data):
     table = pa.concat_tables([pa.Table.from_pylist(part, schema=TYPES) for part in parts])
     order = data.draw(st.permutations(range(len(stored))))
     in_order = data.draw(st.booleans())
-    block = decode_block(table, Layout(SCHEMA), None if in_order else np.array(order))
+    block = decode_block(table, ColumnLayout(SCHEMA), None if in_order else np.array(order))
     ordered = stored if in_order else [stored[n] for n in order]
     assert sorted(block.bad) == [n for n, row in enumerate(ordered) if not is_good(row)]
 
     cut = data.draw(st.integers(0, len(stored)))
     batch = collate(
-        Layout(SCHEMA), block.pieces([0, cut, len(stored)]), mean_rows=3.5, position=POSITION
+        ColumnLayout(SCHEMA),
+        block.pieces([0, cut, len(stored)]),
+        loss_denominator=3.5,
+        position=POSITION,
     )
     expected = [expected_row(row) for row in ordered if is_good(row)]
     assert actual_rows(batch) == expected
     assert batch.pooled.stride() == batch.unpooled.stride() == max(1, len(expected))
     histories = [field.name for field in SCHEMA.sequence_fields]
     longest = [max((len(row[0][key]) for key in histories), default=0) for row in expected]
-    assert batch.longest == max([1, *longest])
-    assert batch.steps == sum(longest)
-    assert (batch.mean_rows, batch.position) == (3.5, POSITION)
+    assert batch.max_seqlen == max([1, *longest])
+    assert batch.num_tokens == sum(longest)
+    assert (batch.loss_denominator, batch.position) == (3.5, POSITION)
 
 
 def collated(table, schema=SCHEMA):
-    block = decode_block(table, Layout(schema), None)
-    return collate(Layout(schema), [block.rows], mean_rows=1.0, position=POSITION)
+    block = decode_block(table, ColumnLayout(schema), None)
+    return collate(ColumnLayout(schema), [block.rows], loss_denominator=1.0, position=POSITION)
 
 
 def test_dtypes_are_what_torchrec_wants():
@@ -151,7 +154,7 @@ def test_dtypes_are_what_torchrec_wants():
         assert jagged.stride() == 5
         assert jagged.length_per_key() == jagged.lengths().view(-1, 5).sum(1).tolist()
     assert batch.dense.dtype == batch.labels.dtype == batch.weights.dtype == torch.float32
-    assert batch.groups.dtype == torch.int64
+    assert batch.grouping_keys.dtype == torch.int64
 
 
 @pytest.mark.parametrize("missing", [("pooled",), ("dense",), ("sequences",), ("pooled", "dense")])
@@ -162,7 +165,7 @@ def test_schemas_without_a_kind_of_feature(missing):
     assert tuple(batch.unpooled.keys()) == schema.unpooled_keys
     assert batch.pooled.stride() == batch.unpooled.stride() == 5
     assert batch.dense.shape == (5, len(schema.dense))
-    assert batch.longest >= 1
+    assert batch.max_seqlen >= 1
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def test_schemas_without_a_kind_of_feature(missing):
 )
 def test_tells_what_is_wrong_with_a_row(column, values, fault):
     block = decode_block(
-        replace_column(toy_table(3), column, values), Layout(SCHEMA), np.array([2, 1, 0])
+        replace_column(toy_table(3), column, values), ColumnLayout(SCHEMA), np.array([2, 1, 0])
     )
     assert list(block.bad) == [1]
     assert block.bad[1].startswith(f"row 1: {fault}")
@@ -193,7 +196,7 @@ def test_tells_which_sequence_group_is_unequal():
     table = replace_column(toy_table(2), "clicks_item", [[1, 2], [3]])
     table = replace_column(table, "clicks_kind", [[1, 2], []])
     table = replace_column(table, "label", [1, 3])
-    assert decode_block(table, Layout(SCHEMA), None).bad == {
+    assert decode_block(table, ColumnLayout(SCHEMA), None).bad == {
         1: "row 1: the fields of sequence group 'clicks' have unequal lengths "
         "(clicks_item 1, clicks_kind 0); label is 3, not 0 or 1"
     }
@@ -217,28 +220,33 @@ def test_reads_large_lists_and_slices_of_tables():
 @pytest.mark.parametrize("order", [None, np.arange(4)], ids=["stored", "shuffled"])
 def test_a_batch_does_not_share_memory_with_its_block(order):
     table = toy_table(4)
-    part = decode_block(table, Layout(SCHEMA), order).rows
-    batch = collate(Layout(SCHEMA), [part], mean_rows=1.0, position=POSITION)
+    part = decode_block(table, ColumnLayout(SCHEMA), order).rows
+    batch = collate(ColumnLayout(SCHEMA), [part], loss_denominator=1.0, position=POSITION)
     batch.unpooled.values().zero_()
     batch.dense.zero_()
-    again = collate(Layout(SCHEMA), [part], mean_rows=1.0, position=POSITION)
+    again = collate(ColumnLayout(SCHEMA), [part], loss_denominator=1.0, position=POSITION)
     assert actual_rows(again) == actual_rows(collated(table))
 
 
 def test_a_batch_may_be_without_rows():
     whole = collated(toy_table(2))
-    nothing = collate(Layout(SCHEMA), [no_rows(Layout(SCHEMA))], mean_rows=1.0, position=POSITION)
+    nothing = collate(
+        ColumnLayout(SCHEMA),
+        [no_rows(ColumnLayout(SCHEMA))],
+        loss_denominator=1.0,
+        position=POSITION,
+    )
     all_bad = collated(replace_column(toy_table(2), "label", [7, 8]))
     for batch in (nothing, all_bad):
         assert actual_rows(batch) == []
-        assert (batch.longest, batch.steps) == (1, 0)
+        assert (batch.max_seqlen, batch.num_tokens) == (1, 0)
         for jagged, like in ((batch.pooled, whole.pooled), (batch.unpooled, whole.unpooled)):
             assert jagged.keys() == like.keys()
             assert jagged.stride() == 1
             assert jagged.values().dtype == like.values().dtype
             assert jagged.lengths().dtype == like.lengths().dtype
             assert jagged.length_per_key() == [0] * len(like.keys())
-        for name in ("dense", "labels", "weights", "groups"):
+        for name in ("dense", "labels", "weights", "grouping_keys"):
             tensor, other = getattr(batch, name), getattr(whole, name)
             assert (tensor.dtype, tensor.shape) == (other.dtype, (0, *other.shape[1:])), name
 
@@ -248,6 +256,6 @@ def test_a_shorter_schema_cuts_further():
         SCHEMA, sequences=tuple(replace(group, max_length=1) for group in SCHEMA.sequences)
     )
     batch = collated(toy_table(30), shorter)
-    assert batch.longest == 1
+    assert batch.max_seqlen == 1
     last = [row[-1:] for row in toy_table(30).column("clicks_item").to_pylist()]
     assert [ids.tolist() for ids in batch.unpooled["clicks_item"].to_dense()] == last

@@ -42,7 +42,7 @@ def assert_safe(batches):
         assert lengths[0] == lengths[1]
         assert batch.dense.isfinite().all()
         assert set(batch.labels.tolist()) <= {0.0, 1.0}
-    assert sum(batch.mean_rows for batch in batches) == ROWS
+    assert sum(batch.loss_denominator for batch in batches) == ROWS
     ids = [row for batch in batches for row in row_ids(batch)]
     assert len(ids) == len(set(ids))
     return ids
@@ -133,4 +133,4 @@ def test_rows_without_any_event(tmp_path):
         table = replace_column(table, name, [[] for _ in range(ROWS)])
     batches = epoch(write_folder(tmp_path / "set", {"train": [table]}))
     assert sorted(assert_safe(batches)) == list(range(ROWS))
-    assert {batch.longest for batch in batches} == {1}
+    assert {batch.max_seqlen for batch in batches} == {1}

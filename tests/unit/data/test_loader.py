@@ -14,7 +14,7 @@ from tests.helpers.datasets import (
     toy_source,
     toy_table,
 )
-from torchrec_hilomoe.data.batch import CTRBatch, Position
+from torchrec_hilomoe.data.batch import CTRBatch, LoaderState
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.source import BlockSource
@@ -37,7 +37,9 @@ def rows_of(batch: CTRBatch):
     """A batch as one tuple a row, every feature included."""
     pooled, unpooled = batch.pooled.to_dict(), batch.unpooled.to_dict()
     columns = [jagged.to_dense() for jagged in (*pooled.values(), *unpooled.values())]
-    flat = zip(batch.dense.tolist(), batch.labels.tolist(), batch.groups.tolist(), strict=True)
+    flat = zip(
+        batch.dense.tolist(), batch.labels.tolist(), batch.grouping_keys.tolist(), strict=True
+    )
     return [
         ([column[row].tolist() for column in columns], *values) for row, values in enumerate(flat)
     ]
@@ -53,8 +55,8 @@ def test_ranks_join_to_the_single_process_batch(world_size, shuffle):
         shares = [rank[step] for rank in ranks]
         assert [row for share in shares for row in rows_of(share)] == rows_of(whole)
         assert {share.position for share in shares} == {whole.position}
-        assert {share.mean_rows for share in shares} == {whole.mean_rows / world_size}
-        assert whole.mean_rows == len(row_ids(whole))
+        assert {share.loss_denominator for share in shares} == {whole.loss_denominator / world_size}
+        assert whole.loss_denominator == len(row_ids(whole))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 73, 200])
@@ -75,8 +77,8 @@ def test_order_is_reproducible_and_the_seeds():
 
     assert rows(seed=1) == rows(seed=1)
     assert rows(seed=1) != rows(seed=2)
-    lane = [row for batch in batches(1, shuffle=False)[0] for row in row_ids(batch)[:2]]
-    assert lane[:9] == list(range(9))  # the first lane of 16 / 8 rows a step, in stored order
+    shard = [row for batch in batches(1, shuffle=False)[0] for row in row_ids(batch)[:2]]
+    assert shard[:9] == list(range(9))  # the first shard of 16 / 8 rows a step, in stored order
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2), (1, 1), (8, 1)])
@@ -103,14 +105,14 @@ def test_resumes_with_another_batch_size():
 
 def test_the_last_position_is_the_next_epochs_first():
     (epoch,) = batches(1)
-    assert epoch[-1].position == Position(epoch=1, lane_rows=0, lanes=8)
+    assert epoch[-1].position == LoaderState(epoch=1, lane_rows=0, num_canonical_shards=8)
     (second,) = batches(1, start=epoch[-1].position, epochs=2)
     (both,) = batches(1, epochs=2)
     assert [rows_of(batch) for batch in both[len(epoch) :]] == [rows_of(b) for b in second]
 
 
 def test_ranks_whose_lanes_have_ended_get_batches_without_rows():
-    source = toy_source(9)  # 8 lanes: 7 of one row, one of two
+    source = toy_source(9)  # 8 shards: 7 of one row, one of two
     ranks = [
         list(Loader(source, batch_size=8, world=World(rank=rank, size=8), epochs=1, prefetch=0))
         for rank in range(8)
@@ -118,7 +120,7 @@ def test_ranks_whose_lanes_have_ended_get_batches_without_rows():
     assert {len(rank) for rank in ranks} == {2}
     last = [rank[1] for rank in ranks]
     assert sum(len(row_ids(batch)) for batch in last) == 1
-    assert {batch.mean_rows for batch in last} == {1 / 8}
+    assert {batch.loss_denominator for batch in last} == {1 / 8}
     assert len({batch.position for batch in last}) == 1
 
 
@@ -181,7 +183,7 @@ def test_bad_rows_are_skipped_and_reported_once(caplog, prefetch):
         row for row in range(40) if row % 10
     ]
     assert sum(len(batch.weights) for batch in epoch) == 36
-    assert sum(batch.mean_rows for batch in epoch) == 40
+    assert sum(batch.loss_denominator for batch in epoch) == 40
     told = [record.message for record in caplog.records]
     assert sum(int(text.split(": ")[1].split()[0]) for text in told if "in this epoch" in text) == 4
     assert "block 0, row 20: label is 2, not 0 or 1; the row is skipped" in told
@@ -206,7 +208,9 @@ def test_refuses_what_it_cannot_do():
     with pytest.raises(DataError, match="no rows"):
         Loader(toy_source(0), batch_size=16)
     beyond = replace(batches(1)[0][0].position, lane_rows=11)
-    with pytest.raises(ValueError, match=r"read 11 rows of each lane, but a lane has only 10"):
+    with pytest.raises(
+        ValueError, match=r"read 11 rows of each canonical shard, but one has only 10"
+    ):
         Loader(SOURCE, batch_size=16, start=beyond)
-    with pytest.raises(ValueError, match="8 lanes, which 3 ranks cannot share"):
+    with pytest.raises(ValueError, match="8 canonical shards, which 3 ranks cannot share"):
         Loader(SOURCE, batch_size=24, start=beyond, world=World(rank=0, size=3))

@@ -27,13 +27,13 @@ def tensors_of(batch: CTRBatch):
     jagged = [
         tensor for kjt in (batch.pooled, batch.unpooled) for tensor in (kjt.values(), kjt.lengths())
     ]
-    return [*jagged, batch.dense, batch.labels, batch.weights, batch.groups]
+    return [*jagged, batch.dense, batch.labels, batch.weights, batch.grouping_keys]
 
 
 def assert_same(ones, others):
     for one, other in zip(ones, others, strict=True):
-        assert (one.position, one.longest, one.mean_rows) == (
-            (other.position, other.longest, other.mean_rows)
+        assert (one.position, one.max_seqlen, one.loss_denominator) == (
+            (other.position, other.max_seqlen, other.loss_denominator)
         )
         for left, right in zip(tensors_of(one), tensors_of(other), strict=True):
             assert left.dtype == right.dtype
@@ -118,7 +118,7 @@ def test_reads_ahead_a_bounded_number_of_blocks():
     source = NotingSource(tuple(toy_table(16, first=16 * n) for n in range(64)))
     batches = iter(loader(source=source, workers=2, batch_size=8, shuffle=False))
     next(batches)
-    assert len(reads) <= 8 + 8 + 1  # a block a lane, as many ahead, and the one being asked for
+    assert len(reads) <= 8 + 8 + 1  # a block a shard, as many ahead, and the one being asked for
     batches.close()
 
 
@@ -128,7 +128,7 @@ def padding(**options):
     for batch in loader(source=toy_source(200, 200, 200), batch_size=16, **options):
         lengths = torch.stack([batch.unpooled[f"{n}_item"].lengths() for n in ("clicks", "views")])
         real += int(lengths.max(0).values.sum())
-        padded += batch.longest * len(batch.labels)
+        padded += batch.max_seqlen * len(batch.labels)
     return padded / real - 1
 
 

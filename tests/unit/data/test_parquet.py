@@ -67,13 +67,15 @@ def test_an_epoch_reads_every_row(folder):
 @pytest.mark.parametrize("missing", ["schema.json", "_SUCCESS"])
 def test_a_half_made_folder_is_named_with_the_remedy(folder, missing):
     (folder / missing).unlink()
-    message = rf"{folder} is not a whole data folder: {missing} is missing.*apps/prepare\.py"
+    message = (
+        rf"{folder} is not a whole data folder: {missing} is missing.*torchrec_hilomoe prepare"
+    )
     with pytest.raises(DataError, match=message):
         ParquetSource(str(folder), "train", SCHEMA)
 
 
 def test_missing_folders_and_files_are_named(folder):
-    with pytest.raises(DataError, match=r"no data folder .*/nowhere\. .*apps/prepare\.py"):
+    with pytest.raises(DataError, match=r"no data folder .*/nowhere\. .*torchrec_hilomoe prepare"):
         ParquetSource(f"{folder}/nowhere", "train")
     with pytest.raises(DataError, match=r"no folder .*/valid, so no valid rows"):
         ParquetSource(str(folder), "valid")

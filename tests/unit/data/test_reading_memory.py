@@ -15,7 +15,7 @@ PEAKS = """
 import json, sys
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import ParquetSource
-from torchrec_hilomoe.runtime.memory import peak_resident_bytes
+from torchrec_hilomoe.runtime.process import peak_resident_bytes
 
 workers, *folders = sys.argv[1:]
 peaks = []

@@ -56,7 +56,10 @@ CLICKS = SCHEMA.sequences[0]
             {"candidate": (IdFeature(name="item", table="itm"),)},
             r"feature 'item' wants table 'itm'.*Did you mean 'item'",
         ),
-        ({"tables": {**SCHEMA.tables, "kind": 0}}, r"tables\['kind'\] must be at least 1.*got 0"),
+        (
+            {"tables": {**SCHEMA.tables, "kind": 0}},
+            r"tables\['kind'\] must be a whole number of at least 1.*got 0",
+        ),
         ({"group": "price"}, r"group 'price' is a list, a dense column, the weight or the label"),
         ({"group": "label"}, r"group 'label' is a list"),
         ({"group": "tags"}, r"group 'tags' is a list"),
@@ -155,6 +158,19 @@ def test_a_file_of_version_1_is_read():
         ({"pooled": [{"nam": "user", "table": "user"}]}, r"Schema\.pooled has no 'nam'\. Did"),
         ({"pooled": [{"name": "user"}]}, r"Schema\.pooled lacks table"),
         ({"frozen": {"item": {"width": 8}}}, r"Schema\.frozen\['item'\] lacks file"),
+        ({"tables": {**SCHEMA.tables, "item": "many"}}, r"\['item'\] must be a whole .*got 'many'"),
+        ({"tables": 5}, r"^Schema\.tables is 5, and must be a mapping of names to values\.$"),
+        ({"candidate": {"name": "a"}}, r"^Schema\.candidate is a mapping, and must be a list\.$"),
+        ({"pooled": [7]}, r"^Schema\.pooled is 7, but must be a mapping"),
+        ({"dataset": None}, r"^Schema\.dataset is null, and must be text\.$"),
+        ({"group": ["user"]}, r"^Schema\.group is a list, and must be text\.$"),
+        ({"dense": ["a", 3]}, r"^Schema\.dense\[1\] is 3, and must be text\.$"),
+        ({"sequences": [{"fields": 3}]}, r"^Schema\.sequences\.fields is 3, and must be a list\.$"),
+        (
+            {"pooled": [{"name": "user", "table": "user", "max_length": "1"}]},
+            r"^Schema\.pooled\.max_length is '1', and must be a whole number\.$",
+        ),
+        ({"vocabularies": {"item": None}}, r"Schema\.vocabularies\['item'\] is None, but must be"),
     ],
 )
 def test_misspelt_and_missing_keys_are_named(change, message):

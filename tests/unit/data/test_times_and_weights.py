@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.helpers.datasets import replace_column, SCHEMA, TableSource, toy_table
-from torchrec_hilomoe.data.batch import Position
-from torchrec_hilomoe.data.column_types import check_columns
+from torchrec_hilomoe.data.batch import LoaderState
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.data.parquet import check_columns
 
 CLICKS, VIEWS = SCHEMA.sequences
 TIMED = replace(
@@ -48,7 +48,7 @@ def test_every_row_keeps_its_times_and_weight(shuffle):
         events = [
             times.split(length.tolist()) for times, length in zip(batch.times, lengths, strict=True)
         ]
-        for at, user in enumerate(batch.groups.tolist()):
+        for at, user in enumerate(batch.grouping_keys.tolist()):
             row = stored[user]
             assert events[0][at].tolist() == row["clicks_time"][-CLICKS.max_length :]
             assert events[1][at].tolist() == row["views_time"][: VIEWS.max_length]
@@ -92,7 +92,15 @@ def test_rows_with_bad_times_and_weights_are_reported_and_left_out(name, value, 
 def tensors_of(batch):
     jagged = (batch.pooled, batch.unpooled)
     flat = [tensor for ids in jagged for tensor in (ids.values(), ids.lengths())]
-    return [*flat, batch.dense, batch.labels, batch.weights, batch.groups, batch.time, *batch.times]
+    return [
+        *flat,
+        batch.dense,
+        batch.labels,
+        batch.weights,
+        batch.grouping_keys,
+        batch.time,
+        *batch.times,
+    ]
 
 
 @pytest.mark.parametrize("bucket_by_length", [0, 2])
@@ -106,9 +114,9 @@ def test_rows_of_weight_zero_leave_no_trace_whatever_is_in_them(nowhere, bucket_
     whole = batches(table, **options)
     assert [batch.position for batch in found] == [batch.position for batch in whole]
     for batch, with_all in zip(found, whole, strict=True):
-        rows = [int(user) for user in with_all.groups if int(user) not in nowhere]
-        assert batch.groups.tolist() == rows
-        assert batch.mean_rows == with_all.mean_rows
+        rows = [int(user) for user in with_all.grouping_keys if int(user) not in nowhere]
+        assert batch.grouping_keys.tolist() == rows
+        assert batch.loss_denominator == with_all.loss_denominator
         if rows:
             (alone,) = list(
                 Loader(
@@ -117,12 +125,12 @@ def test_rows_of_weight_zero_leave_no_trace_whatever_is_in_them(nowhere, bucket_
                     shuffle=False,
                     epochs=1,
                     prefetch=0,
-                    start=Position(epoch=0, lane_rows=0, lanes=1),
+                    start=LoaderState(epoch=0, lane_rows=0, num_canonical_shards=1),
                 )
             )
             for got, want in zip(tensors_of(batch), tensors_of(alone), strict=True):
                 assert (got.dtype, got.tolist()) == (want.dtype, want.tolist())
-            assert (batch.longest, batch.steps) == (alone.longest, alone.steps)
+            assert (batch.max_seqlen, batch.num_tokens) == (alone.max_seqlen, alone.num_tokens)
 
 
 def test_types_that_cannot_hold_times_are_refused_before_reading():

@@ -10,15 +10,14 @@ and GAUC has one group, so that it is AUC.
 
 from typing import Unpack
 
-import pyarrow as pa
+import polars as pl
 
-from torchrec_hilomoe.data.prepare.arrow import call
 from torchrec_hilomoe.data.prepare.folder import Report, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import check_least, Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.public_sets import prepare_set
-from torchrec_hilomoe.data.prepare.raw import CsvFile
 from torchrec_hilomoe.data.prepare.records import find_raw
+from torchrec_hilomoe.data.prepare.sources import CsvFile
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, VocabularyRule
 from torchrec_hilomoe.runtime.paths import path_manager
 
@@ -107,6 +106,6 @@ def _inputs(raw: str) -> Inputs:
     return Inputs(train=(CsvFile(path, names=names, separator="\t", source=SOURCE),))
 
 
-def _squeezed(counts: pa.Array) -> pa.Array:
+def _squeezed(counts: pl.Expr) -> pl.Expr:
     """Return log(1 + x); the few negative counts are as good as none."""
-    return call("log1p", call("max_element_wise", counts, 0.0))
+    return counts.cast(pl.Float64).clip(0).log1p().cast(pl.Float32)

@@ -6,7 +6,7 @@ Shape legend:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +17,13 @@ from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSource
 from torchrec_hilomoe.data.prepare.folder import REPORT_FILE
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
-from torchrec_hilomoe.runtime.paths import open_text, path_manager
+from torchrec_hilomoe.runtime.documents import (
+    DocumentError,
+    misfit_of_parts,
+    parse_json,
+    read_text,
+)
+from torchrec_hilomoe.runtime.paths import path_manager
 
 __all__ = ["Description", "SplitDescription", "describe"]
 
@@ -112,7 +118,7 @@ def describe(folder: str) -> Description:
         splits=splits,
         shared_groups=shared,
         groups_may_be_shared=not by_group,
-        warnings=tuple(_warnings(splits, shared, by_group)),
+        warnings=(*_warnings(splits, shared, by_group), *_untrained(splits, schema)),
     )
 
 
@@ -130,10 +136,13 @@ def _report(folder: str) -> Mapping[str, Any]:
     if not path_manager.isfile(path):
         return {}  # a folder that another tool made
     try:
-        with open_text(path) as source:
-            return json.load(source)
-    except ValueError as error:
-        raise DataError(f"{path} is no JSON ({error}). Prepare the data again.") from error
+        found = parse_json(read_text(path), path)
+        parts = {"splits": Mapping[str, Mapping], "options": Mapping}
+        if problem := misfit_of_parts(found, parts):
+            raise DocumentError(f"{path} is damaged: {problem}")
+        return found
+    except DocumentError as error:
+        raise DataError(f"{error}. Prepare the data again.") from error
 
 
 def _split(source: ParquetSource) -> tuple[SplitDescription, np.ndarray]:
@@ -274,6 +283,20 @@ def _warnings(
     return found
 
 
+def _untrained(splits: Mapping[str, SplitDescription], schema: Schema) -> Iterator[str]:
+    """Yield tables whose row of unknown values is looked up and never trained."""
+    for name, split in splits.items():
+        for table, counts in split.ids.items():
+            row = schema.unknown_id(table)
+            seen = splits["train"].ids[table][row] if "train" in splits else 1
+            if counts[row] and not seen and table not in schema.frozen:
+                yield (
+                    f"{name}: {counts[row] / counts.sum():.1%} of the ids of table {table!r} are "
+                    f"{row}, which stands for unknown values and is never trained, so predictions "
+                    "there are arbitrary; rare values train it where min_count is above 1"
+                )
+
+
 # Random negatives are in a history less often than clicks where users come back to items; above
 # this difference the history all but says the label.
 TELLING = 0.5
@@ -284,6 +307,13 @@ def _summary(split: SplitDescription) -> dict[str, Any]:
     summary["label_rate"] = split.clicks / split.rows
     summary["lengths"] = {name: _quantiles(counts) for name, counts in split.lengths.items()}
     summary["ids"] = {table: _skew(counts) for table, counts in split.ids.items()}
+    summary["target_in_history"] = {
+        pair: {
+            "share_of_clicks": round(clicks / max(split.clicks, 1), 4),
+            "share_of_other_rows": round(others / max(split.rows - split.clicks, 1), 4),
+        }
+        for pair, (clicks, others) in split.target_in_history.items()
+    }
     return {name: value for name, value in summary.items() if value is not None}
 
 

@@ -1,30 +1,132 @@
-"""Parsed columns become the columns of the prepared folder: ids, cut lists, numbers.
+"""Typed columns become the columns of the prepared folder: ids, cut lists, numbers.
+
+A raw value becomes an id: looked up in a vocabulary, hashed, or an id already.
 
 Shape legend:
-    N  good rows of a piece
+    N  values that are asked about
+    V  values of the vocabulary; value ``v`` has id ``v + 1``
 """
 
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
-from torchrec_hilomoe.data.prepare.encoders import Encoder, encoder_of, Hashed, Ids
-from torchrec_hilomoe.data.prepare.parsing import Parsed
-from torchrec_hilomoe.data.prepare.runs import Runs, runs
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.hashing import hash_ids
+from torchrec_hilomoe.data.prepare.parsing import FAULT
+from torchrec_hilomoe.data.prepare.sources import ROW
+from torchrec_hilomoe.data.schema import PooledFeature, Schema
 
-__all__ = ["count_unknown", "encode_rows", "encoders_of", "unknown_id"]
+__all__ = [
+    "Encoder",
+    "Hashed",
+    "Ids",
+    "Numbers",
+    "Texts",
+    "encode",
+    "encoder_of",
+    "encoders_of",
+    "prepared_types",
+]
+
+SPARSE = 8  # a direct table may have so many places for each value, and at least the next number
+DIRECT = 1 << 24
 
 
-def unknown_id(schema: Schema, table: str) -> int:
-    """Return the id of a table's unknown values."""
-    rule = schema.vocabularies[table]
-    return schema.tables[table] - 1 if rule.unknown == "last" else 0
+class Encoder(ABC):
+    """Gives values of one table their ids."""
+
+    @abstractmethod
+    def encode(self, values: pl.Series) -> pl.Series:
+        """Return the id of each value, Int64; a null is unknown."""
 
 
-def encoders_of(schema: Schema, vocabularies: Mapping[str, pa.Array]) -> dict[str, Encoder]:
+class Ids(Encoder):
+    """Values that are ids already; whoever reads the data checks their range."""
+
+    def encode(self, values: pl.Series) -> pl.Series:
+        """Return the values; a null is 0."""
+        return values.fill_null(0)
+
+
+class Hashed(Encoder):
+    """Any value has a row, which it may share.
+
+    Args:
+        rows: Of the table.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def encode(self, values: pl.Series) -> pl.Series:
+        """Return the row of each value's hash; a null is 0."""
+        return pl.Series(values.name, hash_ids(values.to_arrow(), self._rows))
+
+
+class Numbers(Encoder):
+    """A vocabulary of whole numbers.
+
+    Args:
+        values_V: Each once.
+        unknown: The id of all others.
+    """
+
+    def __init__(self, values_V: np.ndarray, unknown: int) -> None:
+        self._unknown = unknown
+        span = int(values_V.max()) + 1 if len(values_V) else 0
+        small = span <= max(SPARSE * len(values_V), DIRECT)
+        self._direct = small and (not len(values_V) or values_V.min() >= 0)
+        if self._direct:
+            # Six times faster than a hash table.
+            self._ids = np.full(span + 1, unknown, dtype=np.int64)
+            self._ids[values_V] = np.arange(1, len(values_V) + 1)
+        else:
+            order = np.argsort(values_V)
+            self._values, self._ids = values_V[order], order + 1
+
+    def encode(self, values: pl.Series) -> pl.Series:
+        """Look each value up."""
+        wanted_N = values.fill_null(-1).to_numpy()
+        if self._direct:
+            last = len(self._ids) - 1  # a place that no value has
+            # Seen as unsigned, a negative value is a huge one.
+            ids_N = self._ids[np.minimum(wanted_N.view(np.uint64), np.uint64(last))]
+            return pl.Series(values.name, ids_N)
+        at_N = np.minimum(np.searchsorted(self._values, wanted_N), len(self._values) - 1)
+        found_N = (self._values[at_N] == wanted_N) & values.is_not_null().to_numpy()
+        return pl.Series(values.name, np.where(found_N, self._ids[at_N], self._unknown))
+
+
+class Texts(Encoder):
+    """A vocabulary of texts: to Polars, the categories of an enumeration.
+
+    Args:
+        values: Each once.
+        unknown: The id of all others.
+    """
+
+    def __init__(self, values: pl.Series, unknown: int) -> None:
+        self._kind = pl.Enum(values)
+        self._unknown = unknown
+
+    def encode(self, values: pl.Series) -> pl.Series:
+        """Look each value up."""
+        found = values.cast(pl.String).cast(self._kind, strict=False).to_physical()
+        return (found.cast(pl.Int64) + 1).fill_null(self._unknown)
+
+
+def encoder_of(values: pl.Series, unknown: int) -> Encoder:
+    """Return the encoder of a vocabulary; value ``v`` of it has id ``v + 1``."""
+    if values.dtype.is_integer():
+        return Numbers(values.cast(pl.Int64).to_numpy(), unknown)
+    return Texts(values, unknown)
+
+
+def encoders_of(schema: Schema, vocabularies: Mapping[str, pl.Series]) -> dict[str, Encoder]:
     """Return the encoder of each table.
 
     Args:
@@ -34,67 +136,62 @@ def encoders_of(schema: Schema, vocabularies: Mapping[str, pa.Array]) -> dict[st
     encoders: dict[str, Encoder] = {}
     for table, rows in schema.tables.items():
         if table in vocabularies:
-            encoders[table] = encoder_of(vocabularies[table], unknown_id(schema, table))
+            encoders[table] = encoder_of(vocabularies[table], schema.unknown_id(table))
         else:
             encoders[table] = Hashed(rows) if table in schema.vocabularies else Ids()
     return encoders
 
 
-def encode_rows(parsed: Parsed, schema: Schema, encoders: Mapping[str, Encoder]) -> pa.Table:
-    """Return the good rows of a piece."""
-    good_N = pa.array(parsed.good_N, pa.int64())
-    columns: dict[str, pa.Array] = {}
-    limits = {
-        field.name: (group.max_length, group.keep)
-        for group in schema.sequences
-        for field in group.fields
+def encode(parsed: pl.LazyFrame, schema: Schema, encoders: Mapping[str, Encoder]) -> pl.LazyFrame:
+    """Return ``ROW`` and the prepared columns of the good rows of what was parsed."""
+    tables = {feature.name: feature.table for feature in schema.id_features}
+    columns = []
+    for name, (limit, keep) in _limits(schema).items():
+        column = pl.col(name)
+        if limit is not None:
+            column = column.list.tail(limit) if keep == "last" else column.list.head(limit)
+        if name in tables:
+            encoder = encoders[tables[name]]
+            if limit is None:
+                column = column.map_batches(encoder.encode, return_dtype=pl.Int64).cast(pl.Int32)
+            else:
+                kind = pl.List(pl.Int32)
+                column = column.map_batches(partial(_in_lists, encoder), return_dtype=kind)
+        columns.append(column)
+    return parsed.filter(pl.col(FAULT).is_null()).select(ROW, *columns)
+
+
+def _in_lists(encoder: Encoder, lists: pl.Series) -> pl.Series:
+    """Look all entries up at once: ``list.eval`` would call Python for every row."""
+    array = lists.to_arrow()
+    offsets = array.offsets.to_numpy() - array.offsets[0].as_py()
+    ids = encoder.encode(pl.Series(array.flatten())).cast(pl.Int32).to_arrow()
+    return pl.Series(lists.name, pa.LargeListArray.from_arrays(offsets, ids))
+
+
+def prepared_types(schema: Schema) -> pa.Schema:
+    """Return the columns of a prepared folder and their types."""
+    limits = _limits(schema)
+    ids = {feature.name for feature in schema.id_features}
+    plain = {
+        **dict.fromkeys(schema.dense, pa.float32()),
+        schema.weight: pa.float32(),
+        schema.label: pa.int8(),
     }
-    limits |= {feature.name: (feature.max_length, "last") for feature in schema.pooled}
-    for feature in schema.id_features:
-        encode = encoders[feature.table].encode
-        if feature.name in parsed.single:
-            columns[feature.name] = _int32(encode(parsed.single[feature.name].take(good_N)))
-        else:
-            kept = _kept(parsed, feature.name, *limits[feature.name])
-            taken = parsed.many[feature.name].values.take(pa.array(kept.index))
-            columns[feature.name] = _lists(kept, _int32(encode(taken)))
+    kinds = []
+    for name in schema.columns:
+        kind = pa.int32() if name in ids else plain.get(name, pa.int64())
+        kinds.append((name, kind if limits[name][0] is None else pa.list_(kind)))
+    return pa.schema(kinds)
+
+
+def _limits(schema: Schema) -> dict[str, tuple[int | None, str]]:
+    """Return how many entries lists have, none for other columns, and which end is kept."""
+    found: dict[str, tuple[int | None, str]] = dict.fromkeys(schema.columns, (None, "last"))
     for group in schema.sequences:
-        if group.time is not None:
-            kept = _kept(parsed, group.time, group.max_length, group.keep)
-            columns[group.time] = _lists(
-                kept, parsed.many[group.time].values.take(pa.array(kept.index))
-            )
-    for name, values_N in parsed.dense.items():
-        columns[name] = pa.array(values_N[parsed.good_N])
-    for name, values_N in parsed.plain.items():
-        kind = pa.int8() if name == schema.label else pa.int64()
-        columns[name] = pa.array(values_N[parsed.good_N], kind)
-    return pa.table({name: columns[name] for name in schema.columns})
-
-
-def count_unknown(rows: pa.Table, schema: Schema) -> Counter[str]:
-    """Count the ids of unknown values, by table; of lists, as far as they are kept."""
-    counts: Counter[str] = Counter()
-    for feature in schema.id_features:
-        rule = schema.vocabularies.get(feature.table)
-        if rule is not None and rule.kind != "hashed":
-            column = rows.column(feature.name).combine_chunks()
-            ids = column.flatten() if pa.types.is_list(column.type) else column
-            unknown = unknown_id(schema, feature.table)
-            counts[feature.table] += int((ids.to_numpy(zero_copy_only=False) == unknown).sum())
-    return counts
-
-
-def _kept(parsed: Parsed, name: str, limit: int, keep: str) -> Runs:
-    offsets = parsed.many[name].offsets
-    starts_N, ends_N = offsets[:-1][parsed.good_N], offsets[1:][parsed.good_N]
-    counts_N = np.minimum(ends_N - starts_N, limit)
-    return runs(ends_N - counts_N if keep == "last" else starts_N, counts_N)
-
-
-def _int32(ids: np.ndarray) -> pa.Array:
-    return pa.array(ids.astype(np.int32))
-
-
-def _lists(kept: Runs, values: pa.Array) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(kept.offsets, pa.int32()), values)
+        names = [f.name for f in group.fields] + ([group.time] if group.time else [])
+        found |= dict.fromkeys(names, (group.max_length, group.keep))
+    for feature in schema.pooled:
+        if isinstance(feature, PooledFeature) and feature.max_length > 1:
+            found[feature.name] = (feature.max_length, "last")
+    return found

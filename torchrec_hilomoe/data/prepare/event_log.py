@@ -12,14 +12,15 @@ Shape legend:
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
-from torchrec_hilomoe.data.prepare.raw import Piece, RawFile
 from torchrec_hilomoe.data.prepare.records import BadRecords
+from torchrec_hilomoe.data.prepare.sources import RawFile
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["Counting", "EncodedEvents", "Encoding", "EventLog", "Read", "Tally"]
@@ -27,17 +28,17 @@ __all__ = ["Counting", "EncodedEvents", "Encoding", "EventLog", "Read", "Tally"]
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """A piece of the raw file.
+    """A batch of the raw file.
 
     Attributes:
         events: Of good records.
         good: How many records those are.
-        bad: The other records: row of the piece, and what is there.
+        bad: The other records: where each is, and what is there.
     """
 
-    events: pa.Table
+    events: pl.DataFrame
     good: int
-    bad: Mapping[int, str]
+    bad: Sequence[tuple[int, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,11 @@ class Encoding(ABC):
     def notes(self) -> Mapping[str, int]:
         """Counts for the report that are not added up over users."""
 
+    @property
+    def vocabularies(self) -> Mapping[str, pl.Series]:
+        """Raw values of tables that the schema names files of, the one with id 1 first."""
+        return {}
+
     @abstractmethod
     def encode(self, events: pa.Table, before: Tally) -> EncodedEvents:
         """Encode some users' events, in whichever thread.
@@ -129,24 +135,24 @@ class EventLog(ABC):
 
     Attributes:
         file: Where they are.
-        columns: Those of the file that are needed.
+        columns: Those of the file that are needed, and the types that they are read as.
         order: Columns of events that put them in order: the user first; the last one tells any two
             events apart.
         nothing: What to tell whoever names a file without any event.
     """
 
     file: RawFile
-    columns: tuple[str, ...]
+    columns: pa.Schema
     order: tuple[str, ...]
     nothing: str
 
     @abstractmethod
-    def read(self, piece: Piece) -> Read:
-        """Read a piece of the file, in whichever thread."""
+    def read(self, batch: pl.DataFrame) -> Read:
+        """Read a batch of the file's rows, in whichever thread."""
 
     @abstractmethod
     def counting(self, scratch: str, bad: BadRecords) -> Counting:
-        """Read smaller files, and return what counts, once all pieces are read.
+        """Read smaller files, and return what counts, once all rows are read.
 
         Args:
             scratch: A local folder.

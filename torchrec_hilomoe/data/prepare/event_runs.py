@@ -3,7 +3,8 @@
 While they are read, events collect in runs: as many as memory may hold are sorted by user and
 written to a file. A part is a range of users, of all runs. So a part has every event of its users,
 parts in order have the users in order, and it can be decided at the end, from what there is, how
-many parts are wanted for one to fit memory.
+many parts are wanted for one to fit memory. Polars' own sort holds all rows: 640 MB of them took
+2.6 GB.
 """
 
 import os
@@ -15,8 +16,6 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-
-from torchrec_hilomoe.data.prepare.arrow import call
 
 __all__ = ["EventRuns", "Part"]
 
@@ -96,10 +95,6 @@ class EventRuns:
             pieces.append(events.take(pa.array(np.arange(start, stop))))
         return _sorted(pa.Table.from_batches(pieces), self._order)
 
-    def empty(self) -> pa.Table:
-        """Return no event, with the columns of all."""
-        return pa.Table.from_batches([_open(self._runs[0]).slice(0, 0)])
-
     def _write_run(self) -> None:
         if not self._pending:
             return
@@ -121,7 +116,7 @@ def _open(run: str) -> pa.RecordBatch:
 
 def _sorted(events: pa.Table, order: Sequence[str]) -> pa.Table:
     keys = [(name, "ascending") for name in order]
-    return events.take(call("sort_indices", events, options=pc.SortOptions(keys)))
+    return events.take(pc.call_function("sort_indices", [events], pc.SortOptions(keys)))
 
 
 def _first_at_least(users: pa.Array, user: int | str) -> int:

@@ -4,12 +4,15 @@ Layout: ``schema.json``, ``report.json``, ``{train,valid,test}/part-NNNNN.parque
 ``_SUCCESS``, which is written last.
 """
 
+import fcntl
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -19,13 +22,7 @@ from tqdm import tqdm
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.parquet import SUCCESS_FILE
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
-from torchrec_hilomoe.runtime.paths import (
-    open_binary,
-    open_text,
-    path_manager,
-    remove_tree,
-    rename,
-)
+from torchrec_hilomoe.runtime.paths import open_binary, open_text, path_manager, remove_tree, rename
 
 __all__ = [
     "ROW_GROUP_ROWS",
@@ -33,6 +30,7 @@ __all__ = [
     "Report",
     "Split",
     "prepared_folder",
+    "scratch_folder",
     "vectors_file",
     "vocabulary_file",
 ]
@@ -70,6 +68,8 @@ class Report:
         vocabularies: Rows of each embedding table, id 0 included.
         splits: By name.
         notes: Counts that are particular to the data set.
+        unknown: Ids that stand for values which no training row has often enough: by split and
+            table, ``unknown_ids`` of ``ids``, and ``rows_with_unknown`` of ``rows``.
     """
 
     dataset: str
@@ -80,6 +80,7 @@ class Report:
     vocabularies: dict[str, int]
     splits: dict[str, Split]
     notes: dict[str, int]
+    unknown: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of ``report.json``."""
@@ -186,7 +187,7 @@ def prepared_folder(out: str, *, overwrite: bool) -> Iterator[PreparedFolder]:
     """Give a folder to write in; on leaving without an error it appears as ``out``, whole.
 
     A process that is killed leaves ``out`` as it was, and a folder ``out.partial-PID`` that
-    nothing takes for data; an error leaves not even that.
+    nothing takes for data and that the next one removes; an error leaves not even that.
 
     Args:
         out: Its place.
@@ -196,20 +197,82 @@ def prepared_folder(out: str, *, overwrite: bool) -> Iterator[PreparedFolder]:
         The writer.
 
     Raises:
-        DataError: If ``out`` holds anything, unless it is a prepared folder and ``overwrite``.
+        DataError: If ``out`` holds anything, unless it is a prepared folder and ``overwrite``, or
+            if another process is writing it.
     """
     out = out.rstrip("/")
     _check_place(out, overwrite)
     partial = f"{out}.partial-{os.getpid()}"
-    path_manager.mkdirs(partial)
+    path_manager.mkdirs(os.path.dirname(out) or ".")
+    with _claimed(out, partial):
+        try:
+            yield PreparedFolder(partial)
+            with open_text(f"{partial}/{SUCCESS_FILE}", "w"):
+                pass
+            _replace(partial, out)
+        finally:
+            if path_manager.isdir(partial):
+                remove_tree(partial)
+
+
+@contextmanager
+def _claimed(out: str, partial: str) -> Iterator[None]:
+    """Make ``partial`` this process's own, after removing what killed ones left.
+
+    A local folder is locked while its process lives; the system ends the lock with the process. A
+    remote store has no such locks, and there nobody is refused and nothing removed.
+    """
+    parent, name = os.path.split(out)
+    parent = parent or "."
+    if not os.path.isdir(parent):
+        path_manager.mkdirs(partial)
+        yield
+        return
+    with _locked(parent):  # for as long as it takes to look: nobody else looks meanwhile
+        for left in sorted(os.listdir(parent)):
+            if left.startswith(f"{name}.partial-"):
+                _remove_left(out, os.path.join(parent, left))
+            elif left.startswith(f"{name}.old-"):
+                old = os.path.join(parent, left)
+                # Killed between two renames, a process has left the old data under this name.
+                remove_tree(old) if os.path.isdir(out) else rename(old, out)
+        os.mkdir(partial)
+        mine = os.open(partial, os.O_RDONLY)
+        fcntl.flock(mine, fcntl.LOCK_EX)
     try:
-        yield PreparedFolder(partial)
-        with open_text(f"{partial}/{SUCCESS_FILE}", "w"):
-            pass
-        _replace(partial, out)
+        yield
     finally:
-        if path_manager.isdir(partial):
-            remove_tree(partial)
+        os.close(mine)
+
+
+@contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _remove_left(out: str, partial: str) -> None:
+    """Remove a folder of a process that is gone.
+
+    Raises:
+        DataError: If it is not gone.
+    """
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        logger.info("removed %s, which a process that was killed had left", partial)
+        remove_tree(partial)
+    except BlockingIOError as error:
+        raise DataError(
+            f"--out {out} is being prepared by process {partial.rpartition('-')[2]} at this "
+            "moment; wait for it, or name another folder."
+        ) from error
+    finally:
+        os.close(handle)
 
 
 def _check_place(out: str, overwrite: bool) -> None:
@@ -237,3 +300,22 @@ def _replace(partial: str, out: str) -> None:
     rename(out, old)
     rename(partial, out)
     remove_tree(old)
+
+
+@contextmanager
+def scratch_folder(folder: PreparedFolder, wanted: str | None) -> Iterator[str]:
+    """Give a local folder that is removed again, also after an error.
+
+    Args:
+        folder: What is being made: beside it there is room, unless it is remote.
+        wanted: Where the user wants it; ``None`` leaves it to this function.
+
+    Yields:
+        Its path.
+    """
+    beside = folder.path if os.path.isdir(folder.path) else None
+    path = tempfile.mkdtemp(prefix=".scratch-", dir=wanted or beside)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)

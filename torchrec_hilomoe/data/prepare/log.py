@@ -1,9 +1,9 @@
 """A log of events becomes a prepared folder, in passes that hold a few users at a time.
 
-    raw pieces ─read→ events, sorted by user in runs ─parts of users→ counted, then encoded
+    raw rows ─read→ events, sorted by user in runs ─parts of users→ counted, then encoded
       ─shards→ Parquet
 
-Memory holds vocabularies, which the model holds too, and for each thread a piece or a part. What
+Memory holds vocabularies, which the model holds too, some batches, and for each thread a part. What
 is written is the same for any number of threads and parts.
 
 Shape legend:
@@ -11,6 +11,7 @@ Shape legend:
     M  rows that are made at once
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Unpack
@@ -18,19 +19,19 @@ from typing import Any, Unpack
 import numpy as np
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.event_log import Encoding, EventLog, Read, Tally
+from torchrec_hilomoe.data.prepare.event_log import Encoding, EventLog, Tally
 from torchrec_hilomoe.data.prepare.event_runs import EventRuns, Part
-from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
+from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report, scratch_folder
 from torchrec_hilomoe.data.prepare.options import check_least, Common, Options
-from torchrec_hilomoe.data.prepare.pieces import each_piece, in_order
-from torchrec_hilomoe.data.prepare.raw import Piece
 from torchrec_hilomoe.data.prepare.records import BadRecords
-from torchrec_hilomoe.data.prepare.scratch import scratch_folder
 from torchrec_hilomoe.data.prepare.shards import Noted, shard_rows, Shards
-from torchrec_hilomoe.data.prepare.split_rules import waiting_shard
+from torchrec_hilomoe.data.prepare.split_rules import check_splits, waiting_shard
+from torchrec_hilomoe.data.prepare.streaming import in_order
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
 __all__ = ["history_group", "prepare_log"]
+
+logger = logging.getLogger(__name__)
 
 ENCODED_BYTES = 1 << 24  # about so much is made of a part at once
 
@@ -73,16 +74,21 @@ def prepare_log(
         )
         # Of each part: what came before it; and in the end, everything.
         *before, total = accumulate(counted, initial=Tally())
+        if not total.trained:
+            raise DataError(
+                f"{log.file.path} has too few events: none of its {total.rows} rows would be "
+                "trained on. Take a larger data set."
+            )
         encoding = counting.encoding()
         schema = encoding.schema
         folder.write_schema(schema)
+        for table, values in encoding.vocabularies.items():
+            folder.write_vocabulary(table, values.to_arrow())
         rows_per_file = shard_rows(4 * total.entries / total.rows + 8 * len(schema.columns))
-        shards = Shards(scratch=local, seed=options.seed)
+        shards = Shards(scratch=local, seed=options.seed, schema=schema)
         _encode(encoding, runs, parts, before, total, rows_per_file, shards, workers)
-        columns = encoding.encode(runs.empty(), Tally()).rows(np.empty(0, np.int64)).schema
-        splits = shards.write_splits(
-            folder, columns=columns, rows_per_file=rows_per_file, workers=workers
-        )
+        splits = shards.write_splits(folder, rows_per_file=rows_per_file, workers=workers)
+        check_splits({name: split.rows for name, split in splits.items()}, None, log.file.path)
         report = Report(
             dataset=schema.dataset,
             options={**(named or {}), **lengths, "seed": options.seed},
@@ -91,6 +97,7 @@ def prepare_log(
             rows_bad=dict(bad.counts),
             vocabularies=dict(schema.tables),
             splits=splits,
+            unknown=shards.unknown,
             notes={**encoding.notes, **total.notes},
         )
         folder.write_report(report)
@@ -111,22 +118,20 @@ def history_group(tables: Mapping[str, str], max_length: int) -> SequenceGroup:
 def _read(log: EventLog, runs: EventRuns, workers: int, bad: BadRecords) -> int:
     """Collect all events; return how many good records they are of."""
     there = log.file.columns().names
-    missing = [name for name in log.columns if name not in there]
+    missing = [name for name in log.columns.names if name not in there]
     if missing:
         raise DataError(
             f"{log.file.path} cannot be read (it lacks the columns {', '.join(missing)}; it has "
             f"{', '.join(there)}). Name the right files with --raw."
         )
-
-    def work(_: int, piece: Piece) -> Read:
-        return log.read(piece)
-
     good = 0
-    for piece, read in each_piece([log.file], log.columns, work, workers=workers, title="read"):
-        for row, text in read.bad.items():
-            bad.add(piece.path, piece.place(piece.first + row), text)
-        runs.add(read.events)
+    batches = log.file.batches(log.columns)
+    for read in in_order(batches, log.read, workers=workers, title="read", unit="batches"):
+        for place, text in read.bad:
+            bad.add(log.file.path, log.file.unit, place, text)
         good += read.good
+        runs.add(read.events.to_arrow())
+    logger.info("read: %s read", log.file.path)
     if not runs.rows:
         raise DataError(log.nothing)
     return good
@@ -162,7 +167,6 @@ def _encode(
                     shards=max(1, waiting),
                     seed=shards.seed,
                 ),
-                label=encoding.schema.label,
             )
         return noted
 

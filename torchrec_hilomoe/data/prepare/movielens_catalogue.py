@@ -1,26 +1,20 @@
-"""What MovieLens says of movies and of users, one line each: small beside the ratings.
-
-Shape legend:
-    N  keys that are asked about
-"""
+"""MovieLens-1M's movies and users, by line of their files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import polars as pl
 
-from torchrec_hilomoe.data.prepare.arrow import call
-from torchrec_hilomoe.data.prepare.vocabulary import Vocabulary
+from torchrec_hilomoe.data.prepare.counting import by_frequency
+from torchrec_hilomoe.data.prepare.encoding import encoder_of
 
-__all__ = ["Keys", "Movies", "Users"]
+__all__ = ["PROFILE", "Movies", "Users"]
 
-ZIP_DIGITS = 3  # an area of the United States; the whole code is close to being the user
 PROFILE = ("gender", "age", "occupation", "zip")
 
 
-class Keys:
+class _Keys:
     """Which line has a key.
 
     Args:
@@ -52,25 +46,25 @@ class Movies:
         genre_rows: Of the genres' table.
     """
 
-    keys: Keys
+    keys: _Keys
     genre_set: np.ndarray
     genres: np.ndarray
     genres_begin: np.ndarray
     genre_rows: int
 
     @classmethod
-    def of(cls, lines: pa.Table) -> "Movies":
+    def of(cls, lines: pl.DataFrame) -> "Movies":
         """Take the lines of movies.dat."""
-        lists = [sorted(set(text.split("|")) - {""}) for text in lines["genres"].to_pylist()]
+        lists = [sorted(set(text.split("|")) - {""}) for text in lines["genres"]]
         sets = np.array(["|".join(names) for names in lists] + [""], dtype=str)
-        names = np.array([name for names in lists for name in names], dtype=str)
-        ids = Vocabulary.count(names)
+        names = pl.Series([name for names in lists for name in names], dtype=pl.String)
+        ids, rows = _ids(names)
         return cls(
-            keys=Keys(pc.cast(lines["movie"], pa.int64()).to_numpy()),
+            keys=_Keys(lines["movie"].to_numpy()),
             genre_set=np.unique(sets, return_inverse=True)[1],
-            genres=ids.encode(names),
+            genres=ids,
             genres_begin=np.cumsum([0, *map(len, lists), 0]),
-            genre_rows=ids.size,
+            genre_rows=rows,
         )
 
 
@@ -85,31 +79,22 @@ class Users:
         rows: Of each attribute's table.
     """
 
-    keys: Keys
+    keys: _Keys
     profiles: Mapping[str, np.ndarray]
     rows: Mapping[str, int]
 
     @classmethod
-    def of(cls, lines: pa.Table) -> "Users":
-        """Take the lines of users.dat, as :meth:`piece` made them."""
-        lines = lines.unify_dictionaries().combine_chunks()
-        profiles, rows = {}, {}
-        for name in PROFILE:
-            coded = lines[name].chunk(0)
-            codes = coded.indices.to_numpy()
-            values = np.array(coded.dictionary.to_pylist(), dtype=str)
-            counts = np.bincount(codes, minlength=len(values))
-            ids = Vocabulary.of(values, counts)
-            profiles[name] = np.append(ids.encode(values)[codes], np.int32(0))
-            rows[name] = ids.size
-        return cls(keys=Keys(lines["user"].to_numpy()), profiles=profiles, rows=rows)
-
-    @staticmethod
-    def piece(lines: pa.Table) -> pa.Table:
-        """Return some lines in less memory: there may be many users."""
-        zips = pc.call_function(
-            "utf8_slice_codeunits", [lines["zip"]], pc.SliceOptions(0, ZIP_DIGITS)
+    def of(cls, lines: pl.DataFrame) -> "Users":
+        """Take the lines of users.dat."""
+        found = {name: _ids(lines[name].cast(pl.String)) for name in PROFILE}
+        return cls(
+            keys=_Keys(lines["user"].to_numpy()),
+            profiles={name: np.append(ids, np.int32(0)) for name, (ids, _) in found.items()},
+            rows={name: rows for name, (_, rows) in found.items()},
         )
-        lines = lines.set_column(lines.schema.get_field_index("zip"), "zip", zips)
-        coded = {name: call("dictionary_encode", lines[name]) for name in PROFILE}
-        return pa.table({"user": pc.cast(lines["user"], pa.int64()), **coded})
+
+
+def _ids(values: pl.Series) -> tuple[np.ndarray, int]:
+    """Return ids by frequency, int32, and how many rows their table has."""
+    ranked = by_frequency(values.alias("value").value_counts(name="count"))
+    return encoder_of(ranked, 0).encode(values).to_numpy().astype(np.int32), len(ranked) + 1

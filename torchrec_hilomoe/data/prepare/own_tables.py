@@ -6,7 +6,7 @@ of a given vocabulary is a raw file; and ``columns`` may name the raw column tha
 of.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Unpack
 
@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from torchrec_hilomoe.data.column_types import is_list
 from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.column_kinds import is_text, refuse_types, stored_type
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.public_sets import prepare_set
-from torchrec_hilomoe.data.prepare.raw import ParquetFile
+from torchrec_hilomoe.data.prepare.sources import ParquetFile
 from torchrec_hilomoe.data.prepare.vectors import Vectors
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.runtime.paths import open_binary, open_text, path_manager
@@ -44,8 +44,9 @@ def prepare_parquet(
     """Prepare your own Parquet files, as a schema file describes them.
 
     Args:
-        raw: Folder with train/, valid/ and test/, each of .parquet files, or train.parquet and so
-            on. Without validation or test files, training rows are held out.
+        raw: Folder with train/, valid/ and test/, each of .parquet files, in folders of its own or
+            not, or train.parquet and so on. Without validation or test files, training rows are
+            held out.
         schema: A YAML or JSON file that says what the columns are.
         valid_percent: About how many of a hundred training rows validate, without such files.
         test_percent: About how many test, without such files.
@@ -71,7 +72,10 @@ def prepare_parquet(
             "folder that has with --raw."
         )
     description = _Description.read(schema)
-    kinds = inputs.train[0].columns()
+    files = [file for split in SPLITS for file in getattr(inputs, split)]
+    kinds = [file.columns() for file in files]
+    for file, columns in zip(files, kinds, strict=True):
+        refuse_types(columns, description.schema, description.columns, file.path)
     frozen = description.schema.frozen
     vectors = {table: Vectors(f"{raw}/{given.file}") for table, given in frozen.items()}
     text = _text_tables(description, kinds)
@@ -82,6 +86,7 @@ def prepare_parquet(
         numeric_group=False,
         separator=separator,
         missing_dense=fill_dense,
+        missing_remedy="; --fill_dense NUMBER gives missing ones a value",
         given=_given(description.schema, vectors, raw, text),
     )
     by_time = "time" if plan.schema.time is not None else "rows"
@@ -125,7 +130,7 @@ class _Description:
             raise DataError(f"there is no schema file {path}. Name it with --schema.")
         try:
             with open_text(path) as source:
-                found = yaml.safe_load(source)
+                found = yaml.safe_load(source.read().removeprefix("\ufeff"))
             if not isinstance(found, dict):
                 raise ValueError("it is no mapping of names to values")
             columns = found.pop("columns", None) or {}
@@ -167,23 +172,29 @@ def _finished(schema: Schema, vectors: Mapping[str, Vectors]) -> Schema:
     )
 
 
-def _text_tables(description: _Description, kinds: pa.Schema) -> frozenset[str]:
-    """Return the tables whose raw columns hold texts."""
+def _text_tables(description: _Description, kinds: Sequence[pa.Schema]) -> frozenset[str]:
+    """Return the tables whose raw columns hold texts in any file."""
     found: dict[str, dict[bool, str]] = {}
     schema = description.schema
     for feature in schema.id_features:
         raw = description.columns.get(feature.name, feature.name)
-        if raw not in kinds.names:
-            continue  # reported with all that are missing
-        kind = kinds.field(raw).type
-        kind = kind.value_type if is_list(kind) or pa.types.is_dictionary(kind) else kind
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        found.setdefault(feature.table, {})[text] = raw
+        rule = schema.vocabularies.get(feature.table)
+        for file in kinds:
+            if file.names.count(raw) != 1:
+                continue  # reported with all that are missing or occur twice
+            kind = file.field(raw).type
+            text = is_text(kind)
+            if rule is not None and rule.kind == "hashed" and _is_unsigned(kind):
+                # Fingerprints of 64 bits. A number and its text have the same hash.
+                found.setdefault(feature.table, {})[True] = raw
+            elif text is not None:
+                found.setdefault(feature.table, {})[text] = raw
     for table, columns in found.items():
-        if len(columns) == 2:
+        hashed = table in schema.vocabularies and schema.vocabularies[table].kind == "hashed"
+        if len(columns) == 2 and not hashed:
             raise DataError(
                 f"table {table!r} is indexed by {columns[True]}, which holds texts, and by "
-                f"{columns[False]}, which holds numbers; give them one type."
+                f"{columns[False]}, which holds numbers; give them one type in all files."
             )
         if True in columns and table not in schema.vocabularies:
             raise DataError(
@@ -191,6 +202,11 @@ def _text_tables(description: _Description, kinds: pa.Schema) -> frozenset[str]:
                 f"it to the schema's vocabularies, as counted, given or hashed."
             )
     return frozenset(table for table, columns in found.items() if True in columns)
+
+
+def _is_unsigned(kind: pa.DataType) -> bool:
+    kind = stored_type(kind)
+    return pa.types.is_uint64(kind.value_type if pa.types.is_large_list(kind) else kind)
 
 
 def _given(
@@ -226,9 +242,11 @@ def _values(path: str) -> pa.Array:
     try:
         if path.endswith(".parquet"):
             with open_binary(path) as source:
-                return pq.read_table(source, columns=["value"])["value"].combine_chunks()
+                values = pq.read_table(source, columns=["value"])["value"].combine_chunks()
+                return values.cast(pa.string()) if is_text(values.type) else values
         with open_text(path) as source:
-            lines = [line.rstrip("\r\n") for line in source]
+            lines = source.read().removeprefix("\ufeff").split("\n")
+            lines = [line.rstrip("\r") for line in lines]
     except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"the vocabulary {path} cannot be read ({reason}).") from error
@@ -240,9 +258,38 @@ def _values(path: str) -> pa.Array:
 
 
 def _files(raw: str, split: str) -> tuple[ParquetFile, ...]:
-    folder = f"{raw}/{split}"
-    if path_manager.isdir(folder):
-        names = sorted(name for name in path_manager.ls(folder) if name.endswith(".parquet"))
-        return tuple(ParquetFile(f"{folder}/{name}") for name in names)
-    path = f"{folder}.parquet"
-    return (ParquetFile(path),) if path_manager.isfile(path) else ()
+    """Find a split's files; whatever has its name and is none is refused."""
+    if not path_manager.isdir(raw):
+        return ()
+    names = [name for name in sorted(path_manager.ls(raw)) if name.partition(".")[0] == split]
+    if not names:
+        return ()
+    if len(names) > 1:
+        raise DataError(f"{raw} has {' and '.join(names)}; leave one for the {split} split.")
+    (name,) = names
+    path = f"{raw}/{name}"
+    if path_manager.isdir(path):
+        found = tuple(_below(path))
+        if not found:
+            raise DataError(
+                f"{path} holds no .parquet file. Put the {split} rows in, or remove it."
+            )
+        return tuple(map(ParquetFile, found))
+    if name != f"{split}.parquet":
+        raise DataError(
+            f"{path} is no Parquet, but has the name of the {split} split. Convert it to "
+            f"{split}.parquet, or rename it."
+        )
+    return (ParquetFile(path),)
+
+
+def _below(folder: str) -> Iterator[str]:
+    """Yield the Parquet files in a folder and in those below it, as Spark and Hive write them."""
+    for name in sorted(path_manager.ls(folder)):
+        if name.startswith((".", "_")):
+            continue  # marks and checksums that systems leave
+        path = f"{folder}/{name}"
+        if path_manager.isdir(path):
+            yield from _below(path)
+        elif name.endswith(".parquet"):
+            yield path

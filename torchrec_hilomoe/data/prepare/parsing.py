@@ -1,161 +1,200 @@
-"""A piece of a raw table becomes typed columns under the schema's names, and its bad rows known.
+"""Raw columns become typed ones under the schema's names, and what is wrong with a row is said.
 
-Shape legend:
-    N  rows of the piece
+Text is taken for what the schema wants of it; typed columns keep their type if it fits.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import polars as pl
 
 from torchrec_hilomoe.data.hashing import hash64
 from torchrec_hilomoe.data.prepare.plan import Plan
-from torchrec_hilomoe.data.prepare.values import (
-    aligned,
-    BadRows,
-    Lists,
-    numbers,
-    real_numbers,
-    token_lists,
-    tokens,
-)
+from torchrec_hilomoe.data.prepare.sources import MALFORMED, PLACE, ROW
 from torchrec_hilomoe.data.schema import PooledFeature
 
-__all__ = ["Parsed", "parse"]
+__all__ = ["FAULT", "hashed_text", "parse"]
+
+FAULT = "__fault"  # what is wrong with a row; null if nothing is
+EXACT = 2.0**53  # beyond it a float no longer tells one whole number from the next
+CLICKS = "1 is a click and 0 is none, so make one of ratings or counts by a threshold"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parsed:
-    """Typed columns of a piece.
+def parse(rows: pl.LazyFrame, plan: Plan) -> pl.LazyFrame:
+    """Return ``ROW``, ``PLACE``, ``FAULT`` and the columns of the schema, typed but not encoded.
+
+    Args:
+        rows: Of what :meth:`~.sources.RawFile.batches` yields.
+        plan: What the columns mean.
+    """
+    if plan.reshape is not None:
+        rows = plan.reshape(rows)
+    found = _Parsing(plan=plan, kinds=rows.collect_schema())
+    found.add_ids()
+    found.add_parallel()
+    found.add_numbers()
+    typed = [column.alias(name) for name, column in found.columns.items()]
+    faults = [fault.alias(f"__fault_{number}") for number, (fault, _) in enumerate(found.faults)]
+    rows = rows.select(ROW, PLACE, MALFORMED, *typed, *faults)
+    rows = rows.with_columns(found.together)
+    reasons = [
+        pl.when(f"__fault_{number}").then(pl.lit(reason))
+        for number, (_, reason) in enumerate(found.faults)
+    ]
+    reasons += [pl.when(fault).then(pl.lit(reason)) for fault, reason in found.late_faults]
+    fault = pl.coalesce(MALFORMED, *reasons, pl.lit(None, pl.String))
+    return rows.select(ROW, PLACE, fault.alias(FAULT), *found.columns)
+
+
+@dataclass(kw_only=True)
+class _Parsing:
+    """Expressions for every column.
 
     Attributes:
-        single: Raw ids of columns with one a row, by name; a null is missing.
-        many: Raw ids, and times, of list columns.
-        dense: ``(N,)`` float32, the weight too.
-        plain: ``(N,)`` int64: label, group, time.
-        bad: Bad rows and what is wrong with them.
-        good_N: The other rows.
+        plan: What the columns mean.
+        kinds: Polars' types of the raw columns.
+        columns: By the schema's name, of raw columns.
+        faults: What makes a row bad, of raw columns, and the reason; the first one is told.
+        together: Columns that are made of several typed ones.
+        late_faults: What makes a row bad, of typed columns.
     """
 
-    single: Mapping[str, pa.Array]
-    many: Mapping[str, Lists]
-    dense: Mapping[str, np.ndarray]
-    plain: Mapping[str, np.ndarray]
-    bad: Mapping[int, str]
-    good_N: np.ndarray
+    plan: Plan
+    kinds: Mapping[str, pl.DataType]
+    columns: dict[str, pl.Expr] = field(default_factory=dict)
+    faults: list[tuple[pl.Expr, str]] = field(default_factory=list)
+    together: list[pl.Expr] = field(default_factory=list)
+    late_faults: list[tuple[pl.Expr, str]] = field(default_factory=list)
 
+    def add_ids(self) -> None:
+        """Add columns of ids, and events' times."""
+        schema = self.plan.schema
+        done: dict[tuple[str, bool], pl.Expr] = {}  # a raw column may have several uses
+        for feature in schema.id_features:
+            raw, text = self.plan.source(feature.name), feature.table in self.plan.text
+            many = feature in schema.sequence_fields
+            many |= isinstance(feature, PooledFeature) and feature.max_length > 1
+            if (raw, text) not in done:
+                done[raw, text] = self._many(raw, text) if many else self._one(raw, text)
+            column = self.columns[feature.name] = done[raw, text]
+            if feature.table not in schema.vocabularies:
+                rows = schema.tables[feature.table]
+                outside = f"{raw} has an id outside its table's 0 to {rows - 1}"
+                self._fault(column, many, lambda c, n=rows: (c < 0) | (c >= n), outside)
+        for name in schema.event_times:
+            self.columns[name] = self._many(self.plan.source(name), text=False)
 
-def parse(table: pa.Table, plan: Plan) -> Parsed:
-    """Parse the rows of a raw table, in whichever thread."""
-    if plan.reshape is not None:
-        table = plan.reshape(table)
-    schema, bad = plan.schema, BadRows(table.num_rows)
-    single: dict[str, pa.Array] = {}
-    many: dict[str, Lists] = {}
-    done: dict[tuple[str, bool], pa.Array | Lists] = {}  # a raw column may have several uses
-    for feature in schema.id_features:
-        raw, text = plan.source(feature.name), feature.table in plan.text
-        lists = feature in schema.sequence_fields
-        lists |= isinstance(feature, PooledFeature) and feature.max_length > 1
-        if (raw, text) not in done:
-            column = table.column(raw)
-            done[raw, text] = (
-                token_lists(column, raw, bad, text=text, separator=plan.separator)
-                if lists
-                else tokens(column, raw, bad, text=text)
-            )
-        found = done[raw, text]
-        if feature.table not in schema.vocabularies:
-            _check_range(found, raw, schema.tables[feature.table], bad)
-        if isinstance(found, Lists):
-            many[feature.name] = found
+    def add_parallel(self) -> None:
+        """Make parallel lists equally long, or say where they are not."""
+        for group in self.plan.schema.sequences:
+            names = [f.name for f in group.fields] + ([group.time] if group.time else [])
+            lengths = {name: pl.col(name).list.len() for name in names}
+            if self.plan.align:
+                most = pl.max_horizontal(*lengths.values())
+                for name in names:
+                    nothing = pl.lit(None, pl.Int64).repeat_by(most - lengths[name])
+                    self.together.append(pl.concat_list(nothing, pl.col(name)).alias(name))
+                continue
+            for other in names[1:]:
+                pair = " and ".join(self.plan.source(name) for name in (names[0], other))
+                reason = f"{pair} have unequal numbers of events"
+                self.late_faults.append((lengths[other] != lengths[names[0]], reason))
+
+    def add_numbers(self) -> None:
+        """Add everything else: dense columns, weight, label, constants, time, group."""
+        plan, schema = self.plan, self.plan.schema
+        for name in schema.dense:
+            found = self._number(plan.source(name), missing=plan.missing_dense)
+            self.columns[name] = found if plan.dense is None else plan.dense(found)
+        if schema.weight is not None:
+            raw = plan.source(schema.weight)
+            self.columns[schema.weight] = weight = self._number(raw)
+            self.faults.append((weight < 0, f"{raw} is below 0"))
+        raw = plan.source(schema.label)
+        label = self._number(raw)
+        wrong = (label != 0) & (label != 1)
+        self.faults.append((wrong, f"{raw} is neither 0 nor 1: {CLICKS}"))
+        self.columns[schema.label] = (label == 1).cast(pl.Int8)
+        for name, value in plan.constants.items():
+            self.columns[name] = pl.lit(value, pl.Int64)
+        if schema.time is not None:
+            self.columns[schema.time] = self._whole(plan.source(schema.time))
+        if schema.group not in self.columns:
+            raw = plan.source(schema.group)
+            if self.kinds[raw] == pl.String and not plan.numeric_group:
+                text = pl.col(raw)
+                self.faults.append((text.is_null(), f"{raw} is missing"))
+                self.columns[schema.group] = text.map_batches(hashed_text, pl.Int64)
+            else:
+                self.columns[schema.group] = self._whole(raw)
+
+    def _fault(
+        self, column: pl.Expr, many: bool, wrong: Callable[[pl.Expr], pl.Expr], reason: str
+    ) -> None:
+        """Mark rows whose value, or one of whose entries, is wrong."""
+        fault = column.list.eval(wrong(pl.element())).list.any() if many else wrong(column)
+        self.faults.append((fault, reason))
+
+    def _one(self, raw: str, text: bool) -> pl.Expr:
+        """Return a column of raw ids, Int64 or String; a null is a missing one."""
+        column = pl.col(raw)
+        if text:
+            return column.cast(pl.String)
+        whole = _integers(column, self.kinds[raw])
+        fault = column.is_not_null() & whole.is_null()
+        self.faults.append((fault, f"{raw} is no whole number"))
+        return whole
+
+    def _many(self, raw: str, text: bool) -> pl.Expr:
+        """Return a column of lists of raw ids; a null is an empty list."""
+        column, kind = pl.col(raw), self.kinds[raw]
+        if not isinstance(kind, pl.List):
+            joined = column.cast(pl.String)
+            joined = pl.when(joined != "").then(joined)
+            column, kind = joined.str.split(self.plan.separator), pl.List(pl.String)
+        entries = pl.String if text else pl.Int64
+        if isinstance(kind.inner, pl.Datetime):
+            column = column.list.eval(pl.element().dt.epoch("s"))
+        lists = column.cast(pl.List(entries), strict=False)
+        lists = lists.fill_null(pl.lit([], pl.List(entries)))
+        what = "text" if text else "whole number"
+        reason = f"{raw} has an entry that is no {what}"
+        if text:
+            self._fault(lists, True, lambda c: c.is_null() | (c == ""), reason)
         else:
-            single[feature.name] = found
-    for name in schema.event_times:
-        raw = plan.source(name)
-        many[name] = token_lists(table.column(raw), raw, bad, text=False, separator=plan.separator)
-    _check_parallel(plan, many, bad)
-    dense = {name: _dense(table, name, plan, bad) for name in schema.dense}
-    if schema.weight is not None:
-        raw = plan.source(schema.weight)
-        weights_N = real_numbers(table.column(raw), raw, bad)
-        bad.add(weights_N < 0, f"{raw} is below 0")
-        dense[schema.weight] = weights_N
-    return Parsed(
-        single=single,
-        many=many,
-        dense=dense,
-        plain=_plain(table, plan, bad),
-        bad=bad.reasons(),
-        good_N=np.flatnonzero(~bad.bad_N),
-    )
+            self._fault(lists, True, lambda c: c.is_null(), reason)
+        return lists
+
+    def _whole(self, raw: str) -> pl.Expr:
+        """Return a column of whole numbers, Int64; a missing one is bad."""
+        whole = _integers(pl.col(raw), self.kinds[raw])
+        self.faults.append((whole.is_null(), f"{raw} is no whole number"))
+        return whole
+
+    def _number(self, raw: str, missing: float | None = None) -> pl.Expr:
+        """Return a column of finite numbers, Float32; a null may be filled, else it is bad."""
+        column = pl.col(raw)
+        found = column.cast(pl.Float64, strict=False)
+        if missing is not None:
+            found = pl.when(column.is_null()).then(missing).otherwise(found)
+        elif raw in map(self.plan.source, self.plan.schema.dense):
+            reason = f"{raw} is missing{self.plan.missing_remedy}"
+            self.faults.append((column.is_null(), reason))
+        found = found.cast(pl.Float32)
+        self.faults.append((~found.is_finite().fill_null(False), f"{raw} is no finite number"))
+        return found
 
 
-def _check_range(found: pa.Array | Lists, raw: str, rows: int, bad: BadRows) -> None:
-    """Mark rows with an id that its table does not have."""
-    values = found.values if isinstance(found, Lists) else pc.fill_null(found, 0)
-    ids = values.to_numpy(zero_copy_only=False)
-    wrong = (ids < 0) | (ids >= rows)
-    if isinstance(found, Lists) and wrong.any():
-        before = np.concatenate([[0], np.cumsum(wrong)])
-        wrong = before[found.offsets[1:]] > before[found.offsets[:-1]]
-    if wrong.any():
-        bad.add(wrong, f"{raw} has an id outside its table's 0 to {rows - 1}")
+def hashed_text(texts: pl.Series) -> pl.Series:
+    """Return a number that tells texts apart, Int64."""
+    return pl.Series(texts.name, (hash64(texts.to_arrow()) >> 1).astype("int64"))
 
 
-def _check_parallel(plan: Plan, many: dict[str, Lists], bad: BadRows) -> None:
-    for group in plan.schema.sequences:
-        names = [field.name for field in group.fields] + ([group.time] if group.time else [])
-        if plan.align:
-            many |= zip(names, aligned([many[name] for name in names]), strict=True)
-            continue
-        first, *others = names
-        for other in others:
-            unequal_N = many[other].lengths != many[first].lengths
-            bad.add(
-                unequal_N,
-                f"{plan.source(first)} and {plan.source(other)} have unequal numbers of events",
-            )
-
-
-def _dense(table: pa.Table, name: str, plan: Plan, bad: BadRows) -> np.ndarray:
-    raw = plan.source(name)
-    found_N = real_numbers(table.column(raw), raw, bad, missing=plan.missing_dense)
-    if plan.dense is None:
-        return found_N
-    return pc.cast(plan.dense(pa.array(found_N)), pa.float32()).to_numpy(zero_copy_only=False)
-
-
-def _plain(table: pa.Table, plan: Plan, bad: BadRows) -> dict[str, np.ndarray]:
-    schema = plan.schema
-    raw = plan.source(schema.label)
-    labels_N = real_numbers(table.column(raw), raw, bad)
-    bad.add((labels_N != 0) & (labels_N != 1), f"{raw} is neither 0 nor 1")
-    plain = {schema.label: (labels_N == 1).astype(np.int64)}
-    for name, value in plan.constants.items():
-        plain[name] = np.full(table.num_rows, value, dtype=np.int64)
-    if schema.time is not None:
-        raw = plan.source(schema.time)
-        plain[schema.time] = numbers(table.column(raw), raw, bad)
-    if schema.group not in plain and schema.group not in _id_names(plan):
-        plain[schema.group] = _group(table.column(plan.source(schema.group)), plan, bad)
-    return plain
-
-
-def _id_names(plan: Plan) -> set[str]:
-    return {feature.name for feature in plan.schema.id_features}
-
-
-def _group(column: pa.ChunkedArray, plan: Plan, bad: BadRows) -> np.ndarray:
-    """Return numbers as they are and the hashes of texts, which must only be told apart."""
-    raw = plan.source(plan.schema.group)
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if is_text and not plan.numeric_group:
-        texts = pc.cast(column.combine_chunks(), pa.large_string())
-        bad.add(texts.is_null().to_numpy(zero_copy_only=False), f"{raw} is missing")
-        return (hash64(texts) >> np.uint64(1)).astype(np.int64)
-    return numbers(column, raw, bad)
+def _integers(column: pl.Expr, kind: pl.DataType) -> pl.Expr:
+    """Return Int64, null where there is no whole number."""
+    if isinstance(kind, pl.Datetime):
+        return column.dt.epoch("s")
+    if kind.is_float():
+        fits = column.is_finite() & (column.abs() < EXACT) & (column == column.floor())
+        column = pl.when(fits).then(column)
+    return column.cast(pl.Int64, strict=False)

@@ -1,17 +1,19 @@
 """What to make of raw tables: a schema whose vocabularies are yet to be counted, and its sources.
 
 A data set whose rows are whole in the raw files (histories included) is a :class:`Plan` and the
-files of each split; :mod:`.two_pass` does the rest.
+files of each split; :mod:`.tables` does the rest.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import polars as pl
 import pyarrow as pa
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.raw import RawFile
+from torchrec_hilomoe.data.prepare.column_kinds import read_type, refuse_types
+from torchrec_hilomoe.data.prepare.sources import RawFile
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["HOLD_OUT", "HoldOut", "Inputs", "Plan"]
@@ -68,9 +70,10 @@ class Plan:
         text: Tables whose raw values are texts; those of others are whole numbers.
         numeric_group: Whether groups are whole numbers where all columns are read as text.
         separator: Between entries of a list that is stored as text.
-        align: Whether parallel lists of unequal lengths are made equal, as
-            :func:`~torchrec_hilomoe.data.prepare.values.aligned` does; else such a row is bad.
+        align: Whether parallel lists of unequal lengths are made equal: last entries stand
+            together, what lacks is missing in front; else such a row is bad.
         missing_dense: Stands for a missing dense value; without it such a row is bad.
+        missing_remedy: What could be done about a missing dense value, for messages.
         constants: Columns of the schema that no raw column gives, and their value.
         dense: What a dense column's numbers become; as they are by default.
         given: Raw values of tables whose vocabulary is given, in the order of their ids.
@@ -85,10 +88,11 @@ class Plan:
     separator: str = "^"
     align: bool = False
     missing_dense: float | None = None
+    missing_remedy: str = ""
     constants: Mapping[str, int] = field(default_factory=dict)
-    dense: Callable[[pa.Array], pa.Array] | None = None
+    dense: Callable[[pl.Expr], pl.Expr] | None = None
     given: Mapping[str, pa.Array] = field(default_factory=dict)
-    reshape: Callable[[pa.Table], pa.Table] | None = None
+    reshape: Callable[[pl.LazyFrame], pl.LazyFrame] | None = None
     reads: tuple[str, ...] | None = None
 
     def source(self, column: str) -> str:
@@ -106,16 +110,30 @@ class Plan:
         """Every column that is read from the files."""
         return self.reads if self.reads is not None else self.sources
 
-    def check(self, file: RawFile) -> None:
-        """Refuse a file that lacks columns.
+    def types(self, file: RawFile) -> pa.Schema:
+        """Return the columns that are read from a file, and what they are read as.
 
         Raises:
-            DataError: Naming them.
+            DataError: If columns are missing, or have a type that no row can satisfy.
         """
-        there = file.columns().names
-        missing = [name for name in self.wanted if name not in there]
+        columns = file.columns()
+        missing = [name for name in self.wanted if name not in columns.names]
         if missing:
             raise DataError(
-                f"{file.path} lacks the columns {', '.join(missing)}; it has {', '.join(there)}. "
-                "Name the right files with --raw, or correct the names."
+                f"{file.path} lacks the columns {', '.join(missing)}; it has "
+                f"{', '.join(columns.names)}. Name the right files with --raw, or correct the "
+                "names."
             )
+        if self.reshape is not None:
+            return pa.schema([(name, pa.large_string()) for name in self.wanted])
+        sources = {name: self.source(name) for name in self.schema.columns}
+        refuse_types(columns, self.schema, sources, file.path)
+        moments = {
+            self.source(name) for name in (self.schema.time, *self.schema.event_times) if name
+        }
+        return pa.schema(
+            [
+                (name, read_type(columns.field(name).type, moment=name in moments))
+                for name in self.wanted
+            ]
+        )

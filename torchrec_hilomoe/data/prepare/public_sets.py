@@ -1,9 +1,9 @@
 """What the public benchmark sets have in common: ``train.csv``, ``test.csv``, and their rules.
 
-Rules are those of the benchmark's own preprocessing, so that vocabularies come out with the same
-sizes: they are counted over the whole of ``train.csv``, the rows that validate included; a value is
-known if one of the columns that share the vocabulary has it ``min_count`` times; id 0 is padding
-and the last id is "unknown".
+Rules are those of the benchmark's own preprocessing: a value is known if one of the columns that
+share the vocabulary has it ``min_count`` times; id 0 is padding and the last id is "unknown".
+Values are counted in training rows alone. With ``--valid_percent 0`` these are all of ``train.csv``
+and vocabularies have the benchmark's sizes.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from typing import Any, Unpack
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import Common, Options
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
-from torchrec_hilomoe.data.prepare.raw import CsvFile
 from torchrec_hilomoe.data.prepare.records import find_raw
-from torchrec_hilomoe.data.prepare.two_pass import prepare_tables
+from torchrec_hilomoe.data.prepare.sources import CsvFile
+from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.prepare.vectors import Vectors
 from torchrec_hilomoe.data.schema import VocabularyRule
 

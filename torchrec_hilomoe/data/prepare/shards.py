@@ -7,15 +7,17 @@ a random order, whatever the number of rows, and the same one for any number of 
 
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
+from torchrec_hilomoe.data.prepare.encoding import prepared_types
 from torchrec_hilomoe.data.prepare.folder import PreparedFolder, ROW_GROUP_ROWS, Split
-from torchrec_hilomoe.data.prepare.pieces import in_order
+from torchrec_hilomoe.data.prepare.streaming import in_order
+from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["SPLITS", "Noted", "Shards", "shard_rows"]
 
@@ -60,13 +62,13 @@ class Noted:
         split: Its name.
         places: What :meth:`Shards.write` returned.
         clicks: Among the rows.
-        unknown: Ids of unknown values, by table.
+        unknown: Ids of unknown values by table, among how many, and the rows of both.
     """
 
     split: str
     places: list[tuple[int, "_Place"]]
     clicks: int
-    unknown: Mapping[str, int]
+    unknown: Mapping[str, Counter[str]]
 
 
 @dataclass(kw_only=True)
@@ -76,12 +78,24 @@ class Shards:
     Attributes:
         scratch: A local folder.
         seed: Of the order of rows in training shards.
+        schema: What the rows' columns mean.
     """
 
     scratch: str
     seed: int
+    schema: Schema
     _places: dict[tuple[str, int], list[_Place]] = field(default_factory=lambda: defaultdict(list))
-    _clicks: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _clicks: Counter[str] = field(default_factory=Counter)
+    _unknown: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
+
+    @property
+    def unknown(self) -> Mapping[str, Mapping[str, Mapping[str, int]]]:
+        """For the report: by split and table, of tables with a vocabulary."""
+        return {
+            split: {table: dict(found) for table, found in sorted(tables.items())}
+            for split, tables in self._unknown.items()
+            if tables
+        }
 
     def write_by_split(
         self,
@@ -89,9 +103,6 @@ class Shards:
         rows: pa.Table,
         split_N: np.ndarray,
         shard_N: np.ndarray,
-        *,
-        label: str,
-        unknown: Callable[[pa.Table], Mapping[str, int]] = lambda rows: {},
     ) -> list[Noted]:
         """Write some rows, in whichever thread.
 
@@ -100,8 +111,6 @@ class Shards:
             rows: Of any splits.
             split_N: Which each row belongs to, an index into ``SPLITS``.
             shard_N: And to which shard, if it trains.
-            label: The column of clicks.
-            unknown: Counts ids of unknown values, by table.
 
         Returns:
             What :meth:`note` is to be told, one after the other.
@@ -115,8 +124,8 @@ class Shards:
                 Noted(
                     split=SPLITS[code],
                     places=self.write(f"{name}-{code}", part, shard),
-                    clicks=int(part[label].to_numpy().sum()),
-                    unknown=unknown(part),
+                    clicks=int(part[self.schema.label].to_numpy().sum()),
+                    unknown=_count_unknown(part, self.schema),
                 )
             )
         return noted
@@ -149,35 +158,29 @@ class Shards:
     def note(self, noted: "Noted") -> None:
         """Remember where rows are; called in the order of the raw rows."""
         self._clicks[noted.split] += noted.clicks
+        tables = self._unknown.setdefault(noted.split, {})
+        for table, found in noted.unknown.items():
+            tables.setdefault(table, Counter()).update(found)
         for shard, place in noted.places:
             self._places[noted.split, shard].append(place)
 
     def write_splits(
-        self, folder: PreparedFolder, *, columns: pa.Schema, rows_per_file: int, workers: int
+        self, folder: PreparedFolder, *, rows_per_file: int, workers: int
     ) -> dict[str, Split]:
         """Write every split; arguments as in :meth:`write_split`."""
         return {
-            split: self.write_split(
-                folder, split, columns=columns, rows_per_file=rows_per_file, workers=workers
-            )
+            split: self.write_split(folder, split, rows_per_file=rows_per_file, workers=workers)
             for split in SPLITS
         }
 
     def write_split(
-        self,
-        folder: PreparedFolder,
-        split: str,
-        *,
-        columns: pa.Schema,
-        rows_per_file: int,
-        workers: int,
+        self, folder: PreparedFolder, split: str, *, rows_per_file: int, workers: int
     ) -> Split:
         """Write a split's Parquet files, which do not depend on how the rows came in pieces.
 
         Args:
             folder: Where to.
             split: Training rows leave in a random order, others in the order they came in.
-            columns: Of a split without a row.
             rows_per_file: How many rows a file has, about so many if they train.
             workers: Threads.
 
@@ -190,7 +193,9 @@ class Shards:
         def work(job: tuple[int, list[_Place]]) -> int:
             number, places = job
             tables = [_read(place) for place in places]
-            whole = pa.concat_tables(tables) if tables else columns.empty_table()
+            whole = (
+                pa.concat_tables(tables) if tables else prepared_types(self.schema).empty_table()
+            )
             if mix:
                 rng = np.random.default_rng([self.seed, number])
                 whole = whole.take(pa.array(rng.permutation(whole.num_rows)))
@@ -216,6 +221,29 @@ class Shards:
 
     def _ordered_jobs(self, split: str, rows_per_file: int) -> list[list[_Place]]:
         return list(_grouped(self._places.get((split, 0), []), rows_per_file))
+
+
+def _count_unknown(rows: pa.Table, schema: Schema) -> dict[str, Counter[str]]:
+    """Count unknown values by table, and what they are among; of lists, as far as kept."""
+    found: dict[str, Counter[str]] = {}
+    in_row: dict[str, np.ndarray] = {}
+    for feature in schema.id_features:
+        rule = schema.vocabularies.get(feature.table)
+        if rule is None or rule.kind == "hashed":
+            continue
+        column = rows.column(feature.name).combine_chunks()
+        is_list = pa.types.is_list(column.type)
+        ids_T = column.flatten() if is_list else column
+        unknown_T = np.flatnonzero(ids_T.to_numpy() == schema.unknown_id(feature.table))
+        counts = found.setdefault(feature.table, Counter())
+        counts.update({"unknown_ids": len(unknown_T), "ids": len(ids_T)})
+        if is_list:
+            ends_N = column.offsets.to_numpy()[1:] - column.offsets[0].as_py()
+            unknown_T = np.searchsorted(ends_N, unknown_T, "right")
+        in_row[feature.table] = np.union1d(in_row.get(feature.table, []), unknown_T)
+    for table, unknown in in_row.items():
+        found[table].update({"rows_with_unknown": len(unknown), "rows": rows.num_rows})
+    return found
 
 
 def _grouped(places: Sequence[_Place], rows: int) -> Iterator[list[_Place]]:

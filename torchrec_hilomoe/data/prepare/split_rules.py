@@ -1,128 +1,199 @@
 """Which split a raw row belongs to, and where among the training rows it waits.
 
-Both follow from the row's place in the files, so they are the same for any number of threads.
+Both follow from the row's place in the files, so they are the same for any number of threads. They
+are known before values are counted: rows that are held out decide nothing.
 
 Shape legend:
-    N  good rows of a piece
+    N  good rows of a batch
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+import polars as pl
 
+from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.hashing import mix64
-from torchrec_hilomoe.data.prepare.first_pass import Counted
-from torchrec_hilomoe.data.prepare.parsing import Parsed
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs
-from torchrec_hilomoe.data.prepare.shards import shard_rows
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.prepare.options import Options
+from torchrec_hilomoe.data.prepare.order_statistics import OrderStatistics
+from torchrec_hilomoe.data.prepare.parsing import FAULT, parse
+from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
+from torchrec_hilomoe.data.prepare.streaming import stream
 
-__all__ = ["Rule", "waiting_shard"]
+__all__ = ["SplitRule", "check_splits", "find_rule", "time_borders", "waiting_shard"]
 
 OPEN_SHARDS = 256  # rows of a longer log are mixed within parts of it that have so many
 SHARE = 1 << 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class SplitRule:
     """Where rows go.
 
     Attributes:
         hold_out: Which training rows are not trained on.
         seed: Of random choices.
-        starts: Rows before each file.
-        files_of: Split of each file: an index into ``shards.SPLITS``.
-        rows: Of all training files.
         borders: The moments, or the places, at which validation and test rows begin.
-        shards: Of the training rows.
-        rows_per_file: About how many rows a Parquet file gets.
-        options: For the report.
-        notes: For the report.
+        column: What a row is told by, beside its place; null if by nothing.
     """
 
     hold_out: HoldOut
     seed: int
-    starts: tuple[int, ...]
-    files_of: tuple[int, ...]
-    rows: int
-    borders: tuple[int, int]
-    shards: int
-    rows_per_file: int
-    options: dict[str, Any]
-    notes: dict[str, int]
+    borders: tuple[int, int] = (0, 0)
+    column: str | None = None
 
-    @classmethod
-    def of(
-        cls, inputs: Inputs, counted: Counted, schema: Schema, hold_out: HoldOut, seed: int
-    ) -> "Rule":
-        """Make the rule of some files that are counted."""
-        hold_out = HoldOut(
-            valid_percent=0 if inputs.valid else hold_out.valid_percent,
-            test_percent=0 if inputs.test else hold_out.test_percent,
-            by=hold_out.by,
-        )
-        files = (*inputs.train, *inputs.valid, *inputs.test)
-        counts = [counted.rows.get(file.path, 0) for file in files]
-        rows = sum(counts[: len(inputs.train)])
-        test, held = hold_out.test_percent, hold_out.test_percent + hold_out.valid_percent
-        borders, notes = (0, 0), {}
-        if hold_out.by == "tail":
-            borders = (rows - rows * held // 100, rows - rows * test // 100)
-        elif hold_out.by == "time" and held:
-            borders = (counted.border(held), counted.border(test))
-            notes = {"validation_begins_at": borders[0]}
-            if test:
-                notes["test_begins_at"] = borders[1]
-        every = max(sum(counts), 1)
-        rows_per_file = shard_rows(4 * counted.entries / every + 8 * len(schema.columns))
-        trained = rows * (100 - held) // 100
-        return cls(
-            hold_out=hold_out,
-            seed=seed,
-            starts=tuple(np.cumsum([0, *counts])[:-1].tolist()),
-            files_of=(0,) * len(inputs.train) + (1,) * len(inputs.valid) + (2,) * len(inputs.test),
-            rows=rows,
-            borders=borders,
-            shards=max(1, -(-trained // rows_per_file)),
-            rows_per_file=rows_per_file,
-            options={
-                "valid_percent": hold_out.valid_percent,
-                "test_percent": hold_out.test_percent,
-                "held_out_by": hold_out.by if held else None,
-            },
-            notes=notes,
-        )
+    def split(self, at_N: np.ndarray, rows: pl.DataFrame) -> np.ndarray:
+        """Return the split of training files' good rows, an index into ``SPLITS``: ``(N,)``.
 
-    def split(self, file: int, first: int, parsed: Parsed, schema: Schema) -> np.ndarray:
-        """Return the split of each good row, an index into ``SPLITS``: ``(N,)``."""
-        if self.files_of[file] or not (self.hold_out.valid_percent or self.hold_out.test_percent):
-            return np.full(len(parsed.good_N), self.files_of[file])
-        test = self.hold_out.test_percent
-        if self.hold_out.by == "time":
-            assert schema.time is not None
-            at_N = parsed.plain[schema.time][parsed.good_N]
-            after_test_N = at_N >= self.borders[1] if test else np.zeros(len(at_N), dtype=bool)
-            return (at_N >= self.borders[0]).astype(np.int64) + after_test_N
-        if self.hold_out.by == "tail":
-            at_N = self.starts[file] + first + parsed.good_N
-            return (at_N >= self.borders[0]).astype(np.int64) + (at_N >= self.borders[1])
-        if self.hold_out.by == "group":
-            drawn_N = self._draw(parsed.plain[schema.group][parsed.good_N], "split")
-        else:
-            drawn_N = self._draw(self.starts[file] + first + parsed.good_N, "split")
-        held = test + self.hold_out.valid_percent
-        share_N = drawn_N % SHARE
-        is_held_N = share_N < SHARE * held // 100
+        Args:
+            at_N: Their place among all rows of training files.
+            rows: With :attr:`column`.
+        """
+        valid, test = self.hold_out.valid_percent, self.hold_out.test_percent
+        if not valid + test:
+            return np.zeros(len(at_N), dtype=np.int64)
+        told_N = at_N if self.column is None else rows[self.column].to_numpy()
+        if self.hold_out.by in ("time", "tail"):
+            after_test_N = told_N >= self.borders[1] if test else np.zeros(len(at_N), dtype=bool)
+            return (told_N >= self.borders[0]).astype(np.int64) + after_test_N
+        share_N = _draw(told_N, "split", self.seed) % SHARE
+        is_held_N = share_N < SHARE * (test + valid) // 100
         return is_held_N.astype(np.int64) + (share_N < SHARE * test // 100)
 
-    def shard(self, file: int, first: int, parsed: Parsed) -> np.ndarray:
-        """Return where each good row waits, if it trains: ``(N,)``."""
-        at_N = self.starts[file] + first + parsed.good_N
-        return waiting_shard(at_N, rows=self.rows, shards=self.shards, seed=self.seed)
+    @property
+    def options(self) -> Mapping[str, int | str | None]:
+        """For the report."""
+        hold_out = self.hold_out
+        held = hold_out.valid_percent + hold_out.test_percent
+        return {
+            "valid_percent": hold_out.valid_percent,
+            "test_percent": hold_out.test_percent,
+            "held_out_by": hold_out.by if held else None,
+        }
 
-    def _draw(self, keys_N: np.ndarray, use: str) -> np.ndarray:
-        return _draw(keys_N, use, self.seed)
+    @property
+    def notes(self) -> Mapping[str, int]:
+        """For the report."""
+        hold_out = self.hold_out
+        if hold_out.by != "time" or not hold_out.valid_percent + hold_out.test_percent:
+            return {}
+        tested = {"test_begins_at": self.borders[1]} if hold_out.test_percent else {}
+        return {"validation_begins_at": self.borders[0], **tested}
+
+
+def find_rule(
+    inputs: Inputs, plan: Plan, hold_out: HoldOut, options: Options, scratch: str
+) -> SplitRule:
+    """Find where rows of training files go; what has files of its own is not held out.
+
+    Args:
+        inputs: The files. They are read once more if rows are held out by time or from the end.
+        plan: What their columns mean.
+        hold_out: What is asked for.
+        options: Seed and threads.
+        scratch: A local folder.
+
+    Raises:
+        DataError: If there are too few different times.
+    """
+    hold_out = replace(
+        hold_out,
+        valid_percent=0 if inputs.valid else hold_out.valid_percent,
+        test_percent=0 if inputs.test else hold_out.test_percent,
+    )
+    rule = SplitRule(hold_out=hold_out, seed=options.seed)
+    valid, test = hold_out.valid_percent, hold_out.test_percent
+    if not valid + test or hold_out.by == "rows":
+        return rule
+    if hold_out.by == "group":
+        return replace(rule, column=plan.schema.group)
+    if hold_out.by == "tail":
+        rows = sum(file.rows() for file in inputs.train)
+        return replace(
+            rule, borders=(rows - rows * (valid + test) // 100, rows - rows * test // 100)
+        )
+    time = plan.schema.time
+    assert time is not None, "a hold-out by time has one"
+    times = OrderStatistics(scratch, "times")
+    for file in inputs.train:
+        for batch in stream(
+            file.batches(plan.types(file)),
+            lambda rows: parse(rows, plan).filter(pl.col(FAULT).is_null()).select(time),
+            workers=options.workers,
+            title="times",
+        ):
+            times.add(batch[time].to_numpy())
+    return replace(rule, borders=time_borders(times, valid, test), column=time)
+
+
+def time_borders(times: OrderStatistics, valid: int, test: int) -> tuple[int, int]:
+    """Return when validation and test begin: as asked, or as near as ties of times allow.
+
+    Args:
+        times: Of all rows.
+        valid: In percent of the rows, the latest before :attr:`test`.
+        test: In percent of the rows, the latest.
+
+    Raises:
+        DataError: If there are not as many different times as splits.
+    """
+    if not times.count:
+        return 0, 0  # said of the rows: there is none
+
+    def after(percent: int) -> int:
+        return times.at(int(np.ceil((times.count - 1) * (1 - percent / 100))))
+
+    first, last = times.at(0), times.at(times.count - 1)
+    # The earliest that leave a moment to whatever is before.
+    first_valid = _following(times, first)
+    first_test = _following(times, first_valid) if valid else first_valid
+    test_from = max(after(test), first_test) if test else last + 1
+    valid_from = test_from
+    if valid:
+        before_test = times.at(times.below(test_from) - 1)
+        valid_from = max(min(after(valid + test), before_test), first_valid)
+    if max(valid_from if valid else first, test_from if test else first) > last:
+        splits = 1 + bool(valid) + bool(test)
+        raise DataError(
+            f"all rows are from {first} to {last}, with fewer than {splits} different times, so "
+            f"{splits} splits by time cannot each have a row. Hold rows out with --valid_by rows "
+            "or group, or give validation and test files of their own."
+        )
+    return valid_from, test_from
+
+
+def _following(times: OrderStatistics, number: int) -> int:
+    """Return the next larger number, or one more if there is none."""
+    rank = times.up_to(number)
+    return times.at(rank) if rank < times.count else number + 1
+
+
+def check_splits(rows: Mapping[str, int], hold_out: HoldOut | None, where: str) -> None:
+    """Refuse a split without a row, unless none was asked for.
+
+    Args:
+        rows: Good rows of each split that is wanted.
+        hold_out: How rows are held out; null if files or the data set decide.
+        where: What was read.
+
+    Raises:
+        DataError: Naming the split and what would help.
+    """
+    for split, count in rows.items():
+        if count:
+            continue
+        if hold_out is None:
+            raise DataError(
+                f"{where}: no row is left for the {split} split. Take more data, or repair it."
+            )
+        percent = {"valid": hold_out.valid_percent, "test": hold_out.test_percent}.get(split)
+        asked = f" of {percent} %" if percent is not None else ""
+        raise DataError(
+            f"{where}: no row is left for the {split} split{asked}, held out by {hold_out.by} "
+            f"from {sum(rows.values())} good rows. Take more data, another --valid_by, another "
+            "percentage (0 asks for no split), or files of its own."
+        )
 
 
 def waiting_shard(at_N: np.ndarray, *, rows: int, shards: int, seed: int) -> np.ndarray:

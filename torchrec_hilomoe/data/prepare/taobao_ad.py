@@ -10,17 +10,15 @@ The files tell no times, so a random share of the rows of ``train.csv`` validate
 
 from typing import Unpack
 
-import pyarrow as pa
-import pyarrow.compute as pc
+import polars as pl
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.arrow import call
 from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.public_sets import counted, prepare_set
-from torchrec_hilomoe.data.prepare.raw import CsvFile
 from torchrec_hilomoe.data.prepare.records import find_raw
+from torchrec_hilomoe.data.prepare.sources import CsvFile, MALFORMED, PLACE, ROW
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
 
 __all__ = ["prepare_taobao_ad", "taobao_ad_schema"]
@@ -56,7 +54,6 @@ SEQUENCES = {"cate_his": "cate_id", "brand_his": "brand", "btag_his": "btag"}
 RAW = {"label": "clk", "group": "userid"}
 # The raw layout: where the histories begin, and which field is which column.
 RAW_FIELDS = 267
-NO_EVENT = pc.JoinOptions(null_handling="skip")
 RAW_HISTORIES = {"btag_his": 0, "cate_his": 50, "brand_his": 100}
 RAW_COLUMNS = {
     "userid": 250,
@@ -165,16 +162,12 @@ def _raw_fields() -> tuple[str, ...]:
     return tuple(f"f{number}" for number in (*histories, *RAW_COLUMNS.values()))
 
 
-def _from_raw_layout(table: pa.Table) -> pa.Table:
+def _from_raw_layout(rows: pl.LazyFrame) -> pl.LazyFrame:
     """Make the benchmark's columns of 267 fields; a missing value is 0, a missing event is none."""
-    columns = {
-        name: call("coalesce", table[f"f{place}"], "0") for name, place in RAW_COLUMNS.items()
-    }
+    columns = {name: pl.col(f"f{place}").fill_null("0") for name, place in RAW_COLUMNS.items()}
     for name, start in RAW_HISTORIES.items():
-        events = [table[f"f{start + step}"] for step in range(HISTORY)]
-        there = [call("if_else", call("equal", event, "0"), None, event) for event in events]
-        # Arrow leaves a row without any event out, so that each is given one that is cut off again.
-        joined = call("binary_join_element_wise", "", *there, "^", options=NO_EVENT)
-        columns[name] = call("utf8_slice_codeunits", joined, options=pc.SliceOptions(1))
-    columns["btag"] = pa.array(["1"] * table.num_rows, pa.string())
-    return pa.table(columns)
+        events = [pl.col(f"f{start + step}") for step in range(HISTORY)]
+        there = [pl.when(event != "0").then(event) for event in events]
+        columns[name] = pl.concat_str(there, separator="^", ignore_nulls=True)
+    columns["btag"] = pl.lit("1")
+    return rows.select(ROW, PLACE, MALFORMED, **columns)

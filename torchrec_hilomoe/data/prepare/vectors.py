@@ -84,9 +84,7 @@ class Vectors:
                         "value": flat.reshape(len(values), width),
                     }
         except ModuleNotFoundError as error:
-            raise DataError(
-                f'{self.path} wants h5py: pip install "torchrec-hilomoe[prepare]".'
-            ) from error
+            raise DataError(f'{self.path} wants h5py: pip install "h5py>=3.10,<4".') from error
         except errors as error:
             reason = " ".join(str(error).split())
             raise DataError(

@@ -17,15 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from torchrec_hilomoe.data.synthetic.population import (
+    DENSE,
     Floats,
     GROUPS,
     Ints,
     LATENT,
     LEAF_ITEMS,
+    MAX_HISTORY,
     MAX_INTERESTS,
     Population,
+    Sessions,
 )
-from torchrec_hilomoe.data.synthetic.sessions import DENSE, MAX_HISTORY, Sessions
 
 __all__ = ["INPUTS", "Inputs"]
 

@@ -7,23 +7,26 @@ Shape legend:
 import numpy as np
 import pyarrow as pa
 
+from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.data.synthetic.population import (
+    DENSE,
     HOURS,
     INTERESTS,
     Ints,
     ITEMS,
     LEAF_ITEMS,
     LEAVES,
+    MAX_HISTORY,
     MAX_INTERESTS,
     Population,
+    Sessions,
     USERS,
 )
-from torchrec_hilomoe.data.synthetic.sessions import DENSE, MAX_HISTORY, Sessions
 from torchrec_hilomoe.data.synthetic.worlds import World, WorldName, WORLDS
 
-__all__ = ["PROBABILITY", "SPLITS", "SyntheticSource"]
+__all__ = ["PROBABILITY", "SPLITS", "SyntheticSource", "write_synthetic"]
 
 SPLITS = ("train", "valid", "test")
 BLOCK_ROWS = 4096
@@ -166,3 +169,60 @@ def _lists(padded: Ints, lengths: Ints) -> pa.ListArray:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     kept = padded[np.arange(padded.shape[1]) < lengths[:, None]]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(kept))
+
+
+def write_synthetic(
+    out_dir: str,
+    *,
+    world: WorldName = "composed",
+    train_rows: int = 1_536_000,
+    eval_rows: int = 131_072,
+    seed: int = 0,
+) -> None:
+    """Write epoch 0 of every split as a prepared data set, with the true ``probability`` beside.
+
+    Args:
+        out_dir: A folder that does not exist or is empty; it appears once it is whole.
+        world: One of ``WORLDS``.
+        train_rows: Rows of the training split.
+        eval_rows: Rows of each of the other two.
+        seed: As in :class:`SyntheticSource`.
+
+    Raises:
+        ValueError: If ``out_dir`` holds anything.
+    """
+    rows = {split: train_rows if split == "train" else eval_rows for split in SPLITS}
+    sources = {split: SyntheticSource(world, split, rows[split], seed) for split in SPLITS}
+    schema = sources["train"].schema
+    with prepared_folder(out_dir, overwrite=False) as folder:
+        folder.write_schema(schema)
+        written = {
+            split: folder.write_split(split, rows[split], _Rows(source), label=schema.label)
+            for split, source in sources.items()
+        }
+        folder.write_report(
+            Report(
+                dataset=schema.dataset,
+                options={"world": world, "seed": seed},
+                rows_read=sum(rows.values()),
+                rows_kept=sum(rows.values()),
+                rows_bad={},
+                vocabularies=dict(schema.tables),
+                splits=written,
+                notes={},
+            )
+        )
+
+
+class _Rows:
+    """Rows of epoch 0, by whole blocks."""
+
+    def __init__(self, source: SyntheticSource) -> None:
+        self._source = source
+
+    def __call__(self, start: int, stop: int) -> pa.Table:
+        assert start % BLOCK_ROWS == 0, "the folder asks for whole blocks"
+        first, last = start // BLOCK_ROWS, -(-stop // BLOCK_ROWS)
+        if first == last:
+            return self._source.read(0, 0).slice(0, 0)
+        return pa.concat_tables([self._source.read(0, block) for block in range(first, last)])

@@ -38,8 +38,8 @@ from torchrec_hilomoe.data.synthetic.population import (
     GROUPS,
     LEAVES,
     Population,
+    Sessions,
 )
-from torchrec_hilomoe.data.synthetic.sessions import Sessions
 
 __all__ = ["WORLDS", "World", "WorldName", "expected_auc"]
 

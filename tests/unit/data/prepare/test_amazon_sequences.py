@@ -21,6 +21,7 @@ SEQUENCES = {
     5: [20, 30, 10, 60, 70, 80, 90],
     9: [40],
     4: [90, 30, 40],
+    6: [40, 80, 50, 60],
 }
 ATTRIBUTES = {item: [1, item % 3, 5 + item // 30] for item in range(10, 90, 10)}  # none for 90
 
@@ -56,7 +57,8 @@ def expected_clicks(sequences, max_history):
     items_ids = ids_by_count(trained)
     category_of = {item: ATTRIBUTES[item][-1] if item in ATTRIBUTES else None for item in trained}
     category_ids = ids_by_count(category_of[item] for item in trained if category_of[item])
-    attribute_ids = ids_by_count(value for values in ATTRIBUTES.values() for value in values)
+    known = {item: ATTRIBUTES.get(item, []) for item in trained}
+    attribute_ids = ids_by_count(value for values in known.values() for value in values)
 
     def category(item):
         return category_ids.get(ATTRIBUTES.get(item, [None])[-1], 0)
@@ -73,7 +75,7 @@ def expected_clicks(sequences, max_history):
                     "category": category(items[at]),
                     "history_item": [items_ids.get(item, 0) for item in history],
                     "history_category": [category(item) for item in history],
-                    "attributes": [attribute_ids[a] for a in ATTRIBUTES.get(items[at], [])],
+                    "attributes": [attribute_ids.get(a, 0) for a in ATTRIBUTES.get(items[at], [])],
                     "label": 1,
                     "user": group,
                 }
@@ -122,6 +124,19 @@ def test_negatives_are_uniform_over_what_the_user_never_bought(tmp_path):
     assert all(abs(n - total / 4) < 5 * (total * 3 / 16) ** 0.5 for n in counts.values())
 
 
+def test_negatives_are_items_that_training_rows_know(tmp_path):
+    """Else id 0, of all unknown items, would be trained with label 0 alone."""
+    late = {user: [user % 5, 5 + user % 3, 1000 + user, 2000 + user] for user in range(300)}
+    raw = write_raw(tmp_path / "raw", late, attributes={})
+    out = tmp_path / "out"
+    prepare_amazon_sequences(raw=raw, out=str(out), name="Toy")
+    for split in SPLITS:
+        rows = rows_of(out, split)
+        assert {row["item"] for row in rows if not row["label"]} == set(range(1, 9))
+        clicked = {row["item"] for row in rows if row["label"]}
+        assert (0 in clicked) == (split != "train")
+
+
 def test_the_seed_decides_the_negatives(tmp_path):
     raw = write_raw(tmp_path / "raw", SEQUENCES)
     tests = []
@@ -133,11 +148,11 @@ def test_the_seed_decides_the_negatives(tmp_path):
 
 
 def test_malformed_lines_are_counted_and_skipped(tmp_path, caplog):
-    raw = write_raw(tmp_path / "raw", SEQUENCES, more="8\nuser 1 2 3\n6 1  2\n")
+    raw = write_raw(tmp_path / "raw", SEQUENCES, more="8\nuser 1 2 3\n8 1  2\n")
     report = prepare_amazon_sequences(raw=raw, out=str(tmp_path / "out"), name="Toy")
     assert report.rows_bad == {"Toy.txt": 3}
-    assert f"{raw}/Toy.txt line 6: malformed: '8'; skipped" in caplog.messages
-    with pytest.raises(DataError, match=r"more than max_bad_rows 2 .*Toy\.txt line 8"):
+    assert f"{raw}/Toy.txt line 7: malformed: '8'; skipped" in caplog.messages
+    with pytest.raises(DataError, match=r"more than max_bad_rows 2 .*Toy\.txt line 9"):
         prepare_amazon_sequences(raw=raw, out=str(tmp_path / "two"), name="Toy", max_bad_rows=2)
     assert not (tmp_path / "two").exists()
 
@@ -164,9 +179,12 @@ def test_broken_raw_files_are_named(tmp_path):
         prepare()
 
 
-def test_a_user_with_every_item_is_an_error(tmp_path):
-    raw = write_raw(tmp_path / "raw", {1: [10, 20, 30], 2: [10, 20]})
-    with pytest.raises(DataError, match=r"user 1 has bought all 3 items"):
+def test_a_user_without_a_negative_is_an_error(tmp_path):
+    raw = write_raw(tmp_path / "raw", {1: [10, 20, 30], 2: [10, 20], 3: [20, 10, 40, 50]})
+    with pytest.raises(DataError, match=r"user 1 has bought all 2 items of the training rows"):
+        prepare_amazon_sequences(raw=raw, out=str(tmp_path / "out"), name="Toy")
+    write_raw(tmp_path / "raw", {1: [10, 20], 2: [20, 30]})
+    with pytest.raises(DataError, match=r"none of its 4 rows would be trained on"):
         prepare_amazon_sequences(raw=raw, out=str(tmp_path / "out"), name="Toy")
 
 

@@ -1,5 +1,6 @@
 """apps/prepare.py: one line that says what to do about a wrong call, and exit code 2."""
 
+import runpy
 import sys
 
 import pytest
@@ -9,6 +10,19 @@ from torchrec_hilomoe.data.parquet import ParquetSource
 from torchrec_hilomoe.data.prepare.registry import DATASETS
 
 APP = [sys.executable, ROOT / "apps" / "prepare.py"]
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """Call the app in this process, which has torch imported: exit code and both outputs."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(APP[1]), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(APP[1]), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.fixture
@@ -50,29 +64,39 @@ def test_prepares_and_reports(raw, tmp_path):
         (["movielens", "--raw", ".", "--out", "y"], "error: . has neither ratings.dat nor "),
     ],
 )
-def test_a_wrong_call_is_one_line_and_exit_code_2(arguments, message, tmp_path):
-    done = run_command([*APP, *arguments], cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
+def test_a_wrong_call_is_one_line_and_exit_code_2(arguments, message, ask, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = ask(*arguments)
+    assert code == 2
+    assert stdout == ""
+    assert message in stderr
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_arguments_list_the_data_sets():
-    done = run_command(APP)
-    assert done.returncode == 2
-    asked = run_command([*APP, "--help"])
-    assert asked.returncode == 0
-    assert asked.stdout == done.stdout
+def test_no_arguments_list_the_data_sets(ask):
+    code, listed, _ = ask()
+    assert code == 2
+    code, asked, _ = ask("--help")
+    assert code == 0
+    assert asked == listed
     for name in DATASETS:
-        assert f"  {name} " in asked.stdout
+        assert f"  {name} " in asked
 
 
 @pytest.mark.parametrize("name", list(DATASETS))
-def test_each_data_set_has_help(name):
-    done = run_command([*APP, name, "--help"])
-    assert done.returncode == 0
+def test_each_data_set_has_help(name, ask):
+    code, stdout, _ = ask(name, "--help")
+    assert code == 0
     for option in ("--raw RAW", "--out OUT", "--overwrite", "--seed SEED"):
-        assert option in done.stdout
+        assert option in stdout
+
+
+def test_without_polars_it_is_named():
+    code = (
+        "import sys; sys.modules['polars'] = None; from torchrec_hilomoe.apps.prepare import main"
+    )
+    done = run_command([sys.executable, "-c", f"{code}; sys.exit(main(['movielens']))"])
+    assert done.returncode == 2
+    assert done.stderr == 'error: prepare wants polars: pip install "polars>=2.1,<3".\n'

@@ -4,7 +4,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import pyarrow as pa
+import polars as pl
 import pytest
 
 from torchrec_hilomoe.data.prepare import counting
@@ -20,26 +20,32 @@ def skewed(seed: int, rows: int, *, text: bool) -> list:
 @pytest.mark.parametrize("limit", [50, 1 << 20], ids=["spilling", "in memory"])
 def test_matches_a_counter(tmp_path, monkeypatch, limit, text):
     monkeypatch.setattr(counting, "PENDING", 200)
-    counts, want = ValueCounts(str(tmp_path), "c", limit=limit), Counter()
+    monkeypatch.setattr(counting, "DISTINCT_IN_MEMORY", limit)
+    kind = pl.String if text else pl.Int64
+    counts, want = ValueCounts(str(tmp_path), "c", kind=kind), Counter()
     for seed in range(5):
         values = skewed(seed, 3000, text=text)
         want.update(values)
-        counts.add(pa.array([*values, None]))
+        counts.add(pl.Series([*values, None]))
     for least in (1, 3, 40):
         found = counts.at_least(least)
-        got = dict(zip(found["value"].to_pylist(), found["count"].to_pylist(), strict=True))
+        got = dict(found.rows())
         assert got == {value: count for value, count in want.items() if count >= least}
     assert bool(list(tmp_path.iterdir())) == (limit == 50)
+    ranked = sorted(want, key=lambda value: (-want[value], value))
+    assert counts.ranked().to_list() == ranked
 
 
-def test_threads_may_add_at_the_same_time(tmp_path):
-    counts = ValueCounts(str(tmp_path), "c", limit=100)
+def test_threads_may_add_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(counting, "PENDING", 200)
+    monkeypatch.setattr(counting, "DISTINCT_IN_MEMORY", 100)
+    counts = ValueCounts(str(tmp_path), "c")
     lists = [skewed(seed, 2000, text=False) for seed in range(16)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda values: counts.add(pa.array(values)), lists))
+        list(pool.map(lambda values: counts.add(pl.Series(values)), lists))
     want = Counter(value for values in lists for value in values)
-    assert sum(counts.at_least(1)["count"].to_pylist()) == want.total()
+    assert counts.at_least(1)["count"].sum() == want.total()
 
 
 def test_nothing_counted_is_no_value(tmp_path):
-    assert ValueCounts(str(tmp_path), "c").at_least(1).num_rows == 0
+    assert ValueCounts(str(tmp_path), "c").at_least(1).height == 0

@@ -12,7 +12,12 @@ import pytest
 from tests.helpers.datasets import SCHEMA, toy_table
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.describe import describe
-from torchrec_hilomoe.data.prepare.describe_plots import describe_and_draw
+from torchrec_hilomoe.data.prepare.describe_plots import (
+    _label_rate,
+    _lengths,
+    _vocabularies,
+    describe_and_draw,
+)
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
 SHOP = Schema(
@@ -109,6 +114,9 @@ def test_counts_are_those_by_hand(tmp_path):
         "mean": 1.25,
     }
     assert summary["splits"]["train"]["ids"]["item"]["seen"] == 7
+    assert summary["splits"]["train"]["target_in_history"] == {
+        "item in clicked": {"share_of_clicks": 0.0, "share_of_other_rows": 0.5}
+    }
 
 
 @pytest.mark.parametrize(
@@ -132,6 +140,14 @@ def test_counts_are_those_by_hand(tmp_path):
         ),
         ({"train": [row(3, [12], 1, 7, 9), row(2, [1], 0, 7, 9)]}, "train: 1 ids are outside"),
         ({"valid": [row(3, [1], 1, 70, 110)]}, "valid: all labels are equal"),
+        (
+            {
+                "train": [row(3, [1], 1, 7, 9), row(2, [1], 0, 7, 9)],
+                "valid": [row(3, [1], 1, 70, 110), row(0, [1, 0], 0, 70, 110)],
+            },
+            "valid: 40.0% of the ids of table 'item' are 0, which stands for unknown values and "
+            "is never trained",
+        ),
         (
             {"held_out_by": "group"},
             "1 groups are in train and in valid, which were to be apart",
@@ -169,16 +185,29 @@ def test_pictures_are_drawn(tmp_path):
     assert names == ["label_rate.png", "lengths.png", "vocabularies.png"]
 
 
+@pytest.mark.parametrize("make", [_label_rate, _lengths, _vocabularies])
+def test_every_picture_has_a_title_and_says_what_its_axes_are(tmp_path, make):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    make(axes, describe(folder(tmp_path / "d")).splits)
+    assert axes.get_title()
+    assert axes.get_ylabel()
+    assert make is not _lengths or axes.get_xscale() == "symlog"
+
+
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "torchrec-hilomoe\[plots\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "matplotlib>=3.8,<4"'):
         describe_and_draw(folder(tmp_path / "d"), plots=str(tmp_path / "plots"))
 
 
 def test_what_is_no_prepared_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"there is no data folder .*nowhere.*apps/prepare\.py"):
+    with pytest.raises(
+        DataError, match=r"there is no data folder .*nowhere.*torchrec_hilomoe prepare"
+    ):
         describe(str(tmp_path / "nowhere"))
     whole = folder(tmp_path / "d")
     (tmp_path / "d" / "report.json").write_text("{")
-    with pytest.raises(DataError, match=r"report\.json is no JSON"):
+    with pytest.raises(DataError, match=r"report\.json is not JSON"):
         describe(whole)

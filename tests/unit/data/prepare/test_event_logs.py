@@ -15,7 +15,14 @@ from tests.helpers.event_logs import EVENT_LOGS
 from tests.helpers.processes import ROOT, run_command
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.parquet import ParquetSource
-from torchrec_hilomoe.data.prepare import counting, event_runs, lines, log, ranks, split_rules
+from torchrec_hilomoe.data.prepare import (
+    counting,
+    event_runs,
+    log,
+    order_statistics,
+    sources,
+    split_rules,
+)
 
 EVENTS = 3000
 
@@ -59,9 +66,9 @@ def test_parts_pieces_and_threads_change_nothing(name, raw, tmp_path, monkeypatc
     monkeypatch.setattr(event_runs.EventRuns, "read", spy)
     for limit in ("RUN_BYTES", "PART_BYTES"):
         monkeypatch.setattr(event_runs, limit, 1 << 12)
-    monkeypatch.setattr(lines, "BLOCK_BYTES", 999)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 999)
     monkeypatch.setattr(log, "ENCODED_BYTES", 1 << 12)
-    for module in (counting, ranks):
+    for module in (counting, order_statistics):
         monkeypatch.setattr(module, "PENDING", 50)
     monkeypatch.setattr(counting, "DISTINCT_IN_MEMORY", 20)
     cut = case.prepare(name, raw, tmp_path / "cut", workers=3)
@@ -82,23 +89,22 @@ def test_other_users_change_no_row_of_a_user(tmp_path):
     lines_by_user = dict(sorted((int(line.split()[0]), line) for line in text))
     negatives = []
     for place, kept in enumerate((1.0, 0.5)):
-        # All items stay known: those of the users left out go to one user at the end.
-        users = list(lines_by_user)
-        first = users[: int(len(users) * kept)]
-        rest = [item for user in users[len(first) :] for item in lines_by_user[user].split()[1:]]
-        some = [lines_by_user[user] for user in first] + [f"99999 {' '.join(rest)}"] * bool(rest)
+        # All items stay known, whoever is left out: two users train all of them between them.
+        halves = [[*range(start, 300, 2), start, start] for start in (0, 1)]
+        extra = [f"9999{at} {' '.join(map(str, items))}" for at, items in enumerate(halves)]
+        some = [*list(lines_by_user.values())[: int(len(lines_by_user) * kept)], *extra]
         (raw / "Toy.txt").write_text("\n".join(some) + "\n")
         out = tmp_path / f"out{place}"
         case.prepare("amazon-sequences", raw, out)
         rows = pq.read_table(out / "test", columns=["user", "label", "attributes"]).to_pylist()
-        half = len(users) // 2
+        half = len(lines_by_user) // 2
         negatives.append([row for row in rows if not row["label"] and row["user"] < half])
     assert len(negatives[0]) > 100
     assert negatives[0] == negatives[1]
 
 
 STOPPED = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from tests.helpers.event_logs import EVENT_LOGS
 from torchrec_hilomoe.data.prepare import log
@@ -106,7 +112,7 @@ from torchrec_hilomoe.data.prepare.shards import Shards
 name, raw, out, step = sys.argv[1:]
 
 def stop(*args, **options):
-    print("here", flush=True)
+    os.write(1, b"here\\n")  # whole, whichever of several threads come here
     time.sleep(60)
 
 if step == "encode":
@@ -174,11 +180,11 @@ PEAKS = """
 import json, os, sys
 from pathlib import Path
 from tests.helpers.event_logs import EVENT_LOGS
-from torchrec_hilomoe.data.prepare import event_runs, lines, log, shards
-from torchrec_hilomoe.runtime.memory import peak_resident_bytes
+from torchrec_hilomoe.data.prepare import event_runs, log, shards, sources
+from torchrec_hilomoe.runtime.process import peak_resident_bytes
 
 name, folder = sys.argv[1], Path(sys.argv[2])
-event_runs.RUN_BYTES, event_runs.PART_BYTES, lines.BLOCK_BYTES = 1 << 20, 1 << 19, 1 << 18
+event_runs.RUN_BYTES, event_runs.PART_BYTES, sources.BLOCK_BYTES = 1 << 20, 1 << 19, 1 << 18
 log.ENCODED_BYTES = shards.SHARD_BYTES = 1 << 20
 peaks = []
 for number, events in enumerate(map(int, sys.argv[3:])):

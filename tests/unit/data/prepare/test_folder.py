@@ -93,6 +93,31 @@ def test_an_empty_folder_is_used(tmp_path):
     (tmp_path / "out").mkdir()
     write(tmp_path / "out")
     assert ParquetSource(str(tmp_path / "out"), "train").block_rows == (50,)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_process_is_refused(tmp_path):
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "out")]
+    repository = Path(__file__).parents[4]
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        with pytest.raises(DataError, match=rf"is being prepared by process {process.pid} at this"):
+            write(tmp_path / "out")
+        write(tmp_path / "other")
+        process.send_signal(signal.SIGKILL)
+    write(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_old_data_that_a_killed_process_had_set_aside_come_back(tmp_path):
+    """It died between two renames, of the old folder and of the new one."""
+    write(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "out.old-1")
+    with pytest.raises(RuntimeError, match="raw files are gone"):
+        write(tmp_path / "out", fail=True)
+    assert ParquetSource(str(tmp_path / "out"), "train").block_rows == (50,)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 SLOW = """

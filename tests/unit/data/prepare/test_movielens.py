@@ -132,7 +132,7 @@ def test_rows_are_the_definitions(tmp_path, seed, zipped):
 
 def test_genre_sets_are_ids_whatever_their_order(tmp_path):
     """A set's id is the same for candidate and history, and 10 and 20 have the same set."""
-    ratings = [(1, movie, 5, time) for time, movie in enumerate([10, 20, 30, 40, 10 + 50])]
+    ratings = [(1, movie, 5, time) for time, movie in enumerate([10, 20, 30, 40, 50, 60])]
     raw = write_raw(tmp_path / "raw", ratings)
     prepare_movielens(raw=raw, out=str(tmp_path / "out"))
     rows = [row for split in SPLITS for row in prepared_rows(tmp_path / "out", split)]
@@ -140,7 +140,7 @@ def test_genre_sets_are_ids_whatever_their_order(tmp_path):
     rows.sort(key=lambda row: len(row["history_movie"]))
     assert rows[0]["genre_set"] == rows[1]["genre_set"] != rows[2]["genre_set"]
     for row in rows:
-        assert row["history_genre_set"] == [sets[movie] for movie in row["history_movie"]]
+        assert row["history_genre_set"] == [sets.get(movie, 0) for movie in row["history_movie"]]
     assert rows[-1]["genre_set"] == 0  # no training row has Comedy
 
 
@@ -186,11 +186,12 @@ def test_no_history_holds_its_own_or_a_later_event(tmp_path):
 
 
 def test_simultaneous_ratings_keep_the_order_of_the_file(tmp_path):
-    ratings = [(1, movie, stars, 7) for movie, stars in ((30, 1), (10, 2), (20, 3), (40, 4))]
+    ratings = [(1, movie, stars, 7) for stars, movie in enumerate((30, 10, 20, 40, 50), 1)]
+    ratings.append((1, 60, 1, 7))
     raw = write_raw(tmp_path / "raw", ratings)
     prepare_movielens(raw=raw, out=str(tmp_path / "out"))
     rows = [row for split in SPLITS for row in prepared_rows(tmp_path / "out", split)]
-    assert max((row["history_rating"] for row in rows), key=len) == [1, 2, 3]
+    assert max((row["history_rating"] for row in rows), key=len) == [1, 2, 3, 4, 5]
 
 
 def test_only_the_train_split_is_shuffled_and_the_seed_decides(tmp_path):
@@ -252,20 +253,20 @@ def test_too_many_malformed_lines_are_fatal_and_leave_nothing(tmp_path):
 
 
 def test_repeated_ratings_are_dropped_and_counted(tmp_path):
-    ratings = [(1, movie, 5, movie) for movie in (10, 20, 30, 40)]
+    ratings = [(1, movie, 5, movie) for movie in (10, 20, 30, 40, 50, 60)]
     raw = write_raw(tmp_path / "raw", [*ratings, (1, 10, 1, 50)])
     report = prepare_movielens(raw=raw, out=str(tmp_path / "out"))
     assert report.notes["repeated_ratings_dropped"] == 1
-    assert report.rows_kept == 4
+    assert report.rows_kept == 6
     assert_no_leaks(tmp_path / "out", ratings)
 
 
 def test_unknown_movies_and_users_get_the_unknown_id(tmp_path):
-    ratings = [(9, movie, 5, time) for time, movie in enumerate([77, 10, 20, 30])]
+    ratings = [(9, movie, 5, time) for time, movie in enumerate([77, 10, 20, 30, 40, 50])]
     raw = write_raw(tmp_path / "raw", ratings)
     report = prepare_movielens(raw=raw, out=str(tmp_path / "out"))
     assert report.notes["ratings_of_movies_not_in_movies.dat"] == 1
-    assert report.notes["ratings_of_users_not_in_users.dat"] == 4
+    assert report.notes["ratings_of_users_not_in_users.dat"] == 6
     (first,) = [
         row
         for split in SPLITS

@@ -112,6 +112,8 @@ def test_every_kind_of_column_is_encoded(raw, tmp_path):
         column: dict.fromkeys((f"i{n}" for n in range(40)), 0) for column in ("item", "clicked")
     }
     for row in source:
+        if row["at"] >= 10_000 + 210:
+            continue  # held out
         counts["item"][row["item"]] += 1
         for event in row["clicked"]:
             counts["clicked"][event] += 1
@@ -222,7 +224,7 @@ def spoil(column: str, row: int, value: object) -> pa.Table:
         ("age", 8, "age has an id outside its table's 0 to 7"),
         ("age", -1, "age has an id outside its table's 0 to 7"),
         ("price", float("nan"), "price is no finite number"),
-        ("price", None, "price is no finite number"),
+        ("price", None, "price is missing; --fill_dense NUMBER gives missing ones a value"),
         ("weight", -1.0, "weight is below 0"),
         ("at", None, "at is no whole number"),
         ("clicked_at", [1] * 9, "clicked and clicked_at have unequal numbers of events"),

@@ -6,7 +6,7 @@ from importlib.resources import files
 import pytest
 import yaml
 
-from torchrec_hilomoe.config import DINConfig, ModelConfig
+from torchrec_hilomoe.config import DINConfig, InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.prepare.amazon_electronics import amazon_electronics_schema
 from torchrec_hilomoe.data.prepare.kuaivideo import kuaivideo_schema
 from torchrec_hilomoe.data.prepare.microvideo import microvideo_schema
@@ -37,7 +37,7 @@ def din(schema: Schema, *, dim=64, head=(1024, 512, 256), norm=False, attention,
         embed_dense=True,
         head=head,
         batch_norm=norm,
-        hilomoe=None,
+        hilomoe=InjectionConfig(enabled=False),
         din=DINConfig(
             attention_units=(512, 256), attention_activation=attention, head_activation=hidden
         ),

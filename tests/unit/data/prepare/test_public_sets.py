@@ -81,7 +81,7 @@ def amazon(tmp_path):
 
 
 def test_amazon_counts_as_the_benchmark_does(amazon, tmp_path):
-    prepare_amazon_electronics(raw=str(amazon), out=str(tmp_path / "out"))
+    prepare_amazon_electronics(raw=str(amazon), out=str(tmp_path / "out"), valid_percent=0)
     sizes = sizes_by_fuxictr(
         amazon / "train.csv",
         ["item_id", "cate_id", "item_history", "cate_history"],
@@ -95,7 +95,7 @@ def test_amazon_counts_as_the_benchmark_does(amazon, tmp_path):
 def test_taobao_counts_as_the_benchmark_does(tmp_path):
     write_csv(tmp_path / "train.csv", taobao_rows(ROWS, 0))
     write_csv(tmp_path / "test.csv", taobao_rows(TEST_ROWS, 1))
-    prepare_taobao_ad(raw=str(tmp_path), out=str(tmp_path / "out"))
+    prepare_taobao_ad(raw=str(tmp_path), out=str(tmp_path / "out"), valid_percent=0)
     names = [*TAOBAO_COLUMNS, "btag", "cate_his", "brand_his", "btag_his"]
     sizes = sizes_by_fuxictr(
         tmp_path / "train.csv", names, shared=taobao_ad.SEQUENCES, min_count=10
@@ -143,7 +143,16 @@ def test_amazon_rows_are_those_of_the_files(amazon, tmp_path):
     assert (found["rows_read"], found["rows_kept"], found["rows_bad"]) == (460, 460, {})
     unknown = sum(row["item_id"] == tables["item"] - 1 for row in read(out, "test"))
     unknown += sum(row["item_history"].count(tables["item"] - 1) for row in read(out, "test"))
-    assert found["notes"].get("unknown_item_test", 0) == unknown > 0
+    rows = read(out, "test")
+    assert found["unknown"]["test"]["item"] == {
+        "unknown_ids": unknown,
+        "ids": sum(1 + len(row["item_history"]) for row in rows),
+        "rows_with_unknown": sum(
+            tables["item"] - 1 in (row["item_id"], *row["item_history"]) for row in rows
+        ),
+        "rows": TEST_ROWS,
+    }
+    assert unknown > 0
 
 
 def test_the_raw_layout_gives_the_same_rows(tmp_path):
@@ -202,8 +211,10 @@ def test_kuaivideo_has_ids_by_count_and_a_vector_for_every_video(kuai, tmp_path)
     vectors = write_vectors(kuai / "item_visual_emb_dim64.h5", range(70))
     prepare_kuaivideo(raw=str(kuai), out=str(out), valid_percent=10)
     schema = load_schema(str(out))
+    # Counted without the rows that are held out, the latest.
+    write_csv(tmp_path / "kept.csv", x1_rows(ROWS, *KUAI, label="is_click")[: ROWS * 9 // 10])
     sizes = sizes_by_fuxictr(
-        kuai / "train.csv",
+        tmp_path / "kept.csv",
         ["user_id", "item_id", "pos_items", "neg_items"],
         shared={"pos_items": "item_id", "neg_items": "item_id"},
         min_count=10,

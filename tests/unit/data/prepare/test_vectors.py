@@ -45,7 +45,7 @@ def test_a_table_has_zeros_around_the_vectors(tmp_path, monkeypatch, name):
 def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch):
     written(tmp_path / "v.h5")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DataError, match=r'v\.h5 wants h5py: pip install "torchrec-hilomoe\[prep'):
+    with pytest.raises(DataError, match=r'v\.h5 wants h5py: pip install "h5py>=3.10,<4"'):
         Vectors(str(tmp_path / "v.h5"))
 
 

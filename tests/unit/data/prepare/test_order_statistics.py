@@ -1,23 +1,26 @@
-"""Ranks against sorting, also when memory holds only a few numbers."""
+"""Order statistics against sorting, also when memory holds only a few numbers."""
 
 import numpy as np
 import pytest
 
-from torchrec_hilomoe.data.prepare import ranks
-from torchrec_hilomoe.data.prepare.ranks import Ranks
+from torchrec_hilomoe.data.prepare import order_statistics
+from torchrec_hilomoe.data.prepare.order_statistics import OrderStatistics
 
 
 @pytest.mark.parametrize("pending", [7, 1 << 20])
 @pytest.mark.parametrize("spread", [3, 2**62])
 def test_matches_sorting(tmp_path, monkeypatch, pending, spread):
-    monkeypatch.setattr(ranks, "PENDING", pending)
+    monkeypatch.setattr(order_statistics, "PENDING", pending)
     numbers = np.random.default_rng(0).integers(-spread, spread, size=500)
-    found = Ranks(str(tmp_path), "n")
+    found = OrderStatistics(str(tmp_path), "n")
     for part in np.array_split(numbers, 30):
         found.add(part)
     assert found.count == 500
     wanted = np.sort(numbers).tolist()
     assert [found.at(rank) for rank in range(0, 500, 7)] == wanted[::7]
+    for number in (*wanted[::50], 0, spread):
+        assert found.below(number) == sum(other < number for other in wanted)
+        assert found.up_to(number) == sum(other <= number for other in wanted)
     found.add(np.array([-spread]))
     assert found.at(0) == -spread
     assert bool(list(tmp_path.iterdir()))
@@ -25,7 +28,7 @@ def test_matches_sorting(tmp_path, monkeypatch, pending, spread):
 
 @pytest.mark.parametrize("rank", [-1, 0, 3])
 def test_a_rank_that_is_not_there_is_an_error(tmp_path, rank):
-    found = Ranks(str(tmp_path), "n")
+    found = OrderStatistics(str(tmp_path), "n")
     if rank:
         found.add(np.array([1, 2, 3]))
     with pytest.raises(IndexError, match=f"rank {rank} of "):

@@ -1,9 +1,9 @@
 """Which rows a rank reads, and when: arithmetic on row counts alone.
 
 An epoch's rows stand in one order, fixed by the seed and the epoch. That order is cut into
-``lanes`` contiguous lanes; a global batch takes the next rows of every lane, and a rank owns
-neighbouring lanes. So the rows of a global batch do not depend on the number of ranks, and a
-block is decoded by one rank, or by two where the border of their lanes falls inside it.
+``shards`` contiguous shards; a global batch takes the next rows of every shard, and a rank owns
+neighbouring shards. So the rows of a global batch do not depend on the number of ranks, and a
+block is decoded by one rank, or by two where the border of their shards falls inside it.
 """
 
 from collections import Counter
@@ -14,10 +14,10 @@ from operator import itemgetter
 
 import numpy as np
 
-__all__ = ["Epoch", "Segment", "choose_lanes"]
+__all__ = ["Epoch", "Segment", "choose_num_canonical_shards"]
 
-PREFERRED_LANES = 8
-MANY_BLOCKS = 16  # a lane
+PREFERRED_SHARDS = 8
+MANY_BLOCKS = 16  # a shard
 # Streams of random numbers: for the order of blocks, of rows inside each, of sorted windows.
 BLOCK_ORDER, ROW_ORDER, WINDOW_ORDER = 1, 2, 3
 
@@ -31,13 +31,13 @@ class Segment:
     stop: int
 
 
-def choose_lanes(batch_size: int, world_size: int, wanted: int | None = None) -> int:
-    """Choose the number of lanes: the same for 1, 2, 4 and 8 ranks wherever it can be.
+def choose_num_canonical_shards(batch_size: int, world_size: int, wanted: int | None = None) -> int:
+    """Choose the number of shards: the same for 1, 2, 4 and 8 ranks wherever it can be.
 
     Args:
         batch_size: Rows of a global batch.
-        world_size: Number of ranks, which must divide the lanes.
-        wanted: The lanes of a position to resume, which must be kept.
+        world_size: Number of ranks, which must divide the shards.
+        wanted: The shards of a position to resume, which must be kept.
 
     Returns:
         The largest divisor of ``batch_size`` that ``world_size`` divides, at most 8 (or
@@ -59,22 +59,22 @@ def choose_lanes(batch_size: int, world_size: int, wanted: int | None = None) ->
             f"{batch_size} and {world_size} ranks. Take {nearest}."
         )
     if wanted is None:
-        most = max(PREFERRED_LANES, world_size)
+        most = max(PREFERRED_SHARDS, world_size)
         return max(n for n in range(world_size, most + 1, world_size) if batch_size % n == 0)
     if wanted < 1:
-        raise ValueError(f"the position's lanes must be at least 1, got {wanted}.")
+        raise ValueError(f"the position's canonical shards must be at least 1, got {wanted}.")
     if wanted % world_size:
         sizes = [size for size in range(1, wanted + 1) if wanted % size == 0]
         raise ValueError(
-            f"the position to resume has {wanted} lanes, which {world_size} ranks cannot share "
-            f"evenly; resume on {_any_of(sizes)} ranks."
+            f"the position to resume has {wanted} canonical shards, which {world_size} ranks "
+            f"cannot share evenly; resume on {_any_of(sizes)} ranks."
         )
     if batch_size % wanted:
         lower = batch_size // wanted * wanted
         sizes = [size for size in (lower, lower + wanted) if size]
         raise ValueError(
-            f"the position to resume has {wanted} lanes, which do not divide train.batch_size "
-            f"{batch_size}; take {_any_of(sizes)}."
+            f"the position to resume has {wanted} canonical shards, which do not divide "
+            f"train.batch_size {batch_size}; take {_any_of(sizes)}."
         )
     return wanted
 
@@ -85,31 +85,31 @@ def _any_of(numbers: Sequence[int]) -> str:
 
 
 class Epoch:
-    """The order of one epoch's rows, and its cut into lanes.
+    """The order of one epoch's rows, and its cut into shards.
 
     Args:
         block_rows: Rows of each block, as the source tells.
-        lanes: Number of lanes.
+        shards: Number of shards.
         epoch: Which epoch, from 0.
         seed: Fixes the order together with ``epoch``; ``None`` keeps the order of the files.
 
     Attributes:
-        rows: Rows of the epoch, over all lanes.
+        rows: Rows of the epoch, over all shards.
     """
 
     def __init__(
-        self, block_rows: Sequence[int], lanes: int, *, epoch: int, seed: int | None
+        self, block_rows: Sequence[int], shards: int, *, epoch: int, seed: int | None
     ) -> None:
         self._seed = seed
         self._epoch = epoch
-        self._lanes = lanes
+        self._shards = shards
         self._blocks = np.arange(len(block_rows))
         if seed is not None:
             self._blocks = self._generator(BLOCK_ORDER, 0).permutation(len(block_rows))
         # Where each block, in this epoch's order, begins among the epoch's rows.
         self._begins = np.concatenate([[0], np.cumsum(np.asarray(block_rows)[self._blocks])])
         self.rows = int(self._begins[-1])
-        self._lane_lengths = tuple(map(self.lane_length, range(lanes)))
+        self._shard_lengths = tuple(map(self.shard_length, range(shards)))
 
     def _generator(self, stream: int, block: int) -> np.random.Generator:
         return np.random.default_rng([self._seed or 0, self._epoch, stream, block])
@@ -120,58 +120,58 @@ class Epoch:
         return self._epoch
 
     @property
-    def longest_lane(self) -> int:
-        """Rows of the longest lane; the others have this many or one less."""
-        return -(-self.rows // self._lanes)
+    def longest_shard(self) -> int:
+        """Rows of the longest shard; the others have this many or one less."""
+        return -(-self.rows // self._shards)
 
-    def lane_length(self, lane: int) -> int:
-        """Rows of ``lane``."""
-        return self._border(lane + 1) - self._border(lane)
+    def shard_length(self, shard: int) -> int:
+        """Rows of ``shard``."""
+        return self._border(shard + 1) - self._border(shard)
 
-    def batch_rows(self, lane_rows: int, rows_per_lane: int) -> int:
-        """Rows of the global batch that starts when ``lane_rows`` of each lane are consumed."""
-        lefts = (length - lane_rows for length in self._lane_lengths)
-        return sum(min(max(left, 0), rows_per_lane) for left in lefts)
+    def batch_rows(self, lane_rows: int, rows_per_shard: int) -> int:
+        """Rows of the global batch that starts when ``lane_rows`` of each shard are consumed."""
+        lefts = (length - lane_rows for length in self._shard_lengths)
+        return sum(min(max(left, 0), rows_per_shard) for left in lefts)
 
-    def segments(self, lane: int, skip: int) -> Iterator[Segment]:
-        """Yield the segments of ``lane`` in order, without its first ``skip`` rows."""
-        at, end = self._border(lane) + skip, self._border(lane + 1)
+    def segments(self, shard: int, skip: int) -> Iterator[Segment]:
+        """Yield the segments of ``shard`` in order, without its first ``skip`` rows."""
+        at, end = self._border(shard) + skip, self._border(shard + 1)
         while at < end:
             index = self._index_of(at)
             begin, stop = int(self._begins[index]), min(end, int(self._begins[index + 1]))
             yield Segment(block=int(self._blocks[index]), start=at - begin, stop=stop - begin)
             at = stop
 
-    def openings(self, lanes: Sequence[int], skip: int, rows_per_lane: int) -> Iterator[Segment]:
-        """Yield the segments of several lanes in the order in which batches come to them.
+    def openings(self, shards: Sequence[int], skip: int, rows_per_shard: int) -> Iterator[Segment]:
+        """Yield the segments of several shards in the order in which batches come to them.
 
         Args:
-            lanes: A rank's.
-            skip: Rows of each lane that are consumed already.
-            rows_per_lane: Rows that a batch takes of each lane.
+            shards: A rank's.
+            skip: Rows of each shard that are consumed already.
+            rows_per_shard: Rows that a batch takes of each shard.
         """
 
-        def numbered(lane: int) -> Iterator[tuple[tuple[int, int], Segment]]:
+        def numbered(shard: int) -> Iterator[tuple[tuple[int, int], Segment]]:
             lane_rows = 0
-            for segment in self.segments(lane, skip):
-                yield (lane_rows // rows_per_lane, lane), segment
+            for segment in self.segments(shard, skip):
+                yield (lane_rows // rows_per_shard, shard), segment
                 lane_rows += segment.stop - segment.start
 
-        # merge() keeps the order within a lane where one batch comes to several segments of it.
-        for _, segment in merge(*map(numbered, lanes), key=itemgetter(0)):
+        # merge() keeps the order within a shard where one batch comes to several segments of it.
+        for _, segment in merge(*map(numbered, shards), key=itemgetter(0)):
             yield segment
 
-    def shared_blocks(self, lanes: Sequence[int], skip: int) -> dict[int, int]:
-        """Count the segments of blocks that hold a border between two of ``lanes``.
+    def shared_blocks(self, shards: Sequence[int], skip: int) -> dict[int, int]:
+        """Count the segments of blocks that hold a border between two of ``shards``.
 
         Where blocks are many, reading those few twice costs less than the memory to keep them:
         then there are none.
         """
         uses: Counter[int] = Counter()
-        if len(self._blocks) > MANY_BLOCKS * self._lanes:
+        if len(self._blocks) > MANY_BLOCKS * self._shards:
             return {}
-        for lane in lanes:
-            at, end = self._border(lane) + skip, self._border(lane + 1)
+        for shard in shards:
+            at, end = self._border(shard) + skip, self._border(shard + 1)
             if at < end:
                 uses.update({int(self._blocks[self._index_of(row)]) for row in (at, end - 1)})
         return {block: count for block, count in uses.items() if count > 1}
@@ -193,5 +193,5 @@ class Epoch:
         # "right" steps over empty blocks, which begin where their successor does.
         return int(np.searchsorted(self._begins, row, side="right")) - 1
 
-    def _border(self, lane: int) -> int:
-        return lane * self.rows // self._lanes
+    def _border(self, shard: int) -> int:
+        return shard * self.rows // self._shards

@@ -1,0 +1,147 @@
+"""Raw files in batches: every row once, and places that a person finds in the file."""
+
+import gzip
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.sources import (
+    CsvFile,
+    LineFile,
+    MALFORMED,
+    ParquetFile,
+    PLACE,
+    ROW,
+)
+
+
+def everything(file, columns, **types):
+    """Rows with their places, and the malformed lines."""
+    kinds = pa.schema([(name, types.get(name, pa.large_string())) for name in columns])
+    rows, malformed = [], []
+    for batch in file.batches(kinds):
+        for row in batch.to_dicts():
+            place, text, number = row.pop(PLACE), row.pop(MALFORMED), row.pop(ROW)
+            (rows if text is None else malformed).append((place, row if text is None else text))
+            assert (number is None) == (text is not None) or isinstance(file, LineFile)
+    return rows, malformed
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("block_bytes", [64, 1 << 20])
+def test_lines_are_numbered_as_editors_do(tmp_path, zipped, block_bytes):
+    lines = ["a,b,c", *(f"{row},x{row},{row * row}" for row in range(60))]
+    lines[5] = "one field"
+    lines[6] = "too,many,fields,here"
+    lines[40] = "again,two"
+    text = "\n".join(lines) + "\n"
+    path = tmp_path / ("t.csv.gz" if zipped else "t.csv")
+    path.write_bytes(gzip.compress(text.encode()) if zipped else text.encode())
+    file = CsvFile(str(path), block_bytes=block_bytes)
+    assert file.columns().names == ["a", "b", "c"]
+    rows, malformed = everything(file, ["c", "a"])
+    assert malformed == [(line, lines[line - 1]) for line in (6, 7, 41)]
+    for place, row in rows:
+        a, _, c = lines[place - 1].split(",")
+        assert row == {"c": c, "a": a}
+    assert [place for place, _ in rows] == [n for n in range(2, 62) if n not in (6, 7, 41)]
+
+
+def test_lines_are_numbered_whichever_thread_is_ahead(tmp_path):
+    # Arrow parses the next block, and tells its malformed lines, while a batch is numbered.
+    malformed = range(25, 1000, 50)
+    lines = ["a,b", *(f"{row},x" for row in range(1000))]
+    for line in malformed:
+        lines[line - 1] = "one field"
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    file = CsvFile(str(tmp_path / "t.csv"), block_bytes=256)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: everything(file, ["a"]), range(60)))
+    for rows, bad in found:
+        assert [line for line, _ in bad] == list(malformed)
+        assert all(row["a"] == str(line - 2) for line, row in rows)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    for name in ("with", "without"):
+        mark = "\ufeff" if name == "with" else ""
+        (tmp_path / name).write_text(f"{mark}a,b\n1,2\n", encoding="utf-8")
+    found = [CsvFile(str(tmp_path / name)) for name in ("with", "without")]
+    assert found[0].columns() == found[1].columns()
+    assert everything(found[0], ["a"]) == everything(found[1], ["a"])
+
+
+def test_lines_that_the_pattern_does_not_match_are_malformed(tmp_path):
+    (tmp_path / "t").write_bytes("1::é\r\nno\n\n3::x".encode("latin-1"))
+    file = LineFile(str(tmp_path / "t"), "(?P<n>[0-9])::(?P<t>.*)", encoding="latin-1")
+    assert file.columns().names == ["n", "t"]
+    rows, malformed = everything(file, ["n", "t"])
+    assert rows == [(1, {"n": "1", "t": "é"}), (4, {"n": "3", "t": "x"})]
+    assert malformed == [(2, "no"), (3, "")]
+
+
+def test_files_without_a_header_are_named_and_empty_fields_are_missing(tmp_path):
+    (tmp_path / "t.txt").write_text("1\t\tx\n2\t5\t\n")
+    rows, _ = everything(
+        CsvFile(str(tmp_path / "t.txt"), names=["a", "b", "c"], separator="\t"), ["a", "b", "c"]
+    )
+    assert rows == [
+        (1, {"a": "1", "b": None, "c": "x"}),
+        (2, {"a": "2", "b": "5", "c": None}),
+    ]
+
+
+def test_parquet_is_cut_into_batches(tmp_path):
+    table = pa.table({"a": list(range(25)), "b": ["x"] * 25})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=10)
+    file = ParquetFile(str(tmp_path / "t.parquet"), batch_rows=4)
+    rows, _ = everything(file, ["a"], a=pa.int64())
+    assert rows == [(row, {"a": row}) for row in range(25)]
+    assert file.rows() == 25
+    assert max(len(batch) for batch in file.batches(pa.schema([("a", pa.int64())]))) == 4
+
+
+def test_a_large_row_group_is_read_a_batch_at_a_time(tmp_path):
+    """pyarrow's own row groups have a million rows; a batch holds a small share of one."""
+    rows, wide = 40_000, 32
+    lists = np.random.default_rng(0).integers(0, 1 << 40, size=(rows, wide))
+    table = pa.table({"a": range(rows), "b": lists.tolist()})
+    pq.write_table(table, tmp_path / "t.parquet")
+    del table
+    file = ParquetFile(str(tmp_path / "t.parquet"), batch_rows=1000)
+    held, most, seen = pa.total_allocated_bytes(), 0, 0
+    for batch in file.batches(pa.schema([("a", pa.int64()), ("b", pa.large_list(pa.int64()))])):
+        assert batch["a"].to_list() == list(range(seen, seen + 1000))
+        assert batch["b"].to_list() == lists[seen : seen + 1000].tolist()
+        seen += batch.height
+        most = max(most, pa.total_allocated_bytes() - held)
+    assert seen == rows
+    assert most < lists.nbytes / 2
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (lambda path: CsvFile(path, source="Get it again."), b"a\n\xff\xfe\n", r"Get it again\."),
+        (lambda path: CsvFile(path + ".gz"), b"no gzip", "t.gz cannot be read"),
+        (ParquetFile, b"PAR1 no parquet", "cannot be read as Parquet .*whole copy"),
+        (ParquetFile, b"", "cannot be read as Parquet"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, file, content, message):
+    (tmp_path / "t").write_bytes(content)
+    (tmp_path / "t.gz").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        everything(file(str(tmp_path / "t")), ["a"])
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"a": list(range(1000))}), path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match=r"t\.parquet cannot be read as Parquet"):
+        everything(ParquetFile(str(path)), ["a"])
