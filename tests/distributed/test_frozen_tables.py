@@ -12,11 +12,11 @@ from tests.helpers.datasets import SCHEMA, TableSource, toy_table, write_folder
 from tests.helpers.models import MODEL
 from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import joined, Part, parts
-from torchrec_hilomoe.config import DataConfig, RunConfig, TrainConfig
+from torchrec_hilomoe.config import DataConfig, InjectionConfig, RunConfig, TrainConfig
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.schema import FrozenTable, Schema
 from torchrec_hilomoe.models.build import build_task
-from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
@@ -46,24 +46,24 @@ class Trained:
 def train(folder: str, schema: Schema) -> Trained:
     config = RunConfig(
         data=DataConfig(path=folder),
-        model=replace(MODEL, hilomoe=None),
+        model=replace(MODEL, hilomoe=InjectionConfig(enabled=False)),
         train=TrainConfig(batch_size=BATCH, table_learning_rate=0.5),
     )
     world = World(rank=dist.get_rank(), size=dist.get_world_size())
     torch.manual_seed(0)
-    job = Job(world=world, device=torch.device("cpu"))
-    assembly = assemble(config, build_task(config.model, schema), job)
+    context = DistributedContext(world=world, device=torch.device("cpu"))
+    assembly = assemble(config, build_task(config.model, schema), context)
     model = enter_stage(assembly.model, ALL)
-    assembly.learners.enter(ALL)
-    assembly.learners.set_rates(StageSpan(stage=ALL, start=0, stop=STEPS), 0, decay=1.0)
-    before = parts(training_state(model, assembly.learners))
+    assembly.optimizers.enter(ALL)
+    assembly.optimizers.set_rates(StageSpan(stage=ALL, start=0, stop=STEPS), 0, decay=1.0)
+    before = parts(training_state(model, assembly.optimizers))
     source = TableSource((toy_table(STEPS * BATCH),), schema)
     batches = iter(Loader(source, batch_size=BATCH, world=world, prefetch=0))
-    pipeline = Pipeline(model, assembly.learners.stepping, model.device)
+    pipeline = Pipeline(model, assembly.optimizers.stage_optimizer, model.device)
     for _ in range(STEPS):
         pipeline.step(batches)
     pipeline.detach()
-    return Trained(before, parts(training_state(model, assembly.learners)))
+    return Trained(before, parts(training_state(model, assembly.optimizers)))
 
 
 def test_given_vectors_are_loaded_by_parts_and_stay(tmp_path: Path):

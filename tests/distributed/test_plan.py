@@ -11,7 +11,7 @@ from tests.helpers.sharded import assembled
 from torchrec_hilomoe.config import RunConfig, ShardingConfig, TableSharding
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
-from torchrec_hilomoe.training.sharding.report import PlanReport
+from torchrec_hilomoe.training.sharding.plan_report import PlanReport
 from torchrec_hilomoe.training.stages import Stage
 from torchrec_hilomoe.training.stages.staging import enter_stage
 
@@ -46,8 +46,8 @@ def plan_and_train() -> Seen:
                 shard.placement.rank() for shard in shards if shard.placement
             ]
     model = enter_stage(assembly.model, ALL)
-    assembly.learners.enter(ALL)
-    pipeline = Pipeline(model, assembly.learners.stepping, model.device)
+    assembly.optimizers.enter(ALL)
+    pipeline = Pipeline(model, assembly.optimizers.stage_optimizer, model.device)
     world = World(rank=dist.get_rank(), size=dist.get_world_size())
     output = pipeline.step(batches(16, 16, world=world))
     pipeline.detach()

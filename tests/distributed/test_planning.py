@@ -16,14 +16,20 @@ from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import batches, MODEL, task_of
 from tests.helpers.processes import run_ranks
 from tests.helpers.sharded import assembled
-from torchrec_hilomoe.config import RunConfig, ShardingConfig, TableSharding, TrainConfig
+from torchrec_hilomoe.config import (
+    InjectionConfig,
+    RunConfig,
+    ShardingConfig,
+    TableSharding,
+    TrainConfig,
+)
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.estimate import plan_run
 from torchrec_hilomoe.planning.memory import DenseMemory
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
-from torchrec_hilomoe.training.sharding.report import PlanReport
+from torchrec_hilomoe.training.sharding.plan_report import PlanReport
 from torchrec_hilomoe.training.stages import Stage
 from torchrec_hilomoe.training.stages.staging import enter_stage
 
@@ -39,7 +45,10 @@ CUT = replace(
         }
     ),
 )
-WIDE = replace(FREE, model=replace(MODEL, embedding_dim=64, backbone="din", hilomoe=None))
+WIDE = replace(
+    FREE,
+    model=replace(MODEL, embedding_dim=64, backbone="din", hilomoe=InjectionConfig(enabled=False)),
+)
 CONFIGS = {
     "free": FREE,
     "cut": CUT,
@@ -64,14 +73,14 @@ def allocated(config: RunConfig) -> Held:
     """Shard, make a step, and count the bytes of what there is."""
     assembly = assembled(config)
     model = enter_stage(assembly.model, ALL)
-    assembly.learners.enter(ALL)
+    assembly.optimizers.enter(ALL)
     task = task_of(model)
     sharded = set(task.model.sparse.tables)
     dense = [p for p in task.parameters() if p not in sharded]
     gradients: dict[int, int] = {}
     for place, parameter in enumerate(dense):
         parameter.register_post_accumulate_grad_hook(partial(note_gradient, gradients, place))
-    pipeline = Pipeline(model, assembly.learners.stepping, model.device)
+    pipeline = Pipeline(model, assembly.optimizers.stage_optimizer, model.device)
     pipeline.step(batches(16, 16, world=World(rank=dist.get_rank(), size=dist.get_world_size())))
     pipeline.detach()
     kernels = kernels_of(task.model.sparse)
@@ -82,7 +91,7 @@ def allocated(config: RunConfig) -> Held:
         dense=DenseMemory(
             parameters=sum(tensor.nbytes for tensor in [*dense, *task.model.backbone.buffers()]),
             gradients=sum(gradients.values()),
-            state=sum(state.nbytes for state in dense_states(assembly.learners.combined)),
+            state=sum(state.nbytes for state in dense_states(assembly.optimizers.combined)),
         ),
     )
 

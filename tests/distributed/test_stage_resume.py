@@ -23,11 +23,18 @@ from tests.helpers.sharded import assembled, parts
 from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.runtime.world import World
-from torchrec_hilomoe.training.checkpoint import read_progress, Saver
+from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.checkpoint import Saver
 from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.pipelines.pipeline import PipelineOptions
-from torchrec_hilomoe.training.stages import Course, Plateau, Stage, StageSchedule
-from torchrec_hilomoe.training.trainer import Rhythm, Trainer, training_state
+from torchrec_hilomoe.training.stages import (
+    Decay,
+    PlateauConfig,
+    Stage,
+    StageSchedule,
+    StageTimeline,
+)
+from torchrec_hilomoe.training.trainer import Intervals, Trainer, training_state
 
 STEPS, BATCH, ROWS, EVERY = 12, 16, 100, 2
 FROZEN: dict[str, Any] = {"train_backbone": False, "train_tables": False}
@@ -37,10 +44,16 @@ STAGES = (
         name="until a plateau",
         steps=8,
         active_layers=0,
-        plateau=Plateau(metric="logloss", patience=1, min_delta=2.0),
+        plateau=PlateauConfig(metric="logloss", patience=1, min_delta=2.0),
     ),
     Stage(name="layer 1 by sgd", steps=2, active_layers=1, optimizer="sgd", **FROZEN),
-    Stage(name="layer 2 alone", steps=2, learning_layers=(2,), decay="linear", **FROZEN),
+    Stage(
+        name="layer 2 alone",
+        steps=2,
+        learning_layers=(2,),
+        decay=Decay(kind="linear"),
+        **FROZEN,
+    ),
     Stage(name="all", optimizer="adamw", weight_decay=0.1, warmup_steps=2),
 )
 BOUNDARIES = (4, 6, 8)
@@ -54,7 +67,7 @@ LEARN = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "one batch a step": {},
-    "micro-batches": {"accumulate": 2, "clip_norm": 0.5},
+    "micro-batches": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
     "fp16": {"precision": "fp16", "pipeline": "base"},
 }
 
@@ -92,18 +105,22 @@ class WatchingTrainer:
             train=TrainConfig(batch_size=BATCH, learning_rate=0.01, stages=STAGES, **options),
         )
         self.assembly = assembled(self.config)
-        self.course = Course(StageSchedule(stages=STAGES), total_steps=STEPS, evaluate_every=EVERY)
+        self.timeline = StageTimeline(
+            StageSchedule(stages=STAGES), total_steps=STEPS, evaluate_every=EVERY
+        )
         self.looks: dict[int, Seen] = {}
         train = self.config.train
         folder.mkdir(parents=True, exist_ok=True)
         self.trainer = Trainer(
             self.assembly.model,
-            self.assembly.learners,
-            self.course,
-            rhythm=Rhythm(log_every=3, evaluate_every=EVERY, save_every=save_every),
+            self.assembly.optimizers,
+            self.timeline,
+            intervals=Intervals(log_every=3, evaluate_every=EVERY, save_every=save_every),
             log=_Log(folder, self),
             saver=Saver(folder / "checkpoints", keep=100),
-            pipelining=PipelineOptions(kind=train.pipeline, accumulate=train.accumulate),
+            pipelining=PipelineOptions(
+                kind=train.pipeline, gradient_accumulation_steps=train.gradient_accumulation_steps
+            ),
         )
 
     def run(self) -> Seen:
@@ -120,7 +137,7 @@ class WatchingTrainer:
 
     def seen(self) -> Seen:
         digests = {}
-        state = training_state(self.trainer.model, self.assembly.learners)
+        state = training_state(self.trainer.model, self.assembly.optimizers)
         for name, held in parts(state).items():
             for part in held:
                 stacked = name.rpartition(".")[2] in ("expert_in", "expert_out", "expert_keys")
@@ -128,7 +145,7 @@ class WatchingTrainer:
                 for layer, piece in pieces.items():
                     digest = hashlib.sha256(piece.numpy().tobytes()).hexdigest()
                     digests[f"{name}.{layer}" if stacked else name] = digest
-        return Seen(digests, self.course.saved())
+        return Seen(digests, self.timeline.state_dict())
 
 
 class _Log(RunLog):
@@ -150,7 +167,7 @@ def train_and_resume(folder: Path, options: Mapping[str, Any], steps: tuple[int,
     for step in steps:
         path = folder / "whole" / "checkpoints" / f"step_{step}"
         again = WatchingTrainer(folder / f"from {step}", options, save_every=None)
-        again.trainer.restore(str(path))
+        again.trainer.load(checkpoint.open(path))
         assert again.trainer.step == step
         resumed[step] = again.run()
         if dist.get_rank() == 0:
@@ -209,7 +226,7 @@ def test_the_schedule_is_in_the_checkpoint(tmp_path):
     runs = run_ranks(train_and_resume, 1, tmp_path, VARIANTS["micro-batches"], (4,))
     check(runs)
     folder = tmp_path / "whole" / "checkpoints"
-    at_3, at_4 = (read_progress(str(folder / f"step_{step}")) for step in (3, 4))
+    at_3, at_4 = (checkpoint.open(folder / f"step_{step}").progress for step in (3, 4))
     assert at_3.schedule["ended"] == {}
     assert at_3.schedule["waited"] == 0
     assert at_4.schedule["ended"] == {"until a plateau": 4}

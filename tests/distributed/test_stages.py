@@ -15,16 +15,17 @@ from torch import Tensor
 from tests.helpers.datasets import toy_source
 from tests.helpers.models import MODEL
 from tests.helpers.processes import run_ranks
+from tests.helpers.rounding import rounded
 from tests.helpers.sharded import assembled, parts
 from torchrec_hilomoe.config import InjectionConfig, RunConfig, TrainConfig
 from torchrec_hilomoe.data.loader import Loader
-from torchrec_hilomoe.hilomoe.sites import auxiliary_loss
+from torchrec_hilomoe.hilomoe.inject import auxiliary_loss
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.checkpoint import Saver
 from torchrec_hilomoe.training.log.run_log import RunLog
-from torchrec_hilomoe.training.optimizers.learners import Learners
-from torchrec_hilomoe.training.stages import Course, Decay, Stage, StageSchedule
-from torchrec_hilomoe.training.trainer import Rhythm, Trainer, training_state
+from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
+from torchrec_hilomoe.training.stages import Decay, Stage, StageSchedule, StageTimeline
+from torchrec_hilomoe.training.trainer import Intervals, Trainer, training_state
 
 STEPS, BATCH, ROWS = 12, 16, 100  # seven batches an epoch, the last of 4 rows
 CONFIG = RunConfig(
@@ -88,11 +89,11 @@ class Look:
 class WatchingLog(RunLog):
     """A log, which is told of every step and boundary, that also looks at the state then."""
 
-    def watch(self, trainer: Trainer, learners: Learners) -> None:
+    def watch(self, trainer: Trainer, optimizers: OptimizersContainer) -> None:
         self.looks: list[Look] = []
         self.auxiliary: dict[str, float] = {}
         self.logged: list[tuple[float, float]] = []
-        self.trainer, self.learners = trainer, learners
+        self.trainer, self.optimizers = trainer, optimizers
 
     def step(self, stage: str) -> None:
         super().step(stage)
@@ -111,7 +112,7 @@ class WatchingLog(RunLog):
     def look(self, stage: str) -> None:
         digests: dict[str, str] = {}
         fresh = {1, 2}
-        for name, held in parts(training_state(self.trainer.model, self.learners)).items():
+        for name, held in parts(training_state(self.trainer.model, self.optimizers)).items():
             stacked = re.search(r"expert_(in|out|keys)$", name)
             for values in (part.values for part in held):
                 pieces = dict(enumerate(values, start=1)) if stacked else {0: values}
@@ -157,13 +158,13 @@ def train(folder: Path, schedule: StageSchedule, evaluate_every: int | None) -> 
     log = WatchingLog(folder, STEPS, 0, enabled=world.rank == 0)
     trainer = Trainer(
         assembly.model,
-        assembly.learners,
-        Course(schedule, total_steps=STEPS, decay=Decay(kind="cosine")),
-        rhythm=Rhythm(log_every=4, evaluate_every=evaluate_every, save_every=None),
+        assembly.optimizers,
+        StageTimeline(schedule, total_steps=STEPS, decay=Decay(kind="cosine")),
+        intervals=Intervals(log_every=4, evaluate_every=evaluate_every, save_every=None),
         log=log,
         saver=Saver(folder / "checkpoints", keep=1),
     )
-    log.watch(trainer, assembly.learners)
+    log.watch(trainer, assembly.optimizers)
     training = Loader(toy_source(ROWS), batch_size=BATCH, world=world, prefetch=0)
     validation = Loader(toy_source(33), batch_size=BATCH, world=world, epochs=1, prefetch=0)
     assert trainer.fit(training, validation)
@@ -219,4 +220,4 @@ def test_the_auxiliary_loss_is_there_where_experts_compute(runs):
     for stage, loss in runs[0].auxiliary.items():
         assert (loss > 0) == (stage not in ("backbone_warmup", "tables alone")), stage
     for (mine, logged), (other, same) in zip(*(run.logged for run in runs), strict=True):
-        assert logged == same == pytest.approx((mine + other) / 2)
+        assert logged == same == rounded((mine + other) / 2, dtype=torch.float32)

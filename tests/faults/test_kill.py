@@ -25,7 +25,7 @@ def kill_and_resume(whole, out, seed):
     with pytest.raises(RankFailed, match="exit code -9"):
         run_with(kill, argv, ranks=RANKS)
     newest = checkpoint.latest(checkpoints)
-    before = checkpoint.read_progress(newest).step if newest else 0
+    before = checkpoint.open(newest).progress.step if newest else 0
     ended = run_with(None, argv, ranks=RANKS)
     assert [rank.code for rank in ended] == [0, 0], ended
     if 0 < before < 8:
@@ -34,12 +34,12 @@ def kill_and_resume(whole, out, seed):
     assert not list(checkpoints.glob(".*"))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(1))
 def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path, seed):
     kill_and_resume(whole, tmp_path, seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5, 55))
+@pytest.mark.parametrize("seed", range(1, 55))
 def test_a_killed_run_ends_with_the_same_bits_however_often(whole, tmp_path, seed):
     kill_and_resume(whole, tmp_path, seed)

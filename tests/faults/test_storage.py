@@ -37,7 +37,7 @@ def fill_up():
     storage.open_binary = full
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_full_disk_of_one_rank_ends_all_and_the_run_goes_on_later(tmp_path, asynchronous):
     argv = [f"--out_dir={tmp_path}", f"--checkpoint.asynchronous={str(asynchronous).lower()}"]
     ended = run_with(fill_up, argv, ranks=RANKS)
@@ -79,7 +79,9 @@ def test_a_disk_that_is_full_in_earnest(tmp_path, small_disk):
     assert not list((tmp_path / "out").rglob("summary.json"))
 
 
-@pytest.mark.parametrize("small_disk", ["24k", "40k"], indirect=True)
+@pytest.mark.parametrize(
+    "small_disk", ["24k", pytest.param("40k", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_disk_that_is_full_of_the_log(tmp_path, small_disk):
     """Whatever file notices it: curves, whose thread shows its own trace before, or the summary."""
     kept = f"--checkpoint.folder={tmp_path}/checkpoints"
@@ -109,14 +111,6 @@ def test_a_damaged_shard_is_told_before_anything_is_trained(finished, tmp_path, 
     (ended,) = run_with(None, [f"--out_dir={tmp_path / 'out'}", f"--resume={path}"], ranks=1)
     assert re.search(r"step_5 is incomplete or damaged: .*__0_0\.distcp .*--resume", told(ended))
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished")
-    (ended,) = run_with(None, [f"--out_dir={out}"], ranks=1)
-    assert ended.code == 0, ended.shown
-    return out
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -149,5 +143,7 @@ def test_a_loss_that_is_no_number_is_told_once_with_its_place(tmp_path, ranks):
     ended = run_with(None, [f"--out_dir={tmp_path}", *flags], ranks=ranks)
     assert [rank.code for rank in ended] == [1] * ranks
     (line,) = [text for text in ended[0].shown.splitlines() if text.startswith("error: ")]
-    assert re.search(r"loss is (nan|inf) at step \d on rank \d, .* ends at Position\(epoch=", line)
+    assert re.search(
+        r"loss is (nan|inf) at step \d on rank \d, .* ends at LoaderState\(epoch=", line
+    )
     assert checkpoint.latest(tmp_path / "checkpoints") is None

@@ -51,10 +51,10 @@ def of_each_rank(shown):
 
 def test_a_stuck_rank_ends_the_run_and_every_rank_shows_where_it_stands(tmp_path):
     started = time.monotonic()
-    shown = fail_with(get_stuck, [f"--out_dir={tmp_path}", "--stall_seconds=2"], ranks=2)
+    shown = fail_with(get_stuck, [f"--out_dir={tmp_path}", "--stall_seconds=5"], ranks=2)
     assert time.monotonic() - started < 60
     for rank, text in enumerate(of_each_rank(shown)):
-        assert f"error: rank {rank} has finished nothing for 2 s (stall_seconds)" in text
+        assert f"error: rank {rank} has finished nothing for 5 s (stall_seconds)" in text
         assert "trainer.py" in text
         assert "in fit\n" in text
     assert "in wait_for_ever" in of_each_rank(shown)[1]

@@ -18,7 +18,7 @@ MISTAKES = {
     "wrong value": (["--train.batch_size=many"], "train.batch_size: Expected a int.*many"),
     "batch of none": (["--train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
     "negative seed": (["--seed=-1"], "seed must not be negative, got -1"),
-    "missing data": (["--data.path=nowhere"], "no data folder nowhere.*apps/prepare.py"),
+    "missing data": (["--data.path=nowhere"], "no data folder nowhere.*torchrec_hilomoe prepare"),
     "no checkpoint": (["--resume=nowhere/step_3"], "no checkpoint at nowhere/step_3"),
     "fused Adam on CPU": (
         ["--train.table_optimizer=adam", "--train.device=cpu"],
@@ -83,7 +83,7 @@ def test_a_half_prepared_folder(tmp_path):
     SCHEMA.save(str(data / SCHEMA_FILE))
     (ended,) = run_app(f"--out_dir={tmp_path / 'out'}", f"--data.path={data}")
     assert ended.code == 2
-    assert re.search(r"data.*apps/prepare\.py", told(ended.shown))
+    assert re.search(r"data.*torchrec_hilomoe prepare", told(ended.shown))
 
 
 def test_a_used_folder_is_not_written_over(tmp_path):

@@ -12,6 +12,7 @@ from benchmarks.harness import read_lines
 from benchmarks.launching import exit_code
 from benchmarks.side_by_side import contenders
 from tests.helpers.processes import run_ranks
+from tests.helpers.rounding import rounded
 
 THROUGHPUT, SIDE_BY_SIDE = "bench_train_throughput", "bench_side_by_side"
 PNG = b"\x89PNG"
@@ -87,7 +88,9 @@ def test_throughput_is_taken_apart(throughput):
         assert line["samples_per_second"] > 0
         steps = line["step_ms"]
         assert steps["p10"] <= steps["p50"] <= steps["p90"] <= steps["p99"]
-        assert sum(line["phase_ms"].values()) == pytest.approx(line["unpipelined_ms"])
+        assert sum(line["phase_ms"].values()) == rounded(
+            line["unpipelined_ms"], len(line["phase_ms"])
+        )
         assert line["sent_bytes"] == 0  # there is nobody to send to
         assert 0 < line["state_bytes"] < line["peak_bytes"] < line["process_bytes"]
 
@@ -106,7 +109,7 @@ def test_all_contenders_are_beside_each_other(side_by_side):
         assert them["ours with experts"]["layers"] * them["ours with experts"]["experts"] > 0
         for line in them.values():
             per_second = line["batch_size"] / line["median_us"] * 1e6
-            assert line["rows_per_second"] == pytest.approx(per_second)
+            assert line["rows_per_second"] == rounded(per_second)
             assert line["commit"]
             assert line["torchrec"]
             assert line["device"]

@@ -13,7 +13,7 @@ SPOILED = (
     "--train.max_steps=24",
     "--train.evaluate_every=2",
     "--train.learning_rate=0.3",
-    "--train.decay=constant",
+    "--train.decay.kind=constant",
     "--train.warmup_steps=0",
     "--model.batch_norm=false",
     "--checkpoint.every_steps=4",
@@ -41,7 +41,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_is_tested(out):
     assert 2 <= best["step"] < 24, "the run was not spoiled"
     kept = {path.name for path in (out / "checkpoints").iterdir()}
     assert kept == {f"step_{best['step']}", "step_24"}
-    saved = checkpoint.read_progress(out / "checkpoints" / "step_24").best
+    saved = checkpoint.open(out / "checkpoints" / "step_24").progress.best
     assert saved is not None
     assert (saved.metric, saved.value, saved.step) == ("logloss", best["logloss"], best["step"])
     summary = json.loads((out / "summary.json").read_text())

@@ -22,6 +22,7 @@ from tests.helpers.nodes import (
     wait_for,
 )
 from tests.helpers.processes import ROOT
+from tests.helpers.rounding import assert_within, of_sums
 from tests.helpers.runs import read_tensors, train
 from tests.helpers.torchx_jobs import render
 from torchrec_hilomoe.training import checkpoint
@@ -88,6 +89,15 @@ def end_of(out):
     return summary["world_size"], read_tensors(out / "checkpoints" / f"step_{STEPS}")
 
 
+def assert_trained_alike(tensors, whole):
+    """Equal but for the order in which ranks have added up, at each step anew."""
+    longest = max(max(tensor.shape, default=1) for tensor in whole.values())
+    for name, tensor in tensors.items():
+        largest = whole[name].abs().max().item() if tensor.is_floating_point() else 0.0
+        unit = STEPS * of_sums(longest) * torch.finfo(torch.float32).eps
+        assert_within(tensor, whole[name], unit * largest, name)
+
+
 def test_the_rest_goes_on_and_every_row_is_trained_once(job, whole, tmp_path):
     out = tmp_path / "out"
     with started(job(1)) as nodes:
@@ -103,9 +113,9 @@ def test_the_rest_goes_on_and_every_row_is_trained_once(job, whole, tmp_path):
     trained = tensors[name].flatten()
     assert trained.numel() == USERS
     assert torch.equal(trained > 0, torch.arange(USERS) < ROWS)
-    torch.testing.assert_close(trained, whole[name].flatten(), rtol=1e-3, atol=0)
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-6, msg=name)
+    once = whole[name].flatten()[:ROWS]
+    assert torch.equal((trained[:ROWS] / once).round(), torch.ones(ROWS))
+    assert_trained_alike(tensors, whole)
 
 
 @pytest.mark.slow
@@ -165,5 +175,4 @@ def test_what_the_train_component_starts_goes_on_too(data, whole, tmp_path):
     world_size, tensors = end_of(out)
     assert world_size == 1
     assert "2 ranks on cpu" in shown()
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-6, msg=name)
+    assert_trained_alike(tensors, whole)

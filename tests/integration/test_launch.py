@@ -17,8 +17,10 @@ SMALL = ["--train.max_steps", "6", "--train.batch_size", "64", "--data.eval_rows
 
 @pytest.mark.parametrize(
     "form",
-    [["apps/train.py"], ["--script", "apps/train.py"]],
-    ids=["path", "script"],
+    [
+        pytest.param(["apps/train.py"], id="path"),
+        pytest.param(["--script", "apps/train.py"], marks=pytest.mark.slow, id="script"),
+    ],
 )
 def test_two_ranks_train_to_the_end(form, tmp_path):
     out = tmp_path / "out"

@@ -11,9 +11,12 @@ import sys
 import pytest
 
 from tests.helpers.processes import ROOT, run_ranks
-from tests.helpers.runs import train
+from tests.helpers.rounding import rounded
+from tests.helpers.runs import assert_same_metrics, train
+from torchrec_hilomoe.apps.evaluate import show
 from torchrec_hilomoe.training.evaluation import Evaluation
 from torchrec_hilomoe.training.metrics import Metrics
+from torchrec_hilomoe.training.page.pictures import PANELS
 
 SPLIT_ROWS = 512  # of the small run
 
@@ -53,21 +56,20 @@ def test_a_checkpoint_evaluates_to_the_run_and_its_slices_add_up(out, tmp_path):
     result = json.loads(file.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     summary = json.loads((out / "summary.json").read_text())
     assert result["step"] == 18
-    assert result["metrics"] == pytest.approx(summary["test"], rel=1e-4)
+    assert_same_metrics(result["metrics"], summary["test"], path)
     slices = result["slices"].values()
     assert sum(part["rows"] for part in slices) == SPLIT_ROWS
     loss = sum(part["logloss"] * part["rows"] for part in slices) / SPLIT_ROWS
-    assert loss == pytest.approx(result["metrics"]["logloss"])
+    assert loss == rounded(result["metrics"]["logloss"], terms=SPLIT_ROWS)
     sites = [site["name"] for site in result["routing"]["sites"]]
     assert sites
     assert {path.name for path in tmp_path.glob("*.png")} == {f"routing-{s}.png" for s in sites}
 
 
 def test_nothing_to_draw_is_said(tmp_path, capsys):
-    app = runpy.run_path(str(ROOT / "apps" / "evaluate.py"))
     metrics = Metrics(auc=0.5, gauc=0.5, logloss=0.7, ne=1.0, rows=1)
     arguments = argparse.Namespace(split="test", out=None, plots=tmp_path / "plots")
-    app["show"](Evaluation(step=1, metrics=metrics, routing=None), arguments)
+    show(Evaluation(step=1, metrics=metrics, routing=None), arguments)
     assert "drew nothing: no expert computes" in capsys.readouterr().err
     assert not (tmp_path / "plots").exists()
 
@@ -85,9 +87,11 @@ def test_a_run_becomes_a_page(out, tmp_path):
     assert (code, shown.strip()) == (0, str(out / "report.html"))
     page = (out / "report.html").read_text()
     rows = map(json.loads, (out / "routing.jsonl").read_text().splitlines())
-    sites = {row["site"] for row in rows}
+    sites = {row["router"] for row in rows}
     assert sites
-    assert page.count("<img") == 1 + len(sites)  # curves, and each site's routing
+    trained = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    curves = {name for row in trained for name in PANELS if row.get(name) is not None}
+    assert page.count("<img") == len(curves) + len(sites)
     assert "expert_warmup[3]" in page
     code, shown = use("report", tmp_path)
     assert code == 2

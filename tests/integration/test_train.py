@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
 from tests.helpers.datasets import toy_table, write_folder
+from tests.helpers.processes import ROOT
 from tests.helpers.runs import run_app, train
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.training import checkpoint
@@ -76,7 +80,7 @@ def test_checkpoints_and_curves_are_there(out):
         "step_18",
         "step_6",
     ]
-    assert checkpoint.read_progress(out / "checkpoints" / "step_12").position.lane_rows == 96
+    assert checkpoint.open(out / "checkpoints" / "step_12").progress.position.lane_rows == 96
     assert list((out / "tensorboard").iterdir())
 
 
@@ -87,6 +91,16 @@ def test_a_dry_run_counts_and_reads_no_data(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert f"{summary['parameters']['total']:,}" in ended.shown
     assert "test" not in summary
+
+
+def test_a_dry_run_without_a_folder_writes_nothing(tmp_path):
+    command = [sys.executable, "-m", "torchrec_hilomoe", "train", "--dry_run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "dry run: nothing is written" in ended.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_published_count_needs_no_files(tmp_path):

@@ -4,18 +4,20 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.faults import assert_same_run, run_with
 from tests.helpers.runs import run_app
 
 TOGETHER = (
-    "--train.accumulate=2",
-    "--train.clip_norm=1.0",
+    "--train.gradient_accumulation_steps=2",
+    "--train.max_grad_norm=1.0",
     "--train.precision=bf16",
     "--train.pipeline=base",
     "--train.optimizer=adamw",
     "--train.weight_decay=0.01",
-    "--train.decay=step",
-    "--train.decay_every=6",
+    "--train.decay.kind=step",
+    "--train.decay.every=6",
     "--sharding.tables={item: {type: table_wise, ranks: [0]}}",
     "--sharding.ddr=4GB",
 )
@@ -71,6 +73,7 @@ def test_a_plain_model_gets_experts(tmp_path):
     assert "resumed" in shown
 
 
+@pytest.mark.slow
 def test_debugging_trains_to_the_same_bits(tmp_path):
     """Without a pipeline, on two ranks, over validations and stages."""
     for name, flag in {"piped": "false", "plain": "true"}.items():

@@ -7,22 +7,23 @@ from typing import Literal
 import torch
 
 from torchrec_hilomoe.config import RunConfig
-from torchrec_hilomoe.data.batch import Position
-from torchrec_hilomoe.data.loader import choose_lanes, Loader
+from torchrec_hilomoe.data.batch import LoaderState
+from torchrec_hilomoe.data.loader import choose_num_canonical_shards, Loader
 from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSource
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.data.synthetic import SyntheticSource
 from torchrec_hilomoe.runtime.world import World
-from torchrec_hilomoe.training.metrics.best_auc import best_auc
+from torchrec_hilomoe.training.metrics.definitions import best_auc
 from torchrec_hilomoe.training.pipelines.pipeline import PipelineOptions
-from torchrec_hilomoe.training.stages import StageSchedule
+from torchrec_hilomoe.training.stages import StageSchedule, StageTimeline
 
 __all__ = ["Split", "best_auc_of", "loader_of", "pipelining_of", "schedule_of", "schema_of"]
 
 Split = Literal["train", "valid", "test"]
 
 SHOWN_DIFFERENCES = 10
+PROBE_STEPS = 400  # after `init_from`
 
 
 def schema_of(config: RunConfig) -> Schema:
@@ -35,7 +36,7 @@ def schema_of(config: RunConfig) -> Schema:
     if data.path is None:
         if data.data_schema is not None:
             return data.data_schema
-        return SyntheticSource(world=data.world, split="train", rows=1, seed=config.seed).schema
+        return SyntheticSource(world=data.synthetic, split="train", rows=1, seed=config.seed).schema
     check_folder(data.path, None if data.data_schema is None else data.data_schema.dataset)
     schema = load_schema(data.path)
     if data.data_schema is not None and (found := data.data_schema.differences(schema)):
@@ -57,12 +58,12 @@ def schema_of(config: RunConfig) -> Schema:
 
 
 def loader_of(
-    config: RunConfig, split: Split, world: World, *, start: Position | None = None
+    config: RunConfig, split: Split, world: World, *, start: LoaderState | None = None
 ) -> Loader:
     """Return an endless loader of the training split, or one pass over another."""
     training = split == "train"
-    if training and start is None and config.data.lanes is not None:
-        start = _start_in_lanes(config.train.batch_size, world, config.data.lanes)
+    if training and start is None and config.data.num_canonical_shards is not None:
+        start = _elastic_start(config.train.batch_size, world, config.data.num_canonical_shards)
     on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
     return Loader(
         _source(config, split),
@@ -85,14 +86,35 @@ def schedule_of(config: RunConfig) -> StageSchedule:
     train = config.train
     if train.stages is not None:
         return StageSchedule(stages=train.stages)
-    if config.model.hilomoe is None:
+    if not config.model.hilomoe.enabled:
         return StageSchedule.plain(warmup_steps=train.warmup_steps)
     return StageSchedule.three_stages(
         num_layers=config.model.hilomoe.num_layers,
         backbone_share=train.backbone_share if config.init_from is None else 0.0,
         frozen_share=train.frozen_share,
-        expert_rate=train.expert_rate,
+        expert_lr_scale=train.expert_lr_scale,
         warmup_steps=train.warmup_steps,
+        probe_steps=_probe_steps(config),
+    )
+
+
+def _probe_steps(config: RunConfig) -> int:
+    """Steps that a run from a plain model begins with, to find what routes its experts."""
+    experts = config.model.hilomoe
+    if config.init_from is None or experts.route_by != "auto":
+        return 0
+    return experts.probe_steps or PROBE_STEPS
+
+
+def timeline_of(config: RunConfig, steps_per_epoch: int) -> StageTimeline:
+    """Return where stages begin and end in a run of a configuration."""
+    train = config.train
+    return StageTimeline(
+        schedule_of(config),
+        total_steps=train.max_steps or train.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        decay=train.decay,
+        evaluate_every=train.evaluate_every,
     )
 
 
@@ -102,7 +124,7 @@ def pipelining_of(config: RunConfig, schema: Schema) -> PipelineOptions:
     return PipelineOptions(
         kind=train.pipeline,
         debug=train.debug,
-        accumulate=train.accumulate,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
         sequences=schema.sequences,
     )
 
@@ -113,17 +135,19 @@ def best_auc_of(config: RunConfig, split: Split) -> float | None:
     return best_auc(source) if isinstance(source, SyntheticSource) else None
 
 
-def _start_in_lanes(batch_size: int, world: World, lanes: int) -> Position:
+def _elastic_start(batch_size: int, world: World, shards: int) -> LoaderState:
     """Return the beginning of a run that may come to have other numbers of ranks."""
-    multiple = lcm(world.size, lanes)
+    multiple = lcm(world.size, shards)
     if batch_size % multiple:
         lower = batch_size // multiple * multiple
         nearest = f"{lower} or {lower + multiple}" if lower else f"{multiple}"
         raise ValueError(
-            f"data.lanes {lanes} and {world.size} ranks must divide train.batch_size, got "
-            f"{batch_size}. Take {nearest}."
+            f"data.num_canonical_shards {shards} and {world.size} ranks must divide "
+            f"train.batch_size, got {batch_size}. Take {nearest}."
         )
-    return Position(epoch=0, lane_rows=0, lanes=choose_lanes(batch_size, multiple))
+    return LoaderState(
+        epoch=0, lane_rows=0, num_canonical_shards=choose_num_canonical_shards(batch_size, multiple)
+    )
 
 
 def _source(config: RunConfig, split: Split) -> BlockSource:
@@ -136,4 +160,4 @@ def _source(config: RunConfig, split: Split) -> BlockSource:
             "prepared folder as --data.path DIR, or count only with --dry_run."
         )
     rows = data.train_rows if split == "train" else data.eval_rows
-    return SyntheticSource(world=data.world, split=split, rows=rows, seed=config.seed)
+    return SyntheticSource(world=data.synthetic, split=split, rows=rows, seed=config.seed)

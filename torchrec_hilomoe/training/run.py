@@ -1,12 +1,12 @@
 """A whole run, from its configuration to ``summary.json``."""
 
-import json
 import logging
-import platform
-from contextlib import closing, ExitStack
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, ExitStack
 from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -14,37 +14,52 @@ from torch import distributed as dist
 
 from torchrec_hilomoe.command_line import ParsedRun
 from torchrec_hilomoe.config import RunConfig
-from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.models.build import build_task, with_widest_views
 from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
+from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.console import counted
-from torchrec_hilomoe.runtime.distributed import broadcast_text, Job
-from torchrec_hilomoe.runtime.full_disk import full_disk_told
+from torchrec_hilomoe.runtime.distributed import broadcast_text, DistributedContext
+from torchrec_hilomoe.runtime.documents import DocumentError
+from torchrec_hilomoe.runtime.ownership import owned
+from torchrec_hilomoe.runtime.paths import explain_full_disk, to_json, write_text
+from torchrec_hilomoe.runtime.process import versions
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
+from torchrec_hilomoe.training.auto_routing import (
+    AutoRouting,
+    chooses_routing,
+    decided_model,
+    Window,
+    window_of,
+)
+from torchrec_hilomoe.training.checkpoint.storage import Folder
 from torchrec_hilomoe.training.inputs import (
     best_auc_of,
     loader_of,
     pipelining_of,
     schedule_of,
     schema_of,
+    timeline_of,
 )
+from torchrec_hilomoe.training.log.reading import METRICS_FILE, read_summary, SUMMARY_FILE
 from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
-from torchrec_hilomoe.training.sharding.report import PlanReport
-from torchrec_hilomoe.training.stages import Course, Plateau
-from torchrec_hilomoe.training.trainer import Rhythm, Trainer
+from torchrec_hilomoe.training.sharding.plan_report import PlanReport
+from torchrec_hilomoe.training.stages import PlateauConfig
+from torchrec_hilomoe.training.trainer import Intervals, Trainer
 from torchrec_hilomoe.training.warm_start import warm_start
 
-__all__ = ["run_training"]
+__all__ = ["how_to_go_on", "run_training"]
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = "summary.json"
+OWNER = ".owner"
 
 
-@full_disk_told()
-def run_training(parsed: ParsedRun, job: Job) -> None:
+@explain_full_disk()
+def run_training(parsed: ParsedRun, context: DistributedContext) -> None:
     """Train, evaluate and report; a collective call.
 
     Raises:
@@ -53,38 +68,61 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
     config = parsed.config
     schema = schema_of(config)
     torch.manual_seed(config.seed)
-    task = build_task(config.model, schema)
+    task = build_task(with_widest_views(config.model, schema), schema)
     cost = count_cost(task, schema, config.model.embedding_dim)
-    check_capabilities(config.train, schedule_of(config).stages, job.device.type)
-    folder = _make_folder(parsed, job)
-    ranks = counted(job.world.size, "rank")
-    logger.info("run %s: %s, %s on %s", folder, parsed.recipe, ranks, job.device)
+    check_capabilities(config.train, schedule_of(config).stages, context.device.type)
+    if config.dry_run and config.out_dir is None:
+        logger.info("%s", cost_table(cost))
+        logger.info("dry run: nothing is written; with --out_dir, the configuration and the counts")
+        return
+    folder = _make_folder(parsed, context)
+    with _owned(folder, config, context):
+        _run_in(folder, parsed, context, schema, task, cost)
+
+
+def _run_in(
+    folder: Path,
+    parsed: ParsedRun,
+    context: DistributedContext,
+    schema: Schema,
+    task: TrainTask,
+    cost: Cost,
+) -> None:
+    """Train, evaluate and report in a folder that nobody else writes to."""
+    config = parsed.config
+    ranks = counted(context.world.size, "rank")
+    logger.info("run %s: %s, %s on %s", folder, parsed.recipe, ranks, context.device)
     logger.info("%s", cost_table(cost))
     if config.dry_run:
-        _write_config(folder, parsed, job)
-        _write_summary(folder, job, _costs(cost))
+        _write_config(folder, parsed, context)
+        _write_summary(folder, context, _costs(cost))
         return
-    checkpoints = config.checkpoint.folder or str(folder / "checkpoints")
+    checkpoints = _checkpoints_of(config, folder)
     resumed = _resumed_checkpoint(config.resume, checkpoints)
-    progress = checkpoint.read_progress(resumed) if resumed else None
-    if progress:
-        _refuse_to_go_back(progress.step, checkpoints)
-    if resumed:
-        checkpoint.check_schema(resumed, schema)
-    loader = loader_of(config, "train", job.world, start=progress.position if progress else None)
-    total = config.train.max_steps or config.train.epochs * loader.steps_per_epoch
-    course = Course(
-        schedule_of(config),
-        total_steps=total,
-        steps_per_epoch=loader.steps_per_epoch,
-        decay=config.train.rate_decay,
-        evaluate_every=config.train.evaluate_every,
+    if resumed is not None:
+        if config.resume != "auto":
+            _refuse_to_go_back(resumed.progress.step, checkpoints)
+        resumed.check_schema(schema)
+    progress = None if resumed is None else resumed.progress
+    loader = loader_of(
+        config, "train", context.world, start=progress.position if progress else None
     )
-    assembly = assemble(config, task, job)
+    timeline = timeline_of(config, loader.steps_per_epoch)
+    total = timeline.total_steps
+    decision, auto = progress.decision if progress else None, None
+    if chooses_routing(config):
+        window = window_of(config, timeline, loader.steps_per_epoch)
+        _refuse_undecided(progress, window)
+        torch.manual_seed(config.seed)
+        task = build_task(decided_model(config.model, decision), schema)
+        auto = AutoRouting(task, config, window, decision)
+    if decision is not None and decision.route_by is None:
+        timeline.leave_out_experts()
+    assembly = assemble(config, task, context, decided=auto is None or decision is not None)
     start = progress.step if progress else 0
     with ExitStack() as open_until_the_end:
         log = open_until_the_end.enter_context(
-            closing(RunLog(folder, total, start, enabled=job.is_main))
+            closing(RunLog(folder, total, start, enabled=context.is_main))
         )
         saver = checkpoint.Saver(
             checkpoints,
@@ -101,62 +139,88 @@ def run_training(parsed: ParsedRun, job: Job) -> None:
         open_until_the_end.enter_context(closing(saver))
         trainer = Trainer(
             assembly.model,
-            assembly.learners,
-            course,
-            rhythm=_rhythm(config),
+            assembly.optimizers,
+            timeline,
+            intervals=_intervals(config),
             log=log,
             saver=saver,
-            watchdog=Watchdog(config.stall_seconds, f"rank {job.world.rank}"),
+            watchdog=Watchdog(config.stall_seconds, f"rank {context.world.rank}"),
             pipelining=pipelining_of(config, schema),
+            auto=auto,
         )
-        if resumed:
-            trainer.restore(resumed, config.allow_missing)
-            log.say(f"resumed {resumed} at step {start} of {total}")
+        if resumed is not None:
+            trainer.load(resumed, config.allow_missing)
+            log.say(f"resumed {resumed.path} at step {start} of {total}")
         elif config.init_from is not None:
             with_optimizer = config.train.init_optimizer
             began = warm_start(
-                config.init_from, assembly.model, assembly.learners, with_optimizer=with_optimizer
+                config.init_from, assembly.model, assembly.optimizers, with_optimizer=with_optimizer
             )
             log.say(began.text())
-        if trainer.is_complete and (folder / SUMMARY).exists():
+        if trainer.is_complete and _is_tested(folder):
             log.say(f"{folder} is complete; raise train.max_steps, or give another --out_dir")
             return
         log.cut_back()
-        _write_config(folder, parsed, job)
-        _write_plan(folder, assembly.plan, job)
-        if not trainer.fit(loader, loader_of(config, "valid", job.world)):
-            log.say(f"stopped at step {trainer.step} of {total}; run again to go on")
+        _write_config(folder, parsed, context)
+        _write_plan(folder, assembly.plan, context)
+        if not trainer.fit(loader, loader_of(config, "valid", context.world)):
+            log.say(f"stopped at step {trainer.step} of {total}; {how_to_go_on(config, folder)}")
             return
         steps = trainer.step
-        trainer.restore_best()
-        test = trainer.validate("test", loader_of(config, "test", job.world))
-    best = best_auc_of(config, "test") if job.is_main else None
+        trainer.load_best()
+        test = trainer.validate("test", loader_of(config, "test", context.world))
+    if trainer.decision is not None:
+        chosen = decided_model(config.model, trainer.decision)
+        cost = count_cost(build_task(chosen, schema), schema, config.model.embedding_dim)
+    best = best_auc_of(config, "test") if context.is_main else None
     summary = {
         "recipe": parsed.recipe,
+        "dataset": schema.dataset,
         "test": asdict(test),
         "best_auc": best,
         **_costs(cost),
+        "route_by": None if trainer.decision is None else asdict(trainer.decision),
         "samples_per_second": trainer.samples_per_second,
         "steps": steps,
         "tested_step": trainer.step,
-        "stages": [{"name": s.stage.name, "start": s.start, "stop": s.stop} for s in course.spans],
+        "stages": [
+            {"name": s.stage.name, "start": s.start, "stop": s.stop} for s in timeline.spans
+        ],
     }
-    _write_summary(folder, job, summary)
+    _write_summary(folder, context, summary)
     beside = f" (the best that any model can reach: {best:.4f})" if best is not None else ""
     logger.info("test AUC %.4f%s; written to %s", test.auc, beside, folder)
 
 
-def _rhythm(config: RunConfig) -> Rhythm:
-    return Rhythm(
+def how_to_go_on(config: RunConfig, folder: Path) -> str:
+    """Say with which options the same command goes on, where it would not by itself."""
+    options = [f"--out_dir {shlex.quote(str(folder))}"] if config.out_dir is None else []
+    options += [] if config.resume == "auto" else ["--resume auto"]
+    if not options:
+        return "run again to go on"
+    return f"to go on, run again with {' '.join(options)}"
+
+
+def _is_tested(folder: Path) -> bool:
+    """Whether a run's summary is whole; one that is not is told, and made again."""
+    try:
+        return "test" in read_summary(folder)
+    except DocumentError as error:
+        logger.warning("%s It is made again.", str(error).partition(". ")[0] + ".")
+        return False
+
+
+def _intervals(config: RunConfig) -> Intervals:
+    return Intervals(
         log_every=config.train.log_every,
         evaluate_every=config.train.evaluate_every,
         save_every=config.checkpoint.every_steps,
-        best=Plateau(metric=config.checkpoint.best) if config.checkpoint.best else None,
+        best=PlateauConfig(metric=config.checkpoint.best) if config.checkpoint.best else None,
         early_stopping=config.train.early_stopping,
     )
 
 
-def _make_folder(parsed: ParsedRun, job: Job) -> Path:
+def _make_folder(parsed: ParsedRun, context: DistributedContext) -> Path:
     """Make the run's folder and return its path on every rank.
 
     Raises:
@@ -166,8 +230,8 @@ def _make_folder(parsed: ParsedRun, job: Job) -> Path:
     folder = Path(
         config.out_dir or broadcast_text(f"runs/{parsed.recipe}-{datetime.now():%Y%m%d-%H%M%S}")
     )
-    checkpoints = config.checkpoint.folder or folder / "checkpoints"
-    used = (folder / "metrics.jsonl").exists() or checkpoint.latest(checkpoints)
+    checkpoints = _checkpoints_of(config, folder)
+    used = (folder / METRICS_FILE).exists() or checkpoint.latest(checkpoints)
     dist.barrier()  # every rank has looked before the first one writes
     if used and (config.dry_run or config.resume == "never"):
         option = "dry_run is true" if config.dry_run else "resume is 'never'"
@@ -175,7 +239,7 @@ def _make_folder(parsed: ParsedRun, job: Job) -> Path:
             f"out_dir {folder} already holds a run and {option}. Give another --out_dir, or "
             "--resume auto to go on with that run."
         )
-    if job.is_main:
+    if context.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -186,32 +250,75 @@ def _make_folder(parsed: ParsedRun, job: Job) -> Path:
     return folder
 
 
-def _write_config(folder: Path, parsed: ParsedRun, job: Job) -> None:
+def _checkpoints_of(config: RunConfig, folder: Path) -> str:
+    return config.checkpoint.folder or str(folder / "checkpoints")
+
+
+@contextmanager
+def _owned(folder: Path, config: RunConfig, context: DistributedContext) -> Iterator[None]:
+    """Own the folders that a run writes to, or refuse it on every rank; a collective call."""
+    places = {f"out_dir {folder}": str(folder)}
+    if not config.dry_run:
+        elsewhere = config.checkpoint.folder
+        what = "out_dir" if elsewhere is None else "checkpoint.folder"
+        checkpoints = _checkpoints_of(config, folder)
+        places[f"{what} {checkpoints}"] = checkpoints
+    with ExitStack() as held:
+        problem = ""
+        if context.is_main:
+            try:
+                locks: dict[str, str] = {}  # both may be one folder, under two names
+                for what, place in places.items():
+                    if "://" not in place:
+                        Path(place).mkdir(parents=True, exist_ok=True)
+                        locks.setdefault(os.path.realpath(place), what)
+                for place, what in locks.items():
+                    held.enter_context(owned(Path(place) / OWNER, what))
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if problem := broadcast_text(problem):
+            raise ValueError(problem)
+        yield
+
+
+def _write_config(folder: Path, parsed: ParsedRun, context: DistributedContext) -> None:
     """Keep the configuration; only once it is known to fit what the folder already holds."""
-    if job.is_main:
-        (folder / "config.yaml").write_text(parsed.resolved)
+    if context.is_main:
+        write_text(str(folder / "config.yaml"), parsed.resolved)
 
 
-def _write_plan(folder: Path, plan: PlanReport, job: Job) -> None:
+def _write_plan(folder: Path, plan: PlanReport, context: DistributedContext) -> None:
     """Keep where the tables are, for people and for programs."""
-    if job.is_main:
-        (folder / "plan.txt").write_text(plan.text())
-        (folder / "plan.json").write_text(plan.to_json())
+    if context.is_main:
+        write_text(str(folder / "plan.txt"), plan.text())
+        write_text(str(folder / "plan.json"), plan.to_json())
 
 
-def _resumed_checkpoint(resume: str, folder: str) -> str | None:
+def _resumed_checkpoint(resume: str, folder: str) -> checkpoint.Checkpoint | None:
     if resume == "never":
         return None
-    return checkpoint.latest(folder) if resume == "auto" else resume.rstrip("/")
+    return (
+        checkpoint.newest_sound(folder) if resume == "auto" else checkpoint.open(resume.rstrip("/"))
+    )
 
 
 def _refuse_to_go_back(step: int, folder: str) -> None:
     """Refuse to overwrite later checkpoints of the run that is gone on with."""
-    newest = checkpoint.latest(folder)
-    if newest is not None and (newest_step := checkpoint.read_progress(newest).step) > step:
+    newest = max(Folder(folder).checkpoints(), default=0)
+    if newest > step:
         raise ValueError(
             f"resume is a checkpoint of step {step}, but {folder} already holds step "
-            f"{newest_step}, which would be overwritten. Give another --out_dir, or --resume auto."
+            f"{newest}, which would be overwritten. Give another --out_dir, or --resume auto."
+        )
+
+
+def _refuse_undecided(progress: checkpoint.Progress | None, window: Window) -> None:
+    """Refuse to go on with a run in which experts were there before anything was found."""
+    if progress is not None and progress.decision is None and progress.step > window.stop:
+        raise ValueError(
+            f"model.hilomoe.route_by is auto, but the checkpoint is of step {progress.step}, after "
+            f"experts began at step {window.stop}, and says of no features that were found. Give "
+            "the route_by that it was trained with, or another --out_dir."
         )
 
 
@@ -225,13 +332,12 @@ def _costs(cost: Cost) -> dict[str, object]:
     }
 
 
-def _write_summary(folder: Path, job: Job, content: dict[str, object]) -> None:
-    if not job.is_main:
+def _write_summary(folder: Path, context: DistributedContext, content: dict[str, object]) -> None:
+    if not context.is_main:
         return
     where = {
-        "world_size": job.world.size,
-        "device": str(job.device),
-        "versions": {name: version(name) for name in ("torch", "torchrec", "torchrec-hilomoe")}
-        | {"python": platform.python_version()},
+        "world_size": context.world.size,
+        "device": str(context.device),
+        "versions": versions(),
     }
-    (folder / SUMMARY).write_text(json.dumps({**content, **where}, indent=2) + "\n")
+    write_text(str(folder / SUMMARY_FILE), to_json({**content, **where}) + "\n")

@@ -1,29 +1,44 @@
 """The training loop: step, log, evaluate, save, stage by stage."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_hilomoe.data.batch import CTRBatch, Position
+from torchrec_hilomoe.data.batch import CTRBatch, LoaderState
 from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.hilomoe.inject import expert_parameters
 from torchrec_hilomoe.models.train_task import TrainTask
+from torchrec_hilomoe.runtime.documents import misfit
 from torchrec_hilomoe.runtime.stopping import StopSignal
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
-from torchrec_hilomoe.training.checkpoint import Progress, Saver
-from torchrec_hilomoe.training.log.best import BestWatch
-from torchrec_hilomoe.training.log.run_log import RunLog
-from torchrec_hilomoe.training.log.step_log import StepLog
+from torchrec_hilomoe.training.auto_routing import AutoRouting
+from torchrec_hilomoe.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    Progress,
+    RoutingDecision,
+    Saver,
+)
+from torchrec_hilomoe.training.checkpoint.state import flatten
+from torchrec_hilomoe.training.log.run_log import RunLog, StepLog
 from torchrec_hilomoe.training.metrics import Metrics
-from torchrec_hilomoe.training.optimizers.learners import Learners
-from torchrec_hilomoe.training.pipelines.evaluate import evaluate
-from torchrec_hilomoe.training.pipelines.pipeline import Pipeline, PipelineOptions
-from torchrec_hilomoe.training.stages import Course, Plateau, StageSpan
+from torchrec_hilomoe.training.non_finite import find_non_finite, listed, NonFiniteError
+from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
+from torchrec_hilomoe.training.pipelines.pipeline import evaluate, Pipeline, PipelineOptions
+from torchrec_hilomoe.training.stages import (
+    PlateauConfig,
+    StageSpan,
+    StageTimeline,
+    StageTimelineState,
+)
+from torchrec_hilomoe.training.stages.schedule import MetricTracker
 from torchrec_hilomoe.training.stages.staging import (
     activate_layers,
     check_stages,
@@ -32,26 +47,26 @@ from torchrec_hilomoe.training.stages.staging import (
     share_statistics,
 )
 
-__all__ = ["Rhythm", "Trainer", "training_state"]
+__all__ = ["Intervals", "Trainer", "training_state"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rhythm:
+class Intervals:
     """When the loop does more than train.
 
     Attributes:
         log_every: Steps between two lines of training metrics.
         evaluate_every: Steps between two validations; None validates at the end only.
         save_every: Steps between two checkpoints; None saves at the end only.
-        best: By what the best step is known, which is saved besides.
-        early_stopping: Ends the run, in its last stage, when it no longer improves.
+        best: Metric by which the best step is known, which is saved besides.
+        early_stopping: Metric that ends the run, in its last stage, when it no longer improves.
     """
 
     log_every: int
     evaluate_every: int | None
     save_every: int | None
-    best: Plateau | None = None
-    early_stopping: Plateau | None = None
+    best: PlateauConfig | None = None
+    early_stopping: PlateauConfig | None = None
 
 
 class Trainer:
@@ -59,53 +74,57 @@ class Trainer:
 
     Args:
         model: The sharded model.
-        learners: Its optimizers.
-        course: The stages, on this run.
-        rhythm: When to log, evaluate and save.
+        optimizers: Its optimizers.
+        timeline: The stages, on this run.
+        intervals: When to log, evaluate and save.
         log: What a person sees.
         saver: Writes the checkpoints.
         watchdog: Ends the process when no step ends.
         pipelining: How steps are driven.
+        auto: Finds what routes experts, where the run is to; None leaves the model as it is.
 
     Raises:
         ValueError: If the model cannot follow a stage.
 
     Attributes:
         model: The sharded model under the wrapper of the current stage.
-        step: Optimizer steps done.
-        position: Where the data goes on.
+        step: Number of optimizer steps done.
+        position: Position in the training data, from which it goes on.
         samples_per_second: Rows of all ranks over the seconds spent in training steps.
     """
 
     def __init__(
         self,
         model: DistributedModelParallel,
-        learners: Learners,
-        course: Course,
+        optimizers: OptimizersContainer,
+        timeline: StageTimeline,
         *,
-        rhythm: Rhythm,
+        intervals: Intervals,
         log: RunLog,
         saver: Saver,
         watchdog: Watchdog | None = None,
         pipelining: PipelineOptions | None = None,
+        auto: AutoRouting | None = None,
     ) -> None:
         task = model.module
         assert isinstance(task, TrainTask)
-        check_stages(task, [span.stage for span in course.spans])
+        later = auto.num_layers if auto is not None and auto.decision is None else 0
+        check_stages(task, [span.stage for span in timeline.spans], later=later)
         self.model = model
         self.step = 0
-        self.position: Position | None = None
-        self._learners = learners
-        self._course = course
-        self._rhythm = rhythm
+        self.position: LoaderState | None = None
+        self._optimizers = optimizers
+        self._timeline = timeline
+        self._intervals = intervals
         self._log = log
         self._saver = saver
         self._watchdog = watchdog or Watchdog(None)
-        self._best = BestWatch(rhythm.best)
-        self._stopping = BestWatch(rhythm.early_stopping)
+        self._best = MetricTracker(intervals.best)
+        self._stopping = MetricTracker(intervals.early_stopping)
         self._pipelining = pipelining or PipelineOptions()
+        self._auto = auto
         self._steps = StepLog(task, log)
-        self._span = course.spans[0]
+        self._span = timeline.spans[0]
         self._pipeline: Pipeline | None = None
         self._ahead: Iterator[CTRBatch] = iter(())
         self._sure = 0  # the step up to which it reads
@@ -119,33 +138,46 @@ class Trainer:
     @property
     def is_complete(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.step >= self._course.total_steps or self._stopping.exhausted
+        return self.step >= self._timeline.total_steps or self._stopping.exhausted
 
-    def restore(self, path: str, allow_missing: Sequence[str] = ()) -> None:
+    @property
+    def decision(self) -> RoutingDecision | None:
+        """What was found to route experts, where that is found by the run."""
+        return None if self._auto is None else self._auto.decision
+
+    def load(self, saved: Checkpoint, allow_missing: Sequence[str] = ()) -> None:
         """Go on from a checkpoint, but for tensors whose names may differ; a collective call."""
-        progress = checkpoint.read_progress(path)
-        state = training_state(self.model, self._learners)
-        window = checkpoint.load(path, state, allow_missing=allow_missing)
-        if window is not None:
-            self._steps.restore(window)
+        progress = saved.progress
+        state = training_state(self.model, self._optimizers)
+        loaded = saved.load(state, allow_missing=allow_missing)
+        self._optimizers.load_state_dict(state)
+        if "window" in loaded.rank_state:
+            self._steps.load_state_dict(loaded.rank_state)
+        if self._auto is not None:
+            self._auto.load_state_dict(loaded.rank_state.get("probe", {}))
         self.step, self.position = progress.step, progress.position
-        self._learners.restored()
         if progress.schedule:
-            self._course.restore(progress.schedule)
-        self._best.restore(progress.best)
-        self._stopping.restore(progress.stopping)
-        self._span = self._course.at(self.step)
+            if problem := misfit(progress.schedule, StageTimelineState, "schedule"):
+                raise CheckpointError(f"checkpoint {saved.path} is damaged: {problem}.")
+            self._timeline.load_state_dict(progress.schedule)
+        self._best.load_state_dict({"best": progress.best})
+        self._stopping.load_state_dict({"best": progress.stopping})
+        self._span = self._timeline.at(self.step)
 
-    def restore_best(self) -> None:
+    def load_best(self) -> None:
         """Go back to the weights of the best validation, to test them; a collective call."""
         best = self._best.best
         if best is None or best.step == self.step:
             return
         path = self._saver.path_of(best.step)
-        state = training_state(self.model, self._learners)
-        checkpoint.load(path, state, restore_random=False)
+        state, saved = training_state(self.model, self._optimizers), checkpoint.open(path)
+        late: list[str] = []
+        if saved.progress.decision != self.decision:  # experts came after it
+            late = [f"model.{name}" for name in expert_parameters(self.model.module)]
+            late.append("optimizer.state.experts*")
+        saved.load(state, allow_missing=late, restore_random=False)
         self.step = best.step
-        self._span = self._course.at(best.step - 1)
+        self._span = self._timeline.at(best.step - 1)
         activate_layers(self.model.module, self._span.stage)
         self._log.say(f"testing {path}: {best.metric} {best.value:.4f}, the best validation")
 
@@ -160,14 +192,14 @@ class Trainer:
             Whether the end was reached; False if a signal stopped the run, which is then saved.
 
         Raises:
-            NonFiniteLossError: With the step, the rank and the batch's position.
+            NonFiniteError: With the step, what is no number, and the batch's position.
         """
         # Closed also when an error ends the run: a reader that waits would keep the process alive.
         with closing(iter(loader)) as batches, StopSignal() as stop, self._watchdog:
             while not self.is_complete:
-                self._read_on(batches)
+                self._read_on(batches, validation)
                 self._train()
-                self._look_around(validation)
+                self._log_evaluate_save(validation)
                 if stop.requested(self.step, urgent=self._saver.failed):
                     self.save()
                     self._wait_for_saver()
@@ -176,59 +208,85 @@ class Trainer:
             self._wait_for_saver()
         return True
 
-    def _read_on(self, batches: Iterator[CTRBatch]) -> None:
+    def _read_on(self, batches: Iterator[CTRBatch], validation: Loader) -> None:
         """Enter the stage of the next step, and let it read batches as far as it surely lasts.
 
         No batch is read for a step that might belong to another stage.
         """
         if self.step < self._sure:
             return
-        span = self._course.at(self.step)
+        if self._auto is not None and self._auto.is_due(self.step):
+            self._decide(self._auto, validation)
+        span = self._timeline.at(self.step)
         if self._pipeline is None or span != self._span:
             self._enter(span)
-        self._sure = self._course.sure_until(self.step)
+        self._sure = self._timeline.sure_until(self.step)
         self._ahead = islice(batches, self._sure - self.step)
+        assert self._pipeline is not None
+        self._pipeline.take(self._ahead)
+
+    def _decide(self, auto: AutoRouting, validation: Loader) -> None:
+        """Give the model experts that are routed by what was found to decide, or none."""
+        self._detach()
+        report, decision = auto.decide(self.model, self.step, validation), auto.decision
+        assert decision is not None
+        if decision.route_by is None:
+            self._timeline.leave_out_experts()
+        else:
+            self._optimizers.add_experts(self.model.module)
+            self._steps.watch_routers()
+        self._log.decided(decision, report)
 
     def _enter(self, span: StageSpan) -> None:
         self._detach()
         self._span = span
-        averaged_once = self._pipelining.accumulate == 1
+        averaged_once = self._pipelining.gradient_accumulation_steps == 1
         self.model = enter_stage(self.model, span.stage, static_graph=averaged_once)
-        self._learners.enter(span.stage)
+        self._optimizers.enter(span.stage)
         self._pipeline = Pipeline(
-            self.model, self._learners.stepping, self.model.device, self._pipelining
+            self.model, self._optimizers.stage_optimizer, self.model.device, self._pipelining
         )
         self._log.enter(span.stage.name, span.start, span.stop)
 
     def _train(self) -> None:
         assert self._pipeline is not None
-        self._learners.set_rates(self._span, self.step, self._course.decay(self.step))
+        self._optimizers.set_rates(self._span, self.step, self._timeline.decay(self.step))
         started = time.perf_counter()
-        output = self._pipeline.step(self._ahead)
+        with self._auto.listening(self.step) if self._auto is not None else nullcontext():
+            output = self._pipeline.step(self._ahead)
         seconds = time.perf_counter() - started
         self.step += 1
         self.position = output.position
         self._watchdog.beat()
-        self._steps.add(self.step, self._span.stage.name, output, seconds)
+        norm = self._optimizers.gradient_norm
+        self._steps.add(self.step, self._span.stage.name, output, seconds, norm)
 
-    def _look_around(self, validation: Loader) -> None:
+    def _log_evaluate_save(self, validation: Loader) -> None:
         """Log, evaluate and save, where it is time to."""
-        if self._due(self._rhythm.log_every) or self.step == self._span.stop:
-            self._tell()
-        if self._due(self._rhythm.evaluate_every) or self.step == self._course.total_steps:
+        if self._due(self._intervals.log_every) or self.step == self._span.stop:
+            self._log_step()
+        if self._due(self._intervals.evaluate_every) or self.step == self._timeline.total_steps:
             metrics = self.validate("valid", validation)
-            if self._course.observe(self.step, asdict(metrics)):
-                self._tell(f"stage {self._span.stage.name}: a plateau, it ends at step {self.step}")
-            self._judge(metrics)
-        if self._due(self._rhythm.save_every) or self.is_complete:
+            if self._timeline.observe(self.step, asdict(metrics)):
+                self._log_step(
+                    f"stage {self._span.stage.name}: a plateau, it ends at step {self.step}"
+                )
+            self._track_best(metrics)
+        if self._due(self._intervals.save_every) or self.is_complete:
             self.save()
 
     def validate(self, split: str, loader: Loader) -> Metrics:
         """Evaluate in the middle of, or after, training; a collective call."""
         self._detach()
         share_statistics(self.model.module)
-        metrics = evaluate(self.model, self._learners, loader, lambda _: self._watchdog.beat())
+        metrics = evaluate(self.model, self._optimizers, loader, lambda _: self._watchdog.beat())
         set_training_mode(self.model, self._span.stage)
+        if metrics.rows and not math.isfinite(metrics.logloss):
+            raise NonFiniteError(
+                f"after step {self.step} predictions of the {split} split are no numbers: its "
+                f"logloss is {metrics.logloss}. Lower train.learning_rate or "
+                "train.table_learning_rate, or set train.max_grad_norm."
+            )
         self._log.record(step=self.step, stage=self._span.stage.name, split=split, metrics=metrics)
         return metrics
 
@@ -243,22 +301,35 @@ class Trainer:
             step=self.step,
             stage=self._span.stage.name,
             position=self.position,
-            total_steps=self._course.total_steps,
+            total_steps=self._timeline.total_steps,
             best=self._best.best,
             stopping=self._stopping.best,
-            schedule=self._course.saved(),
+            schedule=self._timeline.state_dict(),
+            decision=self.decision,
         )
+        heard = {} if self._auto is None else {"probe": self._auto.state_dict()}
+        state = training_state(self.model, self._optimizers)
+        self._check_finite(state)
         with self._watchdog.paused():
-            state = training_state(self.model, self._learners)
-            self._saver.save(state, progress, window=self._steps.open_window())
+            self._saver.save(state, progress, rank_state={**self._steps.state_dict(), **heard})
         self._saved_step = self.step
 
-    def _judge(self, metrics: Metrics) -> None:
+    def _check_finite(self, state: Mapping[str, Any]) -> None:
+        """Refuse to save what cannot be trained on, though no loss has shown it yet."""
+        if names := find_non_finite(flatten(state)):
+            raise NonFiniteError(
+                f"after step {self.step} {listed(names)} hold values that are no numbers, so it is "
+                "not saved; the last checkpoint is from before. Lower train.learning_rate or "
+                "train.table_learning_rate, set train.max_grad_norm, or look at the rows of the "
+                f"batch that ends at {self.position}."
+            )
+
+    def _track_best(self, metrics: Metrics) -> None:
         """Look whether this step is the best, and whether there is no use in going on."""
-        if self.step > self._course.spans[-1].start:
+        if self.step > self._timeline.spans[-1].start:
             self._stopping.observe(self.step, metrics)
         if self._stopping.exhausted:
-            self._tell(f"no better validation for long enough: stopping at step {self.step}")
+            self._log_step(f"no better validation for long enough: stopping at step {self.step}")
         if self._best.observe(self.step, metrics):
             self.save()
 
@@ -273,12 +344,14 @@ class Trainer:
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _tell(self, remark: str | None = None) -> None:
-        self._steps.tell(self.step, self._span.stage.name, self._learners.rate)
+    def _log_step(self, remark: str | None = None) -> None:
+        self._steps.log_step(self.step, self._span.stage.name, self._optimizers.rate)
         if remark is not None:
             self._log.say(remark)
 
 
-def training_state(model: DistributedModelParallel, learners: Learners) -> Mapping[str, Any]:
+def training_state(
+    model: DistributedModelParallel, optimizers: OptimizersContainer
+) -> Mapping[str, Any]:
     """Return every tensor that training changes, by name: views, not copies."""
-    return {"model": model.state_dict(), **learners.state()}
+    return {"model": model.state_dict(), **optimizers.state_dict()}

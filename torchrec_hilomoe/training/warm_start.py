@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_hilomoe.hilomoe.sites import expert_parameters
+from torchrec_hilomoe.hilomoe.inject import expert_parameters
 from torchrec_hilomoe.training import checkpoint
-from torchrec_hilomoe.training.checkpoint.state import flatten, sizes_over_ranks
-from torchrec_hilomoe.training.optimizers.learners import Learners
+from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
 
 __all__ = ["WarmStart", "warm_start"]
 
-# Optimizers that a plain run of another configuration has not: see ``Learners``.
+# Optimizers that a plain run of another configuration has not: see ``OptimizersContainer``.
 ALWAYS_FRESH = ("optimizer.state.experts*", "optimizer.state.backbone_*", "loss_scale.*")
 
 
@@ -46,40 +45,40 @@ class WarmStart:
 
 
 def warm_start(
-    path: str, model: DistributedModelParallel, learners: Learners, *, with_optimizer: bool
+    path: str,
+    model: DistributedModelParallel,
+    optimizers: OptimizersContainer,
+    *,
+    with_optimizer: bool,
 ) -> WarmStart:
     """Fill a model, fresh but sharded, from a checkpoint; a collective call.
 
     Args:
         path: A checkpoint of this package, of any number of ranks.
         model: Takes over everything but experts.
-        learners: Take over the states of tables and backbone.
+        optimizers: Take over the states of tables and backbone.
         with_optimizer: Whether they do; false starts them afresh, which large row-wise Adagrad
             steps make felt.
 
     Raises:
         CheckpointError: Listing what is missing, unexpected or of another size.
     """
-    path = path.rstrip("/")
-    checkpoint.read_progress(path)  # tells what is no checkpoint at all
-    state = {"model": model.state_dict(), **(learners.state() if with_optimizer else {})}
-    flat = flatten(state)
+    saved = checkpoint.open(path.rstrip("/"))
+    state = {"model": model.state_dict(), **(optimizers.state_dict() if with_optimizer else {})}
     fresh = [f"model.{name}" for name in expert_parameters(model.module)]
     allowed = [*fresh, *ALWAYS_FRESH, *([] if with_optimizer else ["optimizer.*"])]
     try:
-        metadata = checkpoint.Reader(path).read_metadata()
-        audit = checkpoint.audit(path, metadata, sizes_over_ranks(flat), allowed)
-        wanted = {name: tensor for name, tensor in flat.items() if name not in audit.fresh}
-        checkpoint.load(path, wanted, allow_missing=allowed, restore_random=False)
+        loaded = saved.load(state, allow_missing=allowed, restore_random=False)
     except checkpoint.CheckpointError as error:
         raise checkpoint.CheckpointError(_for_users(str(error), with_optimizer)) from error
-    learners.restored()
-    taken = sorted(wanted)
+    if with_optimizer:
+        optimizers.load_state_dict(state)
+    taken = sorted(loaded.filled)
     return WarmStart(
-        path=path,
+        path=saved.path,
         model=_of("model.", taken),
         optimizer=_of("optimizer.", taken),
-        fresh=_of("model.", sorted(audit.fresh)),
+        fresh=_of("model.", sorted(loaded.fresh)),
     )
 
 

@@ -3,33 +3,31 @@
 A checkpoint is a folder ``step_N`` with TorchRec's sharded state in DCP's format, the texts that
 say what it is of, and ``progress.json``, which is written last and makes it whole.
 
-    marker.py   where a run stood, and the sums of the files      storage.py  folders and files
-    saver.py    writing, in the background                        state.py    the tensors, copied
-    loading.py  reading    audit.py  does it fit?                 index.py    DCP's index, safely
-    recut.py    tables cut into other columns
+    manifest.py  where a run stood, the files' checksums    storage.py  folders and files
+    saver.py     writing, in the background                 state.py    the tensors, copied
+    loading.py   reading: does it fit?                      reshard.py  tables in other columns
 """
 
-from torchrec_hilomoe.training.checkpoint.audit import audit
-from torchrec_hilomoe.training.checkpoint.errors import CheckpointError
-from torchrec_hilomoe.training.checkpoint.index import Reader
-from torchrec_hilomoe.training.checkpoint.loading import check_schema, load, read_document
-from torchrec_hilomoe.training.checkpoint.marker import Best, Progress, read_progress
+from torchrec_hilomoe.training.checkpoint.loading import Checkpoint, Loaded, newest_sound, open
+from torchrec_hilomoe.training.checkpoint.manifest import (
+    Best,
+    CheckpointError,
+    Progress,
+    RoutingDecision,
+)
 from torchrec_hilomoe.training.checkpoint.saver import Saved, Saver
-from torchrec_hilomoe.training.checkpoint.state import OpenWindow
 from torchrec_hilomoe.training.checkpoint.storage import latest
 
 __all__ = [
     "Best",
+    "Checkpoint",
     "CheckpointError",
-    "OpenWindow",
+    "Loaded",
     "Progress",
-    "Reader",
+    "RoutingDecision",
     "Saved",
     "Saver",
-    "audit",
-    "check_schema",
     "latest",
-    "load",
-    "read_document",
-    "read_progress",
+    "newest_sound",
+    "open",
 ]

@@ -2,23 +2,32 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
 from torch import distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 
-from torchrec_hilomoe.training.checkpoint.audit import CHOICES
-from torchrec_hilomoe.training.checkpoint.errors import cause_of, CheckpointError
-from torchrec_hilomoe.training.checkpoint.marker import FileSum, Progress, write_marker
-from torchrec_hilomoe.training.checkpoint.state import flatten, OpenWindow, Snapshot
-from torchrec_hilomoe.training.checkpoint.storage import Folder, write_documents, Writer
+from torchrec_hilomoe.training.checkpoint.manifest import (
+    cause_of,
+    CheckpointError,
+    FileChecksum,
+    Progress,
+    write_manifest,
+)
+from torchrec_hilomoe.training.checkpoint.state import CPUStager, device_rng, flatten
+from torchrec_hilomoe.training.checkpoint.storage import Folder, Store
 
 __all__ = ["Saved", "Saver"]
 
@@ -26,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Of the slowest store that is still worth waiting for; a dead rank is noticed at once.
 SAVE_TIMEOUT = timedelta(hours=2)
+Commit = Callable[[Store, Mapping[str, FileChecksum]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +43,11 @@ class Saved:
     """A checkpoint that was written.
 
     Attributes:
-        path: Where.
-        step: Of the run.
-        bytes: Of all its files.
-        stall_seconds: For how long training waited, on this rank.
-        write_seconds: From then until it was whole.
+        path: Folder of the checkpoint.
+        step: Optimizer step of the checkpoint.
+        bytes: Bytes of all its files but the manifest.
+        stall_seconds: Seconds in which training waited, on this rank.
+        write_seconds: Seconds from then until it was whole.
     """
 
     path: str
@@ -77,9 +87,9 @@ class Saver:
         group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
-        self._snapshot = Snapshot() if asynchronous else None
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self._pending: Future[None] | None = None
+        self._stager = CPUStager() if asynchronous else None
+        self._pending: Future[Any] | None = None
+        self._pending_step = 0
 
     @property
     def failed(self) -> bool:
@@ -92,27 +102,41 @@ class Saver:
         return self._folder.at(step)
 
     def save(
-        self, state: Mapping[str, Any], progress: Progress, *, window: OpenWindow | None = None
+        self,
+        state: Mapping[str, Any],
+        progress: Progress,
+        *,
+        rank_state: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Write a checkpoint, or begin to; then remove the oldest.
 
         Args:
             state: Tensors, replicated or sharded, in nested mappings.
             progress: What belongs to them.
-            window: What the next line of the log is to know of the steps so far.
+            rank_state: Tensors of this rank alone, in nested mappings; so is random state.
 
         Raises:
             CheckpointError: If it, or the one before, cannot be written, as on a full disk.
         """
         started = time.perf_counter()
         self.wait()
-        whole = {**flatten(state), **_of_this_rank(window)}
-        if self._thread is None or self._snapshot is None:
-            self._write(whole, progress, started, started)
+        step, stager = progress.step, self._stager
+
+        def commit(store: Store, checksums: Mapping[str, FileChecksum]) -> None:
+            waited = (time.perf_counter() if stager is None else stager.ended) - started
+            self._commit(store, checksums, progress, started, waited)
+
+        writer = _Writer(self._folder, step, commit)
+        whole = {**flatten(state), **_of_this_rank(rank_state)}
+        if stager is None:
+            with self._failures_of(step):
+                dcp.save(whole, storage_writer=writer, process_group=self._group)
             return
-        copied = self._snapshot.take(whole)
-        arguments = (copied, progress, started, time.perf_counter())
-        self._pending = self._thread.submit(self._write, *arguments)
+        pending = dcp.async_save(
+            whole, storage_writer=writer, process_group=self._group, async_stager=stager
+        )
+        assert isinstance(pending, Future)
+        self._pending, self._pending_step = pending, step
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written, if one is.
@@ -122,79 +146,126 @@ class Saver:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            with self._failures_of(self._pending_step):
+                pending.result()
 
     def close(self) -> None:
         """Wait, without raising: for a run that has failed already."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        if self._pending is not None:
+            wait([self._pending])
             if self.failed:
-                assert self._pending is not None
                 logger.warning("the last checkpoint failed too: %s", self._pending.exception())
 
-    def _write(
-        self, whole: Mapping[str, Any], progress: Progress, started: float, copied: float
+    def _commit(
+        self,
+        store: Store,
+        checksums: Mapping[str, FileChecksum],
+        progress: Progress,
+        started: float,
+        waited: float,
     ) -> None:
-        step = progress.step
-        try:
-            where = self._on_first(lambda: self._folder.begin(step), step)
-            writer = Writer(where)
-            dcp.save(dict(whole), storage_writer=writer, process_group=self._group)
-            sums: list[dict[str, FileSum]] = [{}] * dist.get_world_size()
-            dist.all_gather_object(sums, writer.sums, group=self._group)
-        except (OSError, dcp.CheckpointException) as error:
-            raise self._failure(step, cause_of(error)) from error
-        files = {name: found for part in sums for name, found in part.items()}
-        path = self._on_first(lambda: self._finish(where, progress, files), step)
-        if self._on_saved is not None and dist.get_rank() == 0:
-            now = time.perf_counter()
+        """Make a checkpoint whole; on the first rank, after all have written their tensors."""
+        written = self._folder.partial(progress.step)
+        for name, text in self._documents.items():
+            with store.create_stream(f"{written}/{name}", "wb") as sink:
+                sink.write(text.encode())
+        files = {**checksums, **store.checksums}
+        write_manifest(written, progress, files)
+        path = self._folder.commit(written, progress.step)
+        best = progress.best.step if progress.best else None
+        self._folder.keep(self._keep, best, progress.step)
+        if self._on_saved is not None:
             self._on_saved(
                 Saved(
                     path=path,
-                    step=step,
+                    step=progress.step,
                     bytes=sum(found.bytes for found in files.values()),
-                    stall_seconds=(copied if self._thread else now) - started,
-                    write_seconds=now - copied,
+                    stall_seconds=waited,
+                    write_seconds=time.perf_counter() - started - (waited if self._stager else 0),
                 )
             )
 
-    def _finish(self, where: str, progress: Progress, files: Mapping[str, FileSum]) -> str:
-        texts = write_documents(where, self._documents)
-        write_marker(where, progress, {**files, **texts})
-        path = self._folder.commit(where, progress.step)
-        self._folder.keep(self._keep, progress.best.step if progress.best else None)
-        return path
-
-    def _on_first(self, act: Callable[[], str], step: int) -> str:
-        """Act on the first rank, and let every rank have the result, or the error."""
-        told: list[str] = ["", ""]
-        if dist.get_rank() == 0:
-            try:
-                told[0] = act()
-            except OSError as error:
-                told[1] = str(error)
-        dist.broadcast_object_list(told, src=0, group=self._group)
-        if told[1]:
-            raise self._failure(step, told[1])
-        return told[0]
-
-    def _failure(self, step: int, cause: str) -> CheckpointError:
-        return CheckpointError(
-            f"checkpoint {self._folder.at(step)} could not be written: {cause}. Is the disk full? "
-            "The checkpoints before it are whole; make room and run again to go on from the newest."
-        )
+    @contextmanager
+    def _failures_of(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            raise CheckpointError(
+                f"checkpoint {self._folder.at(step)} could not be written: {cause_of(error)}. Is "
+                "the disk full? The checkpoints before it are whole; make room and run again to go "
+                "on from the newest."
+            ) from error
 
 
-def device_rng() -> Tensor | None:
-    """Return the random state of this rank's GPU, if it has one."""
-    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+class _Writer(dcp.FileSystemWriter):
+    """DCP's writer, of a checkpoint that is whole or absent.
+
+    DCP tells every rank of an error on any of them. The first one alone makes the folder, before
+    any rank writes, and commits it, after all have written.
+
+    Args:
+        folder: Of the run's checkpoints.
+        step: Whose checkpoint it is.
+        commit: Called on the first rank with its store and the checksums of all ranks' files.
+    """
+
+    def __init__(self, folder: Folder, step: int, commit: Commit) -> None:
+        path = folder.partial(step)
+        # What a store of objects holds it has taken whole; there is no file to sync.
+        super().__init__(path, sync_files="://" not in path)
+        self.fs = self._store = Store()
+        self.path = self.fs.init_path(path)
+        self._folder, self._step, self._commit = folder, step, commit
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Leave the folder to the first rank."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the folder, while the other ranks wait for their plans."""
+        self._folder.begin(self._step)
+        return super().prepare_global_plan(plans)
+
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        """Write this rank's tensors, and tell the first rank the checksum of their file."""
+
+        def summed(written: torch.futures.Future[list[WriteResult]]) -> list[WriteResult]:
+            return [_summed(it, self._store.checksums) for it in written.value()]
+
+        return super().write_data(plan, planner).then(summed)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index, and commit."""
+        super().finish(metadata, results)
+        checksums = {
+            result.storage_data.relative_path: result.checksum
+            for part in results
+            for result in part
+            if isinstance(result, _SummedResult)
+        }
+        self._commit(self._store, checksums)
 
 
-def _of_this_rank(window: OpenWindow | None) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _SummedResult(WriteResult):
+    """A tensor that was written, with the checksum of the file that it is in."""
+
+    checksum: FileChecksum
+
+
+def _summed(result: WriteResult, checksums: Mapping[str, FileChecksum]) -> _SummedResult:
+    checksum = checksums[result.storage_data.relative_path]
+    return _SummedResult(result.index, result.size_in_bytes, result.storage_data, checksum)
+
+
+def _of_this_rank(rank_state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Everything random in this package draws from PyTorch's generators."""
-    found = {"rng": torch.get_rng_state(), "rng_device": device_rng()}
-    if window is not None:
-        choices = {f"{CHOICES}{site}": counts for site, counts in window.choices.items()}
-        found |= {"window": window.rows, **choices}
+    random = {"rng": torch.get_rng_state(), "rng_device": device_rng()}
     rank = dist.get_rank()
-    return {f"{name}.rank{rank}": it for name, it in found.items() if it is not None}
+    return {
+        f"{name}.rank{rank}": tensor
+        for name, tensor in flatten({**random, **rank_state}).items()
+        if tensor is not None
+    }

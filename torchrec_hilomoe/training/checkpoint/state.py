@@ -1,7 +1,8 @@
 """The tensors of a checkpoint: by flat names, whole over ranks, copied to memory of the host."""
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,21 +10,23 @@ from torch import distributed as dist
 from torch import Tensor
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+from torch.distributed.checkpoint.staging import AsyncStager
 
-__all__ = ["OpenWindow", "Snapshot", "flatten", "sizes_over_ranks"]
+__all__ = [
+    "CHOICES",
+    "OF_A_RANK",
+    "PROBE",
+    "CPUStager",
+    "device_rng",
+    "flatten",
+    "sizes_over_ranks",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class OpenWindow:
-    """What was trained since the last line of the log, for the next line to be complete.
-
-    Attributes:
-        rows: This rank's predictions.
-        choices: Of the routers, by site; of all ranks, and kept by the first one alone.
-    """
-
-    rows: Tensor
-    choices: Mapping[str, Tensor] = field(default_factory=dict)
+CHOICES, PROBE = "choices.", "probe."
+# Tensors that belong to one rank, not to the model: a rank of another job may have none. A window
+# is the predictions since the last line of the log; choices are the routers', of all ranks; a probe
+# is what `InteractionProbe.state_dict` has, what its ranks share from the first one alone.
+OF_A_RANK = ("rng.", "rng_device.", "window.", CHOICES, PROBE)
 
 
 def flatten(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -44,20 +47,38 @@ def sizes_over_ranks(flat: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: size for part in parts for name, size in part.items()}
 
 
-class Snapshot:
-    """Copies on the host that do not change while training goes on.
+def device_rng() -> Tensor | None:
+    """Return the random state of this rank's GPU, if it has one."""
+    return torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
-    Their memory is kept for the next time: fresh memory would cost more than the copy.
+
+class CPUStager(AsyncStager):
+    """Copies on the host that do not change while training goes on, for ``dcp.async_save``.
+
+    Their memory is kept for the next time: fresh memory would cost more than the copy. Of torch
+    2.13's own stagers ``DefaultStager`` raises on a ``ShardedTensor``, and ``BlockingAsyncStager``
+    allocates anew each time, so that training waits about ten times as long; if it keeps its
+    memory, it wants pinned memory, also without a GPU, and tensors that never change their size.
+
+    Attributes:
+        ended: Time at which the last copy was done, as ``time.perf_counter`` tells it.
     """
 
     def __init__(self) -> None:
+        self.ended = 0.0
         self._held: dict[str, Tensor] = {}
 
-    def take(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        """Never: a copy is complete when it is returned."""
+        return False
+
+    def stage(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Return copies of this rank's tensors; they are valid until the next call."""
-        copies = {name: self._copy(name, value) for name, value in flat.items()}
+        copies = {name: self._copy(name, value) for name, value in state_dict.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies to the host were only queued
+        self.ended = time.perf_counter()
         return copies
 
     def _copy(self, name: str, value: Any) -> Any:
@@ -72,10 +93,12 @@ class Snapshot:
             )
             for shard in value.local_shards()
         ]
+        pinned = any(shard.tensor.is_pinned() for shard in shards)
+        kept = replace(whole.tensor_properties, pin_memory=pinned)
         # This constructor, unlike the public one, asks no other rank.
         return ShardedTensor._init_from_local_shards_and_global_metadata(
             shards,
-            replace(whole, shards_metadata=list(on_host.values())),
+            replace(whole, shards_metadata=list(on_host.values()), tensor_properties=kept),
             process_group=value._process_group,
         )
 

@@ -1,26 +1,101 @@
 """What a person sees of a run, and what is kept: lines, a bar, ``metrics.jsonl``, TensorBoard."""
 
-import json
 import logging
-import os
+import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
+from torch import distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
-from torchrec_hilomoe.training.checkpoint import Saved
-from torchrec_hilomoe.training.log.curves import Curves, finite
-from torchrec_hilomoe.training.log.routing import LayerLoad
+from torchrec_hilomoe.hilomoe import ProbeReport
+from torchrec_hilomoe.hilomoe.inject import auxiliary_loss
+from torchrec_hilomoe.hilomoe.monitor import CollapseWatch, LayerLoad, RoutingLog
+from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
+from torchrec_hilomoe.runtime.documents import read_text
+from torchrec_hilomoe.runtime.paths import to_json, write_text
+from torchrec_hilomoe.runtime.process import peak_memory_gib
+from torchrec_hilomoe.training.checkpoint import RoutingDecision, Saved
+from torchrec_hilomoe.training.log.reading import (
+    lines_before,
+    METRICS_FILE,
+    PROBE_FILE,
+    ROUTING_FILE,
+)
+from torchrec_hilomoe.training.log.window import Window
 from torchrec_hilomoe.training.metrics import Metrics
 
-__all__ = ["METRICS_FILE", "ROUTING_FILE", "RunLog"]
+__all__ = ["Curves", "RunLog", "StepLog", "finite"]
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-ROUTING_FILE = "routing.jsonl"
+DRAWN_EXPERTS = 16  # more curves than that nobody can tell apart
+
+
+class _Writer(Protocol):
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+    def add_text(self, tag: str, text_string: str, global_step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Curves:
+    """Draws numbers over steps.
+
+    Args:
+        folder: Where TensorBoard looks.
+        start: Steps from this one on are drawn anew.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self._writer = _writer(folder, start)
+
+    def numbers(self, group: str, values: Mapping[str, Any], step: int) -> None:
+        """Draw those that are numbers."""
+        for name, value in values.items():
+            if self._writer is not None and finite(value) is not None:
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Keep a remark."""
+        if self._writer is not None:
+            self._writer.add_text(name, text, step)
+
+    def load(self, load: LayerLoad, step: int) -> None:
+        """Draw what a router did."""
+        largest = {"entropy": load.entropy, "largest_load": max(load.load)}
+        dead = {"dead_experts": sum(share == 0 for share in load.load)}
+        each = enumerate(load.load) if len(load.load) <= DRAWN_EXPERTS else ()
+        loads = {f"load/{expert}": share for expert, share in each}
+        self.numbers(f"router/{load.router}/layer{load.layer}", {**largest, **dead, **loads}, step)
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def finite(value: Any) -> Any:
+    """Return a value that JSON and curves can show; None where it is no number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _writer(folder: Path, start: int) -> _Writer | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.warning(
+            "tensorboard is not installed, so %s is not written; "
+            "pip install 'tensorboard>=2.16,<3'",
+            folder,
+        )
+        return None
+    return SummaryWriter(str(folder), purge_step=start)
+
+
 SHOWN = ("auc", "gauc", "logloss", "ne", "calibration")
 
 
@@ -60,12 +135,10 @@ class RunLog:
             file = self._folder / name
             if not file.exists():
                 continue
-            lines = file.read_text().splitlines()
-            kept = [line for line in lines if _is_before(line, self._start)]
-            if kept != lines:
-                partial = file.with_suffix(".partial")
-                partial.write_text("".join(f"{line}\n" for line in kept))
-                os.replace(partial, file)
+            text = read_text(file, errors="replace")
+            kept = lines_before(text, self._start)
+            if kept != text.splitlines():
+                write_text(str(file), "".join(f"{line}\n" for line in kept))
 
     def step(self, stage: str) -> None:
         """Count one optimizer step."""
@@ -77,6 +150,21 @@ class RunLog:
         if self._curves is not None:
             self._curves.text("stage", stage, step)
         self.say(f"stage {stage}: steps {step + 1} to {until}")
+
+    def decided(self, decision: RoutingDecision, report: ProbeReport) -> None:
+        """Tell what routes the experts, or why there are none, and keep what it was decided by."""
+        if self._curves is None:
+            return
+        write_text(str(self._folder / PROBE_FILE), to_json(report.to_json()) + "\n")
+        self._curves.text("route_by", decision.verdict, decision.step)
+        best: dict[str, float] = {}
+        for found in report.features:
+            best[found.name] = max(found.gain, best.get(found.name, found.gain))
+        self._curves.numbers("predicted_gain", best, decision.step)
+        for line in report.table().splitlines()[:-1]:
+            self.say(line)
+        stays = "" if decision.route_by is not None else " The model stays plain."
+        self.say(f"route_by auto, step {decision.step}: {decision.verdict}{stays}")
 
     def record(
         self, *, step: int, stage: str, split: str, metrics: Metrics, **more: float | None
@@ -145,12 +233,92 @@ class RunLog:
 
     def _append(self, name: str, rows: list[dict]) -> None:
         with (self._folder / name).open("a") as sink:
-            sink.writelines(json.dumps(row) + "\n" for row in rows)
+            sink.writelines(to_json(row, indent=None) + "\n" for row in rows)
 
 
-def _is_before(line: str, step: int) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return row["step"] <= step and row["split"] != "test"
+class StepLog:
+    """Gathers steps, and writes a line of them when asked to.
+
+    Args:
+        task: What is trained.
+        log: Where lines go.
+
+    Attributes:
+        window: Window of the steps since the last line.
+    """
+
+    def __init__(self, task: TrainTask, log: RunLog) -> None:
+        self.window = Window()
+        self._task = task
+        self._log = log
+        self._logged_step = 0
+        self.watch_routers()
+
+    def watch_routers(self) -> None:
+        """Watch the routers that the model has now."""
+        # Counts are of all ranks, so one of them is enough to warn.
+        first = dist.get_rank() == 0
+        self._watch = CollapseWatch(self._task) if first else None
+        self._routing = RoutingLog(self._task) if first else None
+
+    def add(
+        self,
+        step: int,
+        stage: str,
+        output: TaskOutput,
+        seconds: float,
+        gradient_norm: Tensor | None = None,
+    ) -> None:
+        """Take a step's output, how long it took, and the norm of its gradients, if it is known."""
+        self.window.add(step, output, seconds, gradient_norm)
+        if self._watch is not None:
+            self._watch.observe()
+        if self._routing is not None:
+            self._routing.observe()
+        self._log.step(stage)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next line is to know of the steps so far; of this rank alone."""
+        routing = {} if self._routing is None else self._routing.state_dict()
+        return {**self.window.state_dict(), **routing}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with what :meth:`state_dict` gave."""
+        self.window.load_state_dict(state_dict)
+        if self._routing is not None:
+            self._routing.load_state_dict(state_dict)
+
+    def log_step(self, step: int, stage: str, rate: float) -> None:
+        """Write a line, unless one of this step was written; a collective call.
+
+        Args:
+            step: Steps done.
+            stage: The one that trained them.
+            rate: The learning rate of the last of them.
+
+        Raises:
+            NonFiniteError: If one of their losses is no number.
+        """
+        if self._logged_step == step:
+            return
+        self._logged_step = step
+        self.window.check_finite()
+        speed = self.window.speed(since_start=False)
+        self._log.record(
+            step=step,
+            stage=stage,
+            split="train",
+            metrics=self.window.metrics(),
+            samples_per_second=speed,
+            auxiliary_loss=_mean_over_ranks(auxiliary_loss(self._task)),
+            learning_rate=rate,
+            memory_gib=peak_memory_gib(),
+        )
+        if self._routing is not None:
+            self._log.routing(step, stage, self._routing.flush())
+
+
+def _mean_over_ranks(part: Tensor) -> float:
+    mean = part.detach().double().cpu().reshape(1) / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean.item()

@@ -1,6 +1,8 @@
 """What was trained since the last line of the log: metrics, speed, and that losses are finite."""
 
+import math
 from collections import deque
+from collections.abc import Mapping
 
 import torch
 from torch import distributed as dist
@@ -8,12 +10,9 @@ from torch import Tensor
 
 from torchrec_hilomoe.models.train_task import TaskOutput
 from torchrec_hilomoe.training.metrics import Metrics, pack_rows, Predictions
+from torchrec_hilomoe.training.non_finite import any_rank, NonFiniteError
 
-__all__ = ["NonFiniteLossError", "Window"]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN; nothing was saved since."""
+__all__ = ["Window"]
 
 
 # Of a rank. More would not make a line of the log more telling, but slow down large batches.
@@ -31,25 +30,34 @@ class Window:
     def __init__(self) -> None:
         self._kept: deque[Tensor | TaskOutput] = deque()
         self._kept_rows = 0
-        self._losses: list[tuple[int, TaskOutput]] = []
+        self._unchecked: list[tuple[int, TaskOutput, Tensor | None]] = []
         self._rows = self._all_rows = 0.0
         self._seconds = self._all_seconds = 0.0
 
-    def add(self, step: int, output: TaskOutput, seconds: float) -> None:
-        """Take a step's output, and how long it took."""
-        self._losses.append((step, output))
+    def add(
+        self,
+        step: int,
+        output: TaskOutput,
+        seconds: float,
+        gradient_norm: Tensor | None = None,
+    ) -> None:
+        """Take a step's output, how long it took, and the norm of its gradients, if it is known."""
+        self._unchecked.append((step, output, gradient_norm))
         self._keep(output)  # as it is: it is packed when somebody asks, which is not at every step
-        self._rows += output.mean_rows * dist.get_world_size()
+        self._rows += output.loss_denominator * dist.get_world_size()
         self._seconds += seconds
 
-    def rows(self) -> Tensor:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's predictions, to be saved with a checkpoint."""
+        return {"window": self._rows_kept()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Go on with what :meth:`state_dict` gave, on this rank or another."""
+        self._keep(state_dict["window"])
+
+    def _rows_kept(self) -> Tensor:
         parts = [it if isinstance(it, Tensor) else _pack(it) for it in self._kept]
         return torch.cat([EMPTY, *(part.cpu() for part in parts)])[-METRIC_ROWS:]
-
-    def restore(self, rows: Tensor) -> None:
-        """Go on with what :meth:`rows` gave, on this rank or another."""
-        self._keep(rows)
 
     def speed(self, *, since_start: bool) -> float:
         """Return rows of all ranks per second of training steps."""
@@ -59,30 +67,25 @@ class Window:
         return rows / seconds if seconds else 0.0
 
     def check_finite(self) -> None:
-        """Stop all ranks at the first loss of any of them that is not a number; collective.
+        """Stop all ranks at the first loss, or norm, of any of them that is no number; collective.
 
-        Losses are looked at together, so that a GPU is not waited for at every step.
+        They are looked at together, so that a GPU is not waited for at every step.
 
         Raises:
-            NonFiniteLossError: The same on every rank.
+            NonFiniteError: The same on every rank.
         """
-        found: list[str | None] = [None] * dist.get_world_size()
-        mine = self._non_finite()
-        bad = torch.tensor([int(mine is not None)])
-        dist.all_reduce(bad, dist.ReduceOp.MAX)
-        if bad.item():
-            dist.all_gather_object(found, mine)
-            raise NonFiniteLossError(
-                f"{'; '.join(text for text in found if text)}. Lower train.learning_rate or "
+        if found := any_rank(self._non_finite()):
+            raise NonFiniteError(
+                f"{'; '.join(found)}. Lower train.learning_rate or "
                 "train.table_learning_rate, or look at the rows there; the last checkpoint is "
                 "from before."
             )
-        self._losses.clear()
+        self._unchecked.clear()
 
     def metrics(self) -> Metrics:
         """Return the window's metrics over all ranks, and start a new one; collective."""
         predictions = Predictions()
-        predictions.restore(self.rows())
+        predictions.add_packed(self._rows_kept())
         metrics = predictions.metrics()
         self._kept.clear()
         self._kept_rows = 0
@@ -99,17 +102,20 @@ class Window:
         while self._kept_rows - _count(self._kept[0]) >= METRIC_ROWS:
             self._kept_rows -= _count(self._kept.popleft())
 
-    def _non_finite(self) -> str | None:
-        if not self._losses:
-            return None
-        finite = torch.stack([output.loss for _, output in self._losses]).isfinite().tolist()
-        if all(finite):
-            return None
-        step, output = self._losses[finite.index(False)]
-        return (
-            f"the loss is {float(output.loss)} at step {step} on rank {dist.get_rank()}, in the "
-            f"batch that ends at {output.position}"
-        )
+    def _non_finite(self) -> list[str]:
+        if not self._unchecked:
+            return []
+        losses = torch.stack([output.loss for _, output, _ in self._unchecked])
+        norms = [losses.new_zeros(()) if norm is None else norm for _, _, norm in self._unchecked]
+        both = torch.stack([losses, torch.stack(norms).to(losses)]).tolist()
+        for (step, output, _), loss, norm in zip(self._unchecked, *both, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                what = f"the gradients' norm is {norm}" if math.isfinite(loss) else None
+                return [
+                    f"{what or f'the loss is {loss}'} at step {step} on rank {dist.get_rank()}, in "
+                    f"the batch that ends at {output.position}"
+                ]
+        return []
 
 
 def _count(rows: Tensor | TaskOutput) -> int:
@@ -117,4 +123,4 @@ def _count(rows: Tensor | TaskOutput) -> int:
 
 
 def _pack(output: TaskOutput) -> Tensor:
-    return pack_rows(output.logits, output.labels, output.groups, output.weights)
+    return pack_rows(output.logits, output.labels, output.grouping_keys, output.weights)

@@ -1,8 +1,7 @@
 """Metrics: exact, weighted, over all ranks, in bounded memory.
 
 definitions.py  what is computed, of arrays     predictions.py  collected while a model runs
-pairs.py        AUCs as counts of pairs         runs.py         rows, sorted, on disk if many
-over_ranks.py   a sort shared out over ranks      best_auc.py  of known probabilities
+over_ranks.py   a sort shared out over ranks    sorted_runs.py  rows, sorted, on disk if many
 """
 
 from torchrec_hilomoe.training.metrics.definitions import (

@@ -4,6 +4,10 @@ Each rank has sorted runs. Samples of all of them give borders, so that no range
 than fit into memory. Ranges are dealt to the ranks in turns: everybody sends the owner its rows of
 the range, and the owner sorts them and counts. Equal keys never lie on both sides of a border, and
 groups that do are joined at the end, so the result is exact whatever the borders are.
+
+TorchRec's own ``AUCMetric`` cannot stand in for it: of equal predictions it counts whichever comes
+first as the lower, so that four rows with one prediction have an AUC of 1 or of 0 by their order.
+It also keeps the last rows of a window only, and gathers those of all ranks on every one.
 """
 
 from collections.abc import Callable
@@ -15,19 +19,19 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from torch import Tensor
 
-from torchrec_hilomoe.training.metrics.pairs import count_pairs, Pairs
-from torchrec_hilomoe.training.metrics.runs import Columns, Key, SortedRuns
+from torchrec_hilomoe.training.metrics.definitions import count_pairs, Pairs
+from torchrec_hilomoe.training.metrics.sorted_runs import Key, PredictionColumns, SortedRuns
 
-__all__ = ["Counted", "count_over_ranks"]
+__all__ = ["PairCounts", "count_over_ranks"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counted:
+class PairCounts:
     """What is known of all groups.
 
     Attributes:
-        total: ``reduce`` of the groups that lay in one range, added up.
-        rest: The others, each complete.
+        total: Sum of ``reduce`` over the groups that lay in one range.
+        rest: Pairs of the other groups, each complete.
     """
 
     total: NDArray[np.float64]
@@ -36,7 +40,7 @@ class Counted:
 
 def count_over_ranks(
     sorted_runs: SortedRuns, capacity: int, reduce: Callable[[Pairs], NDArray[np.float64]]
-) -> Counted:
+) -> PairCounts:
     """Count the pairs inside each group; a collective call, with the same result on each rank.
 
     Args:
@@ -52,7 +56,7 @@ def count_over_ranks(
     total = reduce(Pairs.concatenated([]))
     for first in range(0, len(borders) + 1, size):
         parcels = [
-            Columns.concatenated(
+            PredictionColumns.concatenated(
                 [
                     run.between(cut[at], cut[at + 1])
                     for run, cut in zip(runs, cuts, strict=True)
@@ -68,13 +72,13 @@ def count_over_ranks(
     everybody: list[tuple[NDArray[np.float64], list[tuple[int, Pairs]]]] = [(total, ends)] * size
     dist.all_gather_object(everybody, (total, ends))
     in_order = sorted((item for _, part in everybody for item in part), key=lambda item: item[0])
-    return Counted(
+    return PairCounts(
         total=np.sum([part for part, _ in everybody], axis=0),
         rest=Pairs.concatenated([pairs for _, pairs in in_order]).joined(),
     )
 
 
-def _borders(runs: list[Columns], capacity: int) -> list[Key]:
+def _borders(runs: list[PredictionColumns], capacity: int) -> list[Key]:
     """Keys between which there are at most about ``capacity`` rows of all ranks, if distinct."""
     if dist.get_world_size() == 1 and sum(map(len, runs)) <= capacity // 2:
         return []
@@ -90,7 +94,7 @@ def _borders(runs: list[Columns], capacity: int) -> list[Key]:
     return sorted(set(picked))
 
 
-def _exchange(parcels: list[Columns]) -> Columns:
+def _exchange(parcels: list[PredictionColumns]) -> PredictionColumns:
     """Send each rank its parcel; return what this one was sent."""
     if len(parcels) == 1:
         return parcels[0]
@@ -100,14 +104,14 @@ def _exchange(parcels: list[Columns]) -> Columns:
     dist.all_to_all_single(coming, sizes)
     received = torch.empty(int(coming.sum()), 3, dtype=torch.int64)
     dist.all_to_all_single(received, torch.cat(packed), coming.tolist(), sizes.tolist())
-    return Columns(
+    return PredictionColumns(
         groups=received[:, 0].contiguous().numpy(),
         scores=_floats(received[:, 1]).astype(np.float32),
         signed=_floats(received[:, 2]),
     )
 
 
-def _packed(columns: Columns) -> Tensor:
+def _packed(columns: PredictionColumns) -> Tensor:
     words = [columns.groups]
     words += [part.astype(np.float64).view(np.int64) for part in (columns.scores, columns.signed)]
     return torch.from_numpy(np.stack(words, axis=1))

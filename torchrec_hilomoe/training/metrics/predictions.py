@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import distributed as dist
 from torch import Tensor
 
-from torchrec_hilomoe.training.metrics.definitions import Metrics, Sums
+from torchrec_hilomoe.training.metrics.definitions import Metrics, Pairs, Sums
 from torchrec_hilomoe.training.metrics.over_ranks import count_over_ranks
-from torchrec_hilomoe.training.metrics.pairs import Pairs
-from torchrec_hilomoe.training.metrics.runs import Columns, SortedRuns
+from torchrec_hilomoe.training.metrics.sorted_runs import PredictionColumns, SortedRuns
 
 __all__ = ["CAPACITY", "Predictions", "SlicedPredictions", "TooManySlicesError", "pack_rows"]
 
@@ -32,7 +31,7 @@ class TooManySlicesError(ValueError):
 
 
 def pack_rows(logits: Tensor, labels: Tensor, groups: Tensor, weights: Tensor) -> Tensor:
-    """Return a batch as :meth:`Predictions.restore` takes it: ``(N, 2)`` int64, where it is."""
+    """Return a batch as :meth:`Predictions.add_packed` takes it: ``(N, 2)`` int64, where it is."""
     signed = torch.where(labels > 0.5, weights, -weights)
     numbers = torch.stack([logits.float(), signed.float()], dim=1).view(torch.int64)
     return torch.cat([groups.long()[:, None], numbers], dim=1)
@@ -57,12 +56,12 @@ class _Collected:
         self._waiting_rows += len(rows)
         return self._waiting_rows > WAITING
 
-    def take(self) -> Columns:
+    def take(self) -> PredictionColumns:
         """Remove them."""
         rows = self.rows()
         self.clear()
         numbers = rows[:, 1:].contiguous().view(torch.float32).numpy()
-        return Columns(
+        return PredictionColumns(
             groups=rows[:, 0].contiguous().numpy(),
             scores=numbers[:, 0].copy(),
             signed=numbers[:, 1].astype(np.float64),
@@ -111,14 +110,14 @@ class Predictions:
         self._by_group.clear()
 
     def rows(self) -> Tensor:
-        """Return this rank's rows, as :meth:`restore` takes them."""
+        """Return this rank's rows, as :meth:`add_packed` takes them."""
         if self._by_group.rows == 0:
             return self._collected.rows()
         self._digest()
-        return _packed(Columns.concatenated(self._by_group.runs()))
+        return _packed(PredictionColumns.concatenated(self._by_group.runs()))
 
-    def restore(self, rows: Tensor) -> None:
-        """Take rows that were collected before, on this rank or another."""
+    def add_packed(self, rows: Tensor) -> None:
+        """Keep rows that were collected before, on this rank or another."""
         self._collected.put(rows)
 
     def metrics(self) -> Metrics:
@@ -135,7 +134,9 @@ class Predictions:
         here = Sums.of(columns.scores, columns.signed > 0, np.abs(columns.signed))
         self._sums = _added(self._sums, here)
         one_group = np.zeros(len(columns), dtype=np.int64)
-        self._by_score.add(Columns(groups=one_group, scores=columns.scores, signed=columns.signed))
+        self._by_score.add(
+            PredictionColumns(groups=one_group, scores=columns.scores, signed=columns.signed)
+        )
         self._by_group.add(columns)
 
 
@@ -214,7 +215,7 @@ class SlicedPredictions:
             )
 
 
-def _packed(columns: Columns) -> Tensor:
+def _packed(columns: PredictionColumns) -> Tensor:
     """Rows as :class:`_Collected` holds them."""
     numbers = np.stack([columns.scores, columns.signed.astype(np.float32)], axis=1)
     words = [columns.groups[:, None], np.ascontiguousarray(numbers).view(np.int64)]

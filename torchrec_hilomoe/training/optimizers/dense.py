@@ -1,7 +1,8 @@
 """Optimizers of what is no table, by name, with a state that exists from the start.
 
 Adam and AdamW are one family: they keep the same moments and differ in how weights decay, so that
-a stage may change from one to the other without starting afresh.
+a stage may change from one to the other without starting afresh. Expert layers learn one by one,
+though a site keeps them in one parameter.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 
-from torchrec_hilomoe.training.stages import OptimizerName
+from torchrec_hilomoe.training.stages import OptimizerName, Stage
 
-__all__ = ["DenseOptimizer", "family_of"]
+__all__ = ["DenseOptimizer", "ExpertLayers", "family_of"]
 
 FAMILIES: Mapping[OptimizerName, str] = {
     "adam": "adam",
@@ -34,7 +35,7 @@ class DenseOptimizer:
     """One family of optimizers on some parameters.
 
     Attributes:
-        keyed: By name, as TorchRec and checkpoints want it.
+        keyed: Optimizer with its parameters by name, as TorchRec and checkpoints want it.
     """
 
     keyed: KeyedOptimizer
@@ -102,3 +103,73 @@ def _optimizer(tensors: list, family: str, rate: float, momentum: float) -> torc
     assert family == "adagrad"
     on_cpu = tensors[0].device.type == "cpu"  # elsewhere PyTorch has no fused Adagrad
     return torch.optim.Adagrad(groups, lr=rate, fused=on_cpu or None)
+
+
+# One slice a layer, as design names them; the query projection belongs to all layers.
+STACKED = ("expert_in", "expert_out", "expert_keys")
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One optimizer's share of an expert parameter: a layer of it, or all of it."""
+
+    key: str
+    parameter: nn.Parameter
+    layer: int | None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.layer is None else tensor[self.layer - 1]
+
+
+class ExpertLayers:
+    """Views of the experts' parameters, one a layer, so that each layer learns on its own.
+
+    A site stacks its layers in one parameter, which is fast. An optimizer, though, keeps one
+    state a parameter: a layer that joins late would inherit the step count of the first, and a
+    frozen one would drift on its momentum. Each view here is a parameter of its own to the
+    optimizer, shares its memory with the stack, and is given a gradient only while it learns.
+
+    Args:
+        parameters: The experts' parameters by name, as
+            :func:`torchrec_hilomoe.hilomoe.inject.expert_parameters` finds them.
+
+    Attributes:
+        views: Parameters that the optimizer is built on: ``NAME.LAYER`` (from 1) to a view, and
+            parameters without layers under their own name.
+        learning: Layers that learn now, counted from 1.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.learning: frozenset[int] = frozenset()
+        self._slices = [piece for item in parameters.items() for piece in _slices(*item)]
+        self.views: dict[str, Tensor] = {
+            piece.key: piece.of(piece.parameter.detach()).requires_grad_() for piece in self._slices
+        }
+
+    def learn(self, stage: Stage) -> None:
+        """Let the layers of a stage learn."""
+        layers = {piece.layer for piece in self._slices if piece.layer is not None}
+        active = len(layers) if stage.active_layers is None else stage.active_layers
+        chosen = range(1, active + 1) if stage.learning_layers is None else stage.learning_layers
+        self.learning = frozenset(chosen)
+
+    def give_gradients(self) -> None:
+        """Hand each learning layer its slice of the gradient; before the step."""
+        for piece in self._slices:
+            learns = bool(self.learning) if piece.layer is None else piece.layer in self.learning
+            gradient = piece.parameter.grad
+            given = piece.of(gradient) if learns and gradient is not None else None
+            self.views[piece.key].grad = given
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients; after the step."""
+        for piece in self._slices:
+            piece.parameter.grad = None
+            self.views[piece.key].grad = None
+
+
+def _slices(name: str, parameter: nn.Parameter) -> list[_Slice]:
+    if name.rpartition(".")[2] not in STACKED:
+        return [_Slice(name, parameter, None)]
+    layers = range(1, parameter.shape[0] + 1)
+    return [_Slice(f"{name}.{layer}", parameter, layer) for layer in layers]

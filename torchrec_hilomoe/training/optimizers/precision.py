@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torchrec_hilomoe.embeddings.features import SequenceFeatures
-from torchrec_hilomoe.hilomoe.sites import set_auxiliary_loss_scale
+from torchrec_hilomoe.hilomoe.inject import set_auxiliary_loss_scale
 from torchrec_hilomoe.models.train_task import TrainTask
 
 __all__ = ["DTYPES", "LossScale", "Precision", "use_precision"]
@@ -34,17 +34,14 @@ class LossScale:
 
     Args:
         device: Where gradients are.
-        accumulate: Micro-batches whose losses add up to a step's.
-
-    Attributes:
-        tensors: What a checkpoint keeps: the scale, and the steps since it last changed.
+        gradient_accumulation_steps: Micro-batches whose losses add up to a step's.
     """
 
-    def __init__(self, device: torch.device, accumulate: int = 1) -> None:
+    def __init__(self, device: torch.device, gradient_accumulation_steps: int = 1) -> None:
         self._scaler = torch.amp.GradScaler(device.type)
         self._scaler.scale(torch.zeros((), device=device))  # it makes its tensors when first asked
-        self._accumulate = accumulate
-        self.tensors = {
+        self._gradient_accumulation_steps = gradient_accumulation_steps
+        self._tensors = {
             "scale": torch.tensor(self._scaler.get_scale(), dtype=torch.float64),
             "since": torch.zeros((), dtype=torch.int64),
         }
@@ -67,23 +64,29 @@ class LossScale:
         self._scaler.step(optimizer)
         self._scaler.update()
         state = self._scaler.state_dict()
-        self.tensors["scale"].fill_(state["scale"])
-        self.tensors["since"].fill_(state["_growth_tracker"])
+        self._tensors["scale"].fill_(state["scale"])
+        self._tensors["since"].fill_(state["_growth_tracker"])
         self._apply()
 
-    def restored(self) -> None:
-        """Take over what a checkpoint has filled :attr:`tensors` with."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the scale, and the steps since it last changed; views, not copies."""
+        return dict(self._tensors)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        for name, tensor in self._tensors.items():
+            tensor.copy_(state_dict[name])
         state: dict[str, Any] = self._scaler.state_dict()
-        state["scale"] = self.tensors["scale"].item()
-        state["_growth_tracker"] = int(self.tensors["since"].item())
+        state["scale"] = self._tensors["scale"].item()
+        state["_growth_tracker"] = int(self._tensors["since"].item())
         self._scaler.load_state_dict(state)
         self._apply()
 
     def _apply(self) -> None:
         if self._task is not None:
-            scale = self.tensors["scale"].item()
+            scale = self._tensors["scale"].item()
             self._task.loss_scale = scale
-            set_auxiliary_loss_scale(self._task, scale / self._accumulate)
+            set_auxiliary_loss_scale(self._task, scale / self._gradient_accumulation_steps)
 
 
 def use_precision(task: TrainTask, precision: Precision, device: torch.device) -> None:

@@ -1,14 +1,27 @@
 """What a run's folder holds, read."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
+from torchrec_hilomoe.runtime.documents import (
+    DocumentError,
+    misfit_of_parts,
+    parse_yaml,
+    read_text,
+)
+from torchrec_hilomoe.training.log.reading import (
+    METRICS_FILE,
+    read_metrics,
+    read_probe,
+    read_routing,
+    read_summary,
+)
 
 __all__ = ["Band", "RunFiles", "read_run"]
+
+CONFIG_FILE = "config.yaml"
 
 Row = Mapping[str, Any]
 
@@ -27,19 +40,23 @@ class RunFiles:
     """A run.
 
     Attributes:
-        folder: Where it lies.
+        folder: Folder of the run.
         metrics: Lines of metrics, in order.
         routing: Lines of routing, in order.
-        summary: Its end; empty while it runs.
-        config: Its configuration, as YAML.
-        plan: Where its tables are, as text.
+        summary: Summary of a finished run; empty while it trains.
+        probe: Report of what was found to route its experts; empty where nothing was asked.
+        config: Configuration, as YAML.
+        options: The same as a mapping; empty if there is none.
+        plan: Sharding plan, as text.
     """
 
     folder: Path
     metrics: Sequence[Row]
     routing: Sequence[Row]
     summary: Row
+    probe: Row
     config: str
+    options: Row
     plan: str
 
     def of(self, split: str, name: str) -> tuple[list[int], list[float]]:
@@ -68,28 +85,37 @@ def read_run(folder: Path) -> RunFiles:
     """Read a run.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or one of its files is damaged.
     """
-    if not (folder / METRICS_FILE).is_file():
+    if not (folder / METRICS_FILE).exists():
         raise ValueError(
             f"there is no run in {folder}: {METRICS_FILE} is missing. Give the --out_dir of a run "
             "that has trained for at least train.log_every steps."
         )
-    summary = _text(folder / "summary.json")
+    config = _text(folder / CONFIG_FILE)
     return RunFiles(
         folder=folder,
-        metrics=_lines(folder / METRICS_FILE),
-        routing=_lines(folder / ROUTING_FILE),
-        summary=json.loads(summary) if summary else {},
-        config=_text(folder / "config.yaml"),
+        metrics=read_metrics(folder),
+        routing=read_routing(folder),
+        summary=read_summary(folder),
+        probe=read_probe(folder),
+        config=config,
+        options=_options(config, folder / CONFIG_FILE),
         plan=_text(folder / "plan.txt"),
     )
 
 
 def _text(file: Path) -> str:
-    return file.read_text() if file.is_file() else ""
+    return read_text(file) if file.exists() else ""
 
 
-def _lines(file: Path) -> list[Row]:
-    """Whole lines: a run that is still writing may have begun another."""
-    return [json.loads(line) for line in _text(file).splitlines(keepends=True) if line[-1] == "\n"]
+def _options(config: str, file: Path) -> Row:
+    if not file.exists():
+        return {}
+    try:
+        found = parse_yaml(config, file)
+        if problem := misfit_of_parts(found, {"model": Mapping, "data": Mapping}):
+            raise DocumentError(f"{file} is damaged: {problem}")
+    except DocumentError as error:
+        raise DocumentError(f"{error}. Copy the one of a checkpoint of this run.") from error
+    return found

@@ -1,7 +1,7 @@
-"""A rank's batch, cut into micro-batches whose losses add up to the batch's own.
+"""A rank's batch, split into micro-batches whose losses add up to the batch's own.
 
 Shape legend:
-    B  rows     P  rows of a piece
+    B  rows     P  rows of a micro-batch
     G  sequence groups
     T  events of one of them, all rows together
 """
@@ -16,34 +16,28 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import SequenceGroup
 
-__all__ = ["cut", "cut_all"]
+__all__ = ["split_microbatches"]
 
 
-def cut_all(
-    batches: Iterator[CTRBatch], pieces: int, sequences: Sequence[SequenceGroup]
+def split_microbatches(
+    batch: CTRBatch, count: int, sequences: Sequence[SequenceGroup]
 ) -> Iterator[CTRBatch]:
-    """Cut every batch; arguments as in :func:`cut`."""
-    for batch in batches:
-        yield from cut(batch, pieces, sequences)
+    """Yield contiguous micro-batches of a batch's rows.
 
-
-def cut(batch: CTRBatch, pieces: int, sequences: Sequence[SequenceGroup]) -> Iterator[CTRBatch]:
-    """Yield contiguous pieces of a batch's rows.
-
-    Each keeps the batch's ``mean_rows``, by which its loss is divided, so that the pieces' losses
-    and gradients add up to the batch's. An auxiliary loss is the mean over the pieces' own, each
-    over its rows of all ranks: for z the batch's, where pieces are equally large, and for balance
-    a stricter one, because each piece is to be balanced. A piece may be without a row: every rank
-    runs as many micro-batches.
+    Each keeps the batch's ``loss_denominator``, by which its loss is divided, so that the losses
+    and gradients of the micro-batches add up to the batch's. An auxiliary loss is the mean over the
+    micro-batches' own, each over its rows of all ranks: for z the batch's, where they are equally
+    large, and for balance a stricter one, because each is to be balanced. A micro-batch may be
+    without a row: every rank runs as many micro-batches.
 
     Args:
         batch: On the host.
-        pieces: How many.
+        count: Number of micro-batches.
         sequences: Those of the batch's schema.
     """
     rows = len(batch.labels)
-    for piece in range(pieces):
-        yield _rows(batch, piece * rows // pieces, (piece + 1) * rows // pieces, sequences)
+    for index in range(count):
+        yield _rows(batch, index * rows // count, (index + 1) * rows // count, sequences)
 
 
 def _rows(batch: CTRBatch, start: int, stop: int, sequences: Sequence[SequenceGroup]) -> CTRBatch:
@@ -60,8 +54,8 @@ def _rows(batch: CTRBatch, start: int, stop: int, sequences: Sequence[SequenceGr
         dense=batch.dense[start:stop],
         labels=batch.labels[start:stop],
         weights=batch.weights[start:stop],
-        groups=batch.groups[start:stop],
-        steps=int(longest_P.sum()),
+        grouping_keys=batch.grouping_keys[start:stop],
+        num_tokens=int(longest_P.sum()),
         time=None if batch.time is None else batch.time[start:stop],
         times=tuple(
             _events(times_T, lengths_B, start, stop)

@@ -1,11 +1,12 @@
 """TorchRec's pipelines, driven as plain iterators."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import get_args, Literal
 
 import torch
+from torch import distributed as dist
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import (
@@ -22,11 +23,53 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import SequenceGroup
-from torchrec_hilomoe.models.train_task import TaskOutput
-from torchrec_hilomoe.training.pipelines.buckets import settle_buckets
-from torchrec_hilomoe.training.pipelines.microbatches import cut_all
+from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
+from torchrec_hilomoe.training.metrics import Metrics, Predictions
+from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
+from torchrec_hilomoe.training.pipelines.microbatches import split_microbatches
 
-__all__ = ["Pipeline", "PipelineKind", "PipelineOptions", "predict"]
+__all__ = ["Pipeline", "PipelineKind", "PipelineOptions", "evaluate", "predict", "warm_up_buckets"]
+
+# Of two numbers there is one sum, whichever comes first.
+ORDER_MATTERS_ABOVE = 2
+
+# With a static graph DDP only counts in the first pass, and notes the order in the second.
+PASSES = 2
+
+
+def warm_up_buckets(model: DistributedModelParallel, batch: CTRBatch) -> None:
+    """Make the first backward passes for nothing; a collective call.
+
+    DDP gathers gradients in buckets, and after its first passes gathers them anew, in the order in
+    which they came. The order in which ranks are added up depends on where in its bucket an
+    element lies, so the first steps after wrapping round differently from the same steps in the
+    middle of a stage. Here those passes leave no trace: no table learns from them, and random
+    state and running statistics are put back.
+
+    Args:
+        model: Wrapped for its stage, not yet pipelined.
+        batch: Any; it is not consumed.
+    """
+    task = model.module
+    assert isinstance(task, TrainTask)
+    tables = set(task.model.sparse.tables)
+    learning = [p for p in task.parameters() if p.requires_grad and p not in tables]
+    if dist.get_world_size() <= ORDER_MATTERS_ABOVE or not learning:
+        return
+    on_gpu = [model.device] if model.device.type == "cuda" else []
+    statistics = [(buffer, buffer.clone()) for buffer in task.model.backbone.buffers()]
+    frozen, task.model.sparse.frozen = task.model.sparse.frozen, True
+    with torch.random.fork_rng(devices=on_gpu):
+        for _ in range(PASSES):
+            loss, _ = model(batch.to(model.device))
+            loss.backward()
+    task.model.sparse.frozen = frozen
+    with torch.no_grad():
+        for buffer, before in statistics:
+            buffer.copy_(before)
+    for parameter in learning:
+        parameter.grad = None
+
 
 PipelineKind = Literal["base", "sparse_dist", "prefetch", "semi_sync"]
 
@@ -42,20 +85,20 @@ class PipelineOptions:
     """How steps are driven.
 
     Attributes:
-        kind: How they overlap.
-        debug: Whether they do not: one after the other, without a pipeline.
-        accumulate: Micro-batches of a step.
-        sequences: As :func:`torchrec_hilomoe.training.pipelines.microbatches.cut` wants them.
+        kind: Name of the way in which steps overlap.
+        debug: Whether steps run one after the other, without a pipeline.
+        gradient_accumulation_steps: Number of micro-batches of a step.
+        sequences: Sequence groups of the schema, by which micro-batches are split.
     """
 
     kind: PipelineKind = "sparse_dist"
     debug: bool = False
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     sequences: tuple[SequenceGroup, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.kind in get_args(PipelineKind)
-        assert self.accumulate >= 1
+        assert self.gradient_accumulation_steps >= 1
 
 
 class Pipeline:
@@ -78,18 +121,20 @@ class Pipeline:
         self._options = options = options or PipelineOptions()
         self._pipeline = _pipeline(model, optimizer, device, options)
         self._driven = self._pipeline
-        if options.accumulate > 1:
-            config = GradientAccumulationConfig(is_enabled=True, num_steps=options.accumulate)
+        if options.gradient_accumulation_steps > 1:
+            config = GradientAccumulationConfig(
+                is_enabled=True, num_steps=options.gradient_accumulation_steps
+            )
             wrapper = GradientAccumulationWrapper(self._pipeline, optimizer, model, config)
             # Its first step would average gradients early, for DDP's static graph, which is off
             # here. A run that is resumed would then differ from one that was not by a rounding.
-            wrapper.set_step(options.accumulate)
+            wrapper.set_step(options.gradient_accumulation_steps)
             self._driven = wrapper
         self._model = model
         self._settled = False
         self._detached = False
         self._source: Iterator[CTRBatch] | None = None
-        self._pieces: Iterator[CTRBatch] = iter(())
+        self._microbatches: Iterator[CTRBatch] = iter(())
 
     def step(self, batches: Iterator[CTRBatch]) -> TaskOutput:
         """Train one step; reads ahead, but trains every batch that it has read.
@@ -104,9 +149,11 @@ class Pipeline:
             # would distribute one of them again, and the ranks' exchanges would not match.
             self._pipeline.attach(sparse_dist=False)
         self._detached = False
-        if batches is not self._source:
-            self._take(batches)
-        outputs = [self._driven.progress(self._pieces) for _ in range(self._options.accumulate)]
+        self.take(batches)
+        outputs = [
+            self._driven.progress(self._microbatches)
+            for _ in range(self._options.gradient_accumulation_steps)
+        ]
         return _joined(outputs)
 
     def detach(self) -> None:
@@ -115,15 +162,24 @@ class Pipeline:
             self._pipeline.detach()
         self._detached = True
 
-    def _take(self, batches: Iterator[CTRBatch]) -> None:
+    def take(self, batches: Iterator[CTRBatch]) -> None:
+        """Prepare to train ``batches``; :meth:`step` does, where it was not done before.
+
+        The first ones make passes for nothing, which whoever listens to steps must not hear.
+        """
+        if batches is self._source:
+            return
         options = self._options
-        self._source = self._pieces = batches
-        if options.accumulate > 1:
-            self._pieces = cut_all(batches, options.accumulate, options.sequences)
+        self._source = self._microbatches = batches
+        if options.gradient_accumulation_steps > 1:
+            self._microbatches = chain.from_iterable(
+                split_microbatches(batch, options.gradient_accumulation_steps, options.sequences)
+                for batch in batches
+            )
         if not self._settled:
-            first = next(self._pieces)
-            settle_buckets(self._model, first)
-            self._pieces = chain([first], self._pieces)
+            first = next(self._microbatches)
+            warm_up_buckets(self._model, first)
+            self._microbatches = chain([first], self._microbatches)
             self._settled = True
         if isinstance(self._pipeline, TrainPipelineBase):
             self._pipeline.reset()  # it would remember that the iterator before has ended
@@ -200,3 +256,21 @@ def _joined(outputs: Sequence[TaskOutput]) -> TaskOutput:
         if isinstance(getattr(last, field.name), Tensor) and field.name != "loss"
     }
     return replace(last, loss=torch.stack([output.loss for output in outputs]).sum(), **joined)
+
+
+def evaluate(
+    model: DistributedModelParallel,
+    optimizers: OptimizersContainer,
+    batches: Iterable[CTRBatch],
+    each: Callable[[TaskOutput], None] = lambda _: None,
+) -> Metrics:
+    """Return the metrics of ``batches``, over all ranks; a collective call.
+
+    The model, detached from a training pipeline, is left in evaluation mode; ``each`` is called
+    with the output of every batch, in their order.
+    """
+    predictions = Predictions()
+    for output in predict(model, optimizers.combined, iter(batches)):
+        predictions.add(output.logits, output.labels, output.grouping_keys, output.weights)
+        each(output)
+    return predictions.metrics()

@@ -3,15 +3,19 @@
 Every call of TorchRec's planner is in this file and its neighbours.
 """
 
+import copy
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import get_default_sharders
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.partitioners import GreedyPerfPartitioner
 from torchrec.distributed.planner.proposers import (
     GreedyProposer,
     GridSearchProposer,
@@ -19,26 +23,163 @@ from torchrec.distributed.planner.proposers import (
 )
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
+    Enumerator,
+    HardwareConfig,
+    KernelConfig,
+    Partitioner,
     PlannerError,
     ShardingOption,
     Stats,
     Storage,
     Topology,
+    TopologyFactory,
+    TrainerConfig,
 )
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    ModuleSharder,
+    ShardingPlan,
+    ShardingType,
+)
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from torchrec_hilomoe.config.sharding import ShardingConfig, TableSharding
-from torchrec_hilomoe.training.sharding.capabilities import CAPABILITIES
-from torchrec_hilomoe.training.sharding.failure import NoPlanError, TableNeed, why_not
-from torchrec_hilomoe.training.sharding.pinning import Pinning
-from torchrec_hilomoe.training.sharding.report import PlanReport, TablePlan
-from torchrec_hilomoe.training.sharding.topology import topology_of
-from torchrec_hilomoe.training.sharding.ways import OrderedEnumerator
-from torchrec_hilomoe.training.sharding.wishes import check_tables, Machine, Table
+from torchrec_hilomoe.config.sharding import parse_bytes, ShardingConfig, TableSharding
+from torchrec_hilomoe.training.sharding.capabilities import (
+    CAPABILITIES,
+    check_tables,
+    Machine,
+    Table,
+)
+from torchrec_hilomoe.training.sharding.plan_report import PlanReport, TablePlan
+from torchrec_hilomoe.training.sharding.shortage import NoPlanError, shortage_of
 
-__all__ = ["Found", "Machine", "Planned", "find_plan", "make_plan", "tables_by_module"]
+__all__ = [
+    "DeterministicEnumerator",
+    "PinnedPartitioner",
+    "PlannerResult",
+    "make_plan",
+    "tables_by_module",
+    "topology_of",
+]
+
+
+class DeterministicEnumerator(Enumerator):
+    """TorchRec's enumerator, in a fixed order.
+
+    TorchRec's own goes through sets of names, so that among options it holds equally fast the
+    choice falls by the process's hash seed: a plan made elsewhere, or anew, would be another one.
+
+    Args:
+        found: TorchRec's own.
+    """
+
+    def __init__(self, found: EmbeddingEnumerator) -> None:
+        self._found = found
+
+    def enumerate(
+        self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]
+    ) -> list[ShardingOption]:
+        """Return the options of each table; tables in the order of the model, options by name."""
+        sharding_options = self._found.enumerate(module, sharders)
+        tables = {option.fqn: None for option in sharding_options}
+        place = {table: index for index, table in enumerate(tables)}
+        # The last ones first: simple types have the later names, and of equals the first is taken.
+        return sorted(
+            sorted(
+                sharding_options,
+                key=lambda option: (option.sharding_type, option.compute_kernel),
+                reverse=True,
+            ),
+            key=lambda option: place[option.fqn],
+        )
+
+    def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
+        """Let TorchRec estimate storage and time."""
+        self._found.populate_estimates(sharding_options)
+
+
+class PinnedPartitioner(Partitioner):
+    """TorchRec's greedy partitioner, after the tables whose ranks are given.
+
+    Args:
+        pinned: Ranks of a table's shards, in order.
+    """
+
+    def __init__(self, pinned: Mapping[str, tuple[int, ...]]) -> None:
+        self._pinned = pinned
+        self._greedy = GreedyPerfPartitioner()
+
+    def partition(
+        self, proposal: list[ShardingOption], storage_constraint: Topology
+    ) -> list[ShardingOption]:
+        """Place every shard.
+
+        Raises:
+            PlannerError: If one does not fit.
+        """
+        if not self._pinned:
+            return self._greedy.partition(proposal, storage_constraint)
+        left = copy.deepcopy(storage_constraint)
+        for option in proposal:
+            for shard, rank in zip(option.shards, self._pinned.get(option.name, ()), strict=False):
+                device = left.devices[rank]
+                assert shard.storage is not None
+                assert shard.perf is not None
+                if not shard.storage.fits_in(device.storage):
+                    raise PlannerError(f"{option.name} does not fit on rank {rank}")
+                shard.rank = rank
+                device.storage -= shard.storage
+                device.perf += shard.perf
+        free = [option for option in proposal if option.name not in self._pinned]
+        placed = {option.name: option for option in self._greedy.partition(free, left)}
+        return [placed.get(option.name, option) for option in proposal]
+
+
+GIGABYTE = 2**30
+PER_MILLISECOND = 1e-3
+
+
+def topology_of(machine: Machine, options: ShardingConfig) -> Topology:
+    """Describe the machine, less what is reserved; TorchRec reserves of a GPU's memory only."""
+    given: dict[str, Any] = {
+        name: value * GIGABYTE * PER_MILLISECOND
+        for name, value in (
+            ("hbm_mem_bw", options.hbm_bandwidth),
+            ("ddr_mem_bw", options.ddr_bandwidth),
+            ("intra_host_bw", options.intra_host_bandwidth),
+            ("inter_host_bw", options.inter_host_bandwidth),
+        )
+        if value is not None
+    }
+    left = 1.0 - options.reserve
+    hbm = _hbm(options) if machine.device == "cuda" else 0
+    return TopologyFactory.create_topology(
+        trainer_config=TrainerConfig(
+            world_size=machine.world_size,
+            local_world_size=machine.local_world_size,
+            hbm_cap_bytes=int(hbm * left),
+            ddr_cap_bytes=int(_ddr(options, machine) * left),
+        ),
+        hardware_config=HardwareConfig(**given),
+        kernel_config=KernelConfig(
+            compute_device=machine.device, use_hardware_based_bandwidth=bool(given)
+        ),
+    )
+
+
+def _hbm(options: ShardingConfig) -> int:
+    if options.hbm is not None:
+        return parse_bytes(options.hbm, "sharding.hbm")
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+
+def _ddr(options: ShardingConfig, machine: Machine) -> int:
+    if options.ddr is not None:
+        return parse_bytes(options.ddr, "sharding.ddr")
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return host // machine.local_world_size
+
 
 # A table is only worth splitting by columns if each half still fills a few cache lines.
 NARROWEST_SPLIT = 64
@@ -51,27 +192,21 @@ SEARCHED = 200_000
 MOST_PLANS = 10_000  # TorchRec's own limit
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A plan, and what it looks like."""
-
-    plan: ShardingPlan
-    report: PlanReport
-
-
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class PlannerResult:
     """A plan, with all that TorchRec knows of it.
 
     Attributes:
-        planned: The plan.
-        chosen: How each table is cut, shard by shard, with TorchRec's estimates.
-        topology: The machine as TorchRec was told of it, less what is reserved.
-        constraints: Of each table.
+        plan: Sharding plan of every collection.
+        report: Report of the plan, for people.
+        best_plan: Sharding option of each table, with TorchRec's estimates for each shard.
+        topology: Machine as TorchRec was told of it, less what is reserved.
+        constraints: Constraints of each table.
     """
 
-    planned: Planned
-    chosen: list[ShardingOption]
+    plan: ShardingPlan
+    report: PlanReport
+    best_plan: list[ShardingOption]
     topology: Topology
     constraints: Mapping[str, ParameterConstraints]
 
@@ -83,11 +218,13 @@ class Found:
                 sharding_types=[it.sharding_type],
                 compute_kernels=[it.compute_kernel],
             )
-            for it in self.chosen
+            for it in self.best_plan
         }
         enumerator = EmbeddingEnumerator(self.topology, batch_size=batch_size, constraints=only)
-        ways = {way.name: way for way in enumerator.enumerate(module, get_default_sharders())}
-        return [ways[it.name] for it in self.chosen]
+        sharding_options = {
+            option.name: option for option in enumerator.enumerate(module, get_default_sharders())
+        }
+        return [sharding_options[it.name] for it in self.best_plan]
 
 
 def make_plan(
@@ -97,19 +234,7 @@ def make_plan(
     *,
     batch_size: int,
     lengths: Mapping[str, float] | None = None,
-) -> Planned:
-    """Plan all collections of a model together: :func:`find_plan`, and only the plan of it."""
-    return find_plan(module, machine, options, batch_size=batch_size, lengths=lengths).planned
-
-
-def find_plan(
-    module: nn.Module,
-    machine: Machine,
-    options: ShardingConfig,
-    *,
-    batch_size: int,
-    lengths: Mapping[str, float] | None = None,
-) -> Found:
+) -> PlannerResult:
     """Plan all collections of a model together; needs no process group and no such machine.
 
     Args:
@@ -131,7 +256,7 @@ def find_plan(
     }
     topology = topology_of(machine, options)
     recorder = _Recorder()
-    enumerator = OrderedEnumerator(
+    enumerator = DeterministicEnumerator(
         EmbeddingEnumerator(topology, batch_size=batch_size, constraints=constraints)
     )
     pinned = {name: o.ranks for name, o in options.tables.items() if o.ranks is not None}
@@ -147,17 +272,15 @@ def find_plan(
             GreedyProposer(use_depth=False),
             UniformProposer(),
         ],
-        partitioner=Pinning(pinned),
+        partitioner=PinnedPartitioner(pinned),
         stats=recorder,
     )
     sharders = get_default_sharders()
     try:
         plan = planner.plan(module, sharders)
     except PlannerError as error:
-        ways = enumerator.enumerate(module, sharders)
-        capacity = _bytes(topology.devices[0].storage)
-        text = why_not(_needs(ways, tables), capacity, machine.world_size, options)
-        raise NoPlanError(text, ways=ways, topology=topology) from error
+        shortage = shortage_of(enumerator.enumerate(module, sharders), topology)
+        raise NoPlanError(shortage, options) from error
     planned = {table for tables in tables_by_module(plan).values() for table in tables}
     missing = sorted(set(tables) ^ planned)
     if missing:
@@ -165,9 +288,10 @@ def find_plan(
             f"sharding: tables {', '.join(missing)} are in the model or in the plan, not in both, "
             "so that they would not be sharded. Does TorchRec shard the module that they are in?"
         )
-    return Found(
-        planned=Planned(plan, _report(recorder.best, topology, machine)),
-        chosen=recorder.best,
+    return PlannerResult(
+        plan=plan,
+        report=_report(recorder.best, topology, machine),
+        best_plan=recorder.best,
         topology=topology,
         constraints=constraints,
     )
@@ -253,26 +377,6 @@ def _report(best: list[ShardingOption], topology: Topology, machine: Machine) ->
         rank_bytes=tuple(held),
         rank_milliseconds=tuple(busy),
     )
-
-
-def _needs(options: list[ShardingOption], tables: Mapping[str, Table]) -> list[TableNeed]:
-    """What each table needs at the least, in the way of cutting it that needs least of a rank."""
-    needs = []
-    for name, table in tables.items():
-        ways = [option for option in options if option.name == name]
-        largest = {way: max(_bytes(shard.storage) for shard in way.shards) for way in ways}
-        best = min(ways, key=lambda way: largest[way])
-        needs.append(
-            TableNeed(
-                table=name,
-                rows=table.rows,
-                width=table.width,
-                bytes=_bytes(best.total_storage),
-                largest_shard=largest[best],
-                types=tuple(sorted({way.sharding_type for way in ways})),
-            )
-        )
-    return needs
 
 
 def _bytes(storage: Storage | None) -> int:

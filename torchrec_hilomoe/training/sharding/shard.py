@@ -1,6 +1,7 @@
 """A planned model, sharded: tables where the plan says, the rest replicated."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
 
@@ -11,6 +12,7 @@ from torch import nn
 
 # TorchRec's own name for it is deprecated in favour of this one.
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torchrec.distributed.collective_utils import invoke_on_rank_and_broadcast_result
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -25,10 +27,18 @@ from torchrec_hilomoe.config import ShardingConfig, TrainConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.sharding.planner import make_plan, Planned
-from torchrec_hilomoe.training.sharding.wishes import Machine
+from torchrec_hilomoe.training.sharding.capabilities import Machine
+from torchrec_hilomoe.training.sharding.plan_report import PlanReport
+from torchrec_hilomoe.training.sharding.planner import make_plan
 
-__all__ = ["fuse_table_optimizer", "ids_of_a_row", "plan_tables", "shard", "sharders_of"]
+__all__ = [
+    "PlannedTables",
+    "fuse_table_optimizer",
+    "ids_of_a_row",
+    "plan_tables",
+    "shard",
+    "sharders_of",
+]
 
 TABLE_OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = MappingProxyType(
     {
@@ -76,10 +86,27 @@ def ids_of_a_row(schema: Schema) -> dict[str, float]:
     return {name: float(length) for name, length in (lengths | pooled).items() if length > 1}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedTables:
+    """Where every table goes.
+
+    Attributes:
+        plan: Sharding plan of every collection.
+        report: Report of the plan, for people.
+    """
+
+    plan: ShardingPlan
+    report: PlanReport
+
+
 def plan_tables(
     task: TrainTask, batch_size: int, device: torch.device, options: ShardingConfig
-) -> Planned:
+) -> PlannedTables:
     """Plan every collection; a collective call that gives every rank the first one's plan.
+
+    TorchRec's ``collective_plan`` broadcasts only what succeeds: when the first rank finds no plan
+    the others wait for ever. It also broadcasts the plan alone, without the estimates that the
+    report is made of. So its broadcast is used, of the plan with its report or of the error.
 
     Args:
         task: The model, its tables on the ``meta`` device.
@@ -94,18 +121,20 @@ def plan_tables(
     machine = Machine(
         world_size=dist.get_world_size(), local_world_size=get_local_size(), device=device.type
     )
-    found: list[Planned | str | None] = [None]
-    if dist.get_rank() == 0:
+    lengths = ids_of_a_row(task.model.sparse.schema)
+
+    def planned_or_error() -> PlannedTables | str:
         try:
-            lengths = ids_of_a_row(task.model.sparse.schema)
-            found = [make_plan(task, machine, options, batch_size=batch_size, lengths=lengths)]
+            made = make_plan(task, machine, options, batch_size=batch_size, lengths=lengths)
         except ValueError as error:
-            found = [str(error)]
-    dist.broadcast_object_list(found, src=0)
-    (planned,) = found
+            return str(error)
+        return PlannedTables(plan=made.plan, report=made.report)
+
+    group = dist.group.WORLD
+    assert group is not None
+    planned = invoke_on_rank_and_broadcast_result(group, 0, planned_or_error)
     if isinstance(planned, str):
         raise ValueError(planned)
-    assert planned is not None
     return planned
 
 

@@ -4,19 +4,21 @@ A schedule is a list of stages. The trainer reads it; nothing else in the packag
 name, so that users can write their own.
 """
 
-from torchrec_hilomoe.config.rates import Decay, DecayKind
-from torchrec_hilomoe.config.stage import OptimizerName, Plateau, Stage
-from torchrec_hilomoe.training.stages.course import Course, CourseState
-from torchrec_hilomoe.training.stages.schedule import StageSchedule, StageSpan
+from torchrec_hilomoe.config.stage import Decay, OptimizerName, PlateauConfig, Stage
+from torchrec_hilomoe.training.stages.schedule import (
+    StageSchedule,
+    StageSpan,
+    StageTimeline,
+    StageTimelineState,
+)
 
 __all__ = [
-    "Course",
-    "CourseState",
     "Decay",
-    "DecayKind",
     "OptimizerName",
-    "Plateau",
+    "PlateauConfig",
     "Stage",
     "StageSchedule",
     "StageSpan",
+    "StageTimeline",
+    "StageTimelineState",
 ]

@@ -1,13 +1,20 @@
-"""A list of stages, and where each lies in a run."""
+"""A list of stages, where each lies in a run, and what validations change of it.
+
+What a running schedule knows beyond its stages is small and exact, and is saved with every
+checkpoint: a run that is resumed finds the same stages at the same steps.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
-from torchrec_hilomoe.config.stage import Stage
+from torchrec_hilomoe.config.stage import Decay, PlateauConfig, Stage
+from torchrec_hilomoe.training.checkpoint import Best
+from torchrec_hilomoe.training.metrics import Metrics
 
-__all__ = ["StageSchedule", "StageSpan"]
+__all__ = ["MetricTracker", "StageSchedule", "StageSpan", "StageTimeline", "StageTimelineState"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +72,9 @@ class StageSchedule:
         num_layers: int,
         backbone_share: float = 0.2,
         frozen_share: float = 0.06,
-        expert_rate: float = 5.0,
+        expert_lr_scale: float = 5.0,
         warmup_steps: int = 100,
+        probe_steps: int = 0,
     ) -> "StageSchedule":
         """The schedule of design: backbone, then one expert layer after the other, then all.
 
@@ -75,10 +83,16 @@ class StageSchedule:
             backbone_share: Share of the run without experts; 0 starts from a trained model.
             frozen_share: Share of the run for all expert stages together. Frozen steps cost
                 data, so it is small; 0 lets the experts join while everything learns.
-            expert_rate: The experts' factor on the backbone's learning rate.
+            expert_lr_scale: The experts' factor on the backbone's learning rate.
             warmup_steps: Linear warm-up of the first stage and of each expert layer.
+            probe_steps: Steps without experts that a run from a trained model begins with, to find
+                what should route them; 0 needs none.
         """
         stages = []
+        if probe_steps > 0:
+            stages.append(
+                Stage(name="probe", steps=probe_steps, active_layers=0, warmup_steps=warmup_steps)
+            )
         if backbone_share > 0:
             stages.append(
                 Stage(
@@ -96,7 +110,7 @@ class StageSchedule:
                     active_layers=layer,
                     train_backbone=False,
                     train_tables=False,
-                    expert_rate=expert_rate,
+                    expert_lr_scale=expert_lr_scale,
                     warmup_steps=warmup_steps // 10,
                 )
                 for layer in range(1, num_layers + 1)
@@ -104,7 +118,7 @@ class StageSchedule:
         joined_late = bool(stages)
         finetune = Stage(
             name="finetune",
-            expert_rate=expert_rate,
+            expert_lr_scale=expert_lr_scale,
             warmup_steps=0 if joined_late else warmup_steps,
         )
         return cls(stages=(*stages, finetune))
@@ -175,3 +189,205 @@ def _needed(steps_per_epoch: int | None, stage: Stage) -> int:
             "not known here. Give steps_per_epoch, or the length in steps."
         )
     return steps_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTimelineState:
+    """What a timeline has learned from validations.
+
+    Attributes:
+        ended: Stages that a plateau has ended, and at which step.
+        stage: The stage that the two others are about.
+        best: Best value of its metric.
+        waited: Number of validations since that value.
+    """
+
+    ended: Mapping[str, int] = field(default_factory=dict)
+    stage: str | None = None
+    best: float | None = None
+    waited: int = 0
+
+
+class StageTimeline:
+    """Where the stages of a run lie, by what is known so far.
+
+    Args:
+        schedule: The stages.
+        total_steps: Length of the run.
+        steps_per_epoch: Optimizer steps of one pass over the training split.
+        decay: How rates fall over the run, for stages that do not say it themselves.
+        evaluate_every: Steps between two validations.
+
+    Raises:
+        ValueError: If the stages do not fit the run, or one waits for a plateau of a metric that
+            is never computed.
+
+    Attributes:
+        state: State that validations have changed, as :meth:`state_dict` saves it.
+        spans: The stages, placed; a stage that may end early at its longest.
+    """
+
+    def __init__(
+        self,
+        schedule: StageSchedule,
+        *,
+        total_steps: int,
+        steps_per_epoch: int | None = None,
+        decay: Decay | None = None,
+        evaluate_every: int | None = None,
+    ) -> None:
+        for stage in schedule.stages:
+            if stage.plateau is not None and evaluate_every is None:
+                raise ValueError(
+                    f"Stage {stage.name!r} ends with a plateau of {stage.plateau.metric}, but "
+                    "train.evaluate_every is null, so that nothing is validated. Give it the steps "
+                    "between two validations."
+                )
+        self.state = StageTimelineState()
+        self._schedule = schedule
+        self._nominal_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._decay = decay or Decay()
+        self._without_experts = False
+        self._evaluate_every = evaluate_every
+        self.spans = self._place()
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run, unless another plateau shortens it."""
+        return self.spans[-1].stop
+
+    def at(self, step: int) -> StageSpan:
+        """The stage that trains ``step``, counted from 0; after the last step, the last stage."""
+        return next((span for span in self.spans if step < span.stop), self.spans[-1])
+
+    def leave_out_experts(self) -> None:
+        """Give the steps of stages that train experts alone to the stage that follows.
+
+        Of stages at the end, to the one before them.
+        """
+        self._without_experts = True
+        self.spans = self._place()
+
+    def decay(self, step: int) -> float:
+        """Factor on every rate at ``step``, warm-up apart."""
+        span = self.at(step)
+        own = span.stage.decay
+        if own is not None:
+            return own.at(step - span.start, span.stop - span.start)
+        return self._decay.at(step, self._nominal_steps)
+
+    def sure_until(self, step: int) -> int:
+        """Up to which step the stage of ``step`` surely lasts: how far one may read ahead."""
+        span = self.at(step)
+        if span.stage.plateau is None:
+            return span.stop
+        assert self._evaluate_every is not None
+        return min(span.stop, (step // self._evaluate_every + 1) * self._evaluate_every)
+
+    def observe(self, step: int, values: Mapping[str, float]) -> bool:
+        """Take note of a validation after ``step`` steps.
+
+        Args:
+            step: Steps done; the stage that is judged is that of the last of them.
+            values: Metrics by name, the same on every rank.
+
+        Returns:
+            Whether the stage ends here.
+        """
+        span = self.at(step - 1)
+        stage, plateau, state = span.stage, span.stage.plateau, self.state
+        if plateau is None or stage.name in state.ended:
+            return False
+        own = state.stage == stage.name
+        best, waited = (state.best, state.waited) if own else (None, 0)
+        value = values[plateau.metric]
+        if plateau.improves(value, best):
+            best, waited = value, 0
+        else:
+            waited += 1
+        ends = waited >= plateau.patience
+        ended = {**state.ended, stage.name: step} if ends else state.ended
+        self.state = StageTimelineState(ended=ended, stage=stage.name, best=best, waited=waited)
+        if ends:
+            self.spans = self._place()
+        return ends
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON; its numbers come back to the bit."""
+        return asdict(self.state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: If it is not the state of such a schedule.
+        """
+        state = StageTimelineState(**state_dict)
+        for name in state.ended:
+            self._schedule.named(name)
+        if state.best is not None and not math.isfinite(state.best):
+            raise ValueError(f"the schedule's state is damaged: best is {state.best}.")
+        self.state = state
+        self.spans = self._place()
+
+    def _place(self) -> tuple[StageSpan, ...]:
+        spans = self._schedule.place(
+            self._nominal_steps, steps_per_epoch=self._steps_per_epoch, ended=self.state.ended
+        )
+        if not self._without_experts:
+            return spans
+        kept = [span for span in spans if span.stage.train_backbone or span.stage.train_tables]
+        starts = [0, *(span.stop for span in kept)]
+        stops = [*(span.stop for span in kept[:-1]), spans[-1].stop]
+        return tuple(
+            replace(span, start=start, stop=stop)
+            for span, start, stop in zip(kept, starts, stops, strict=False)
+        )
+
+
+class MetricTracker:
+    """Follows a validation metric.
+
+    Args:
+        plateau: The metric, what counts as better, and after how many validations that are not
+            better one need not look on; None follows nothing.
+
+    Attributes:
+        best: Best validation so far; None before the first.
+    """
+
+    def __init__(self, plateau: PlateauConfig | None) -> None:
+        self.best: Best | None = None
+        self._plateau = plateau
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether ``patience`` validations in a row were not better."""
+        if self._plateau is None or self.best is None:
+            return False
+        return self.best.validations_since >= self._plateau.patience
+
+    def observe(self, step: int, metrics: Metrics) -> bool:
+        """Take note of a validation, and return whether it is the best."""
+        if self._plateau is None:
+            return False
+        name, best = self._plateau.metric, self.best
+        value = getattr(metrics, name)
+        if self._plateau.improves(value, None if best is None else best.value):
+            self.best = Best(metric=name, value=value, step=step)
+            return True
+        if best is not None:
+            since = best.validations_since + 1
+            self.best = Best(metric=name, value=best.value, step=best.step, validations_since=since)
+        return False
+
+    def state_dict(self) -> dict[str, Best | None]:
+        """Return the best so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: Mapping[str, Best | None]) -> None:
+        """Go on from what :meth:`state_dict` gave; one of another metric is not comparable."""
+        best = state_dict["best"]
+        if self._plateau is not None and best is not None and best.metric == self._plateau.metric:
+            self.best = best

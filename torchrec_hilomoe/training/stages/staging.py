@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
+from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.sharding.shard import shard
 from torchrec_hilomoe.training.stages import Stage
@@ -25,16 +25,23 @@ __all__ = [
 ]
 
 
-def check_stages(task: TrainTask, stages: Iterable[Stage]) -> None:
+def check_stages(task: TrainTask, stages: Iterable[Stage], *, later: int = 0) -> None:
     """Refuse, before the first step, stages that the model cannot follow.
+
+    Args:
+        task: The model.
+        stages: The stages.
+        later: Layers of the experts that a plain model may get later.
 
     Raises:
         ValueError: If a stage names more layers than a site has, or trains experts alone and
             there are none.
     """
-    sites = sites_of(task)
+    layers = {name: site.config.num_layers for name, site in sites_of(task).items()}
+    if not layers and later:
+        layers = {"(yet to come)": later}
     for stage in stages:
-        if not sites and not (stage.train_backbone or stage.train_tables):
+        if not layers and not (stage.train_backbone or stage.train_tables):
             raise ValueError(
                 f"Stage {stage.name!r} trains experts alone, but the model has none. "
                 "Set model.hilomoe or drop the stage."
@@ -43,12 +50,12 @@ def check_stages(task: TrainTask, stages: Iterable[Stage]) -> None:
             "active_layers": stage.active_layers or 0,
             "learning_layers": max(stage.learning_layers or (0,)),
         }
-        for name, site in sites.items():
+        for name, most in layers.items():
             for option, layer in named.items():
-                if layer > site.config.num_layers:
+                if layer > most:
                     raise ValueError(
                         f"Stage {stage.name!r}: {option} names layer {layer}, but site {name!r} "
-                        f"has {site.config.num_layers}. Lower it or raise model.hilomoe.num_layers."
+                        f"has {most}. Lower it or raise model.hilomoe.num_layers."
                     )
 
 

@@ -5,23 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["PlanReport", "TablePlan", "shown_bytes"]
+from torchrec_hilomoe.runtime.console import format_bytes
+from torchrec_hilomoe.runtime.paths import to_json
+
+__all__ = ["PlanReport", "TablePlan"]
 
 COLUMNS = ("table", "rows", "width", "memory", "type", "kernel", "ranks", "est. ms")
-
-
-def shown_bytes(amount: float) -> str:
-    """Return an amount of memory as people write it.
-
-    Example:
-        >>> [shown_bytes(amount) for amount in (512, 1536, 80 * 2**30)]
-        ['512 B', '1.5 KB', '80.0 GB']
-    """
-    for unit in ("B", "KB", "MB", "GB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +18,18 @@ class TablePlan:
     """Where a table is.
 
     Attributes:
-        collection: Its module.
-        table: Its name.
-        rows: How many.
-        width: Of a row.
-        weight_bytes: Of its rows alone.
-        bytes: With its optimizer's state and its share of a batch, over all ranks, estimated.
-        type: How it is cut.
-        kernel: Where rows are.
-        ranks: Of its shards, in order.
-        milliseconds: Of its slowest shard in a step: lookup, exchange and update, estimated.
+        collection: Name of the module that holds the table.
+        table: Name of the table.
+        rows: Number of rows.
+        width: Number of columns.
+        weight_bytes: Bytes of its weights alone.
+        bytes: Bytes over all ranks with optimizer state and its share of a batch, as TorchRec
+            estimates.
+        type: Sharding type.
+        kernel: Compute kernel, which says where its rows are.
+        ranks: Ranks of its shards, in order.
+        milliseconds: Milliseconds of its slowest shard in a step, lookup, exchange and update, as
+            TorchRec estimates.
     """
 
     collection: str
@@ -58,11 +49,11 @@ class PlanReport:
     """A plan, and what TorchRec estimates of it.
 
     Attributes:
-        tables: The largest first.
-        device: ``cpu`` or ``cuda``.
-        capacity_bytes: For tables, of a rank, what is reserved taken off.
-        rank_bytes: Of each rank's shards.
-        rank_milliseconds: Of each rank's shards in a step.
+        tables: Plans of the tables, the largest first.
+        device: Kind of device, ``cpu`` or ``cuda``.
+        capacity_bytes: Bytes of a rank that tables may use, without what is reserved.
+        rank_bytes: Bytes of each rank's shards.
+        rank_milliseconds: Milliseconds of each rank's shards in a step.
     """
 
     tables: tuple[TablePlan, ...]
@@ -79,7 +70,7 @@ class PlanReport:
 
     def to_json(self) -> str:
         """The same as JSON, which :meth:`from_json` takes back."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return to_json(asdict(self)) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "PlanReport":
@@ -102,7 +93,7 @@ class PlanReport:
         ):
             share = held / self.capacity_bytes
             lines.append(
-                f"rank {rank}: {shown_bytes(held)} of {shown_bytes(self.capacity_bytes)} for "
+                f"rank {rank}: {format_bytes(held)} of {format_bytes(self.capacity_bytes)} for "
                 f"tables ({share:.1%}), est. {busy:.3f} ms a step"
             )
         lines.append(f"slowest rank over the mean: {self.imbalance:.2f}")
@@ -120,7 +111,7 @@ def _cells(table: TablePlan) -> tuple[str, ...]:
         f"{table.collection}.{table.table}",
         f"{table.rows:,}",
         str(table.width),
-        shown_bytes(table.bytes),
+        format_bytes(table.bytes),
         table.type,
         table.kernel,
         f"{ranks[0]}-{ranks[-1]}" if consecutive else ",".join(map(str, ranks)),

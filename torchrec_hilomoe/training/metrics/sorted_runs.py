@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Columns", "Key", "SortedRuns"]
+__all__ = ["Key", "PredictionColumns", "SortedRuns"]
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -26,7 +26,7 @@ class Key:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
+class PredictionColumns:
     """Rows.
 
     Attributes:
@@ -43,7 +43,7 @@ class Columns:
         return len(self.groups)
 
     @classmethod
-    def concatenated(cls, parts: "list[Columns]") -> "Columns":
+    def concatenated(cls, parts: "list[PredictionColumns]") -> "PredictionColumns":
         """Put rows one after the other."""
         return cls(
             groups=np.concatenate([np.zeros(0, np.int64), *(part.groups for part in parts)]),
@@ -51,14 +51,14 @@ class Columns:
             signed=np.concatenate([np.zeros(0, np.float64), *(part.signed for part in parts)]),
         )
 
-    def sorted(self) -> "Columns":
+    def sorted(self) -> "PredictionColumns":
         """By group and then by score."""
         order_N = _order(self.groups, self.scores)
-        return Columns(
+        return PredictionColumns(
             groups=self.groups[order_N], scores=self.scores[order_N], signed=self.signed[order_N]
         )
 
-    def compacted(self) -> "Columns":
+    def compacted(self) -> "PredictionColumns":
         """Of sorted rows, make one of all clicked rows of a tie, and one of all others.
 
         So a model that says the same of everybody needs no more room than another.
@@ -73,15 +73,15 @@ class Columns:
         sides = [np.add.reduceat(np.maximum(sign * self.signed, 0.0), first_T) for sign in (-1, 1)]
         both = np.stack([-sides[0], sides[1]], axis=1).reshape(-1)
         some = both != 0
-        return Columns(
+        return PredictionColumns(
             groups=np.repeat(self.groups[first_T], 2)[some],
             scores=np.repeat(self.scores[first_T], 2)[some],
             signed=both[some],
         )
 
-    def between(self, start: int, stop: int) -> "Columns":
+    def between(self, start: int, stop: int) -> "PredictionColumns":
         """A stretch of rows."""
-        return Columns(
+        return PredictionColumns(
             groups=self.groups[start:stop],
             scores=self.scores[start:stop],
             signed=self.signed[start:stop],
@@ -107,19 +107,19 @@ class SortedRuns:
         capacity: Rows that are held in memory.
 
     Attributes:
-        rows: How many there are in all.
+        rows: Number of rows in all runs.
     """
 
     def __init__(self, capacity: int) -> None:
         self.rows = 0
         self._capacity = capacity
-        self._loose: list[Columns] = []
+        self._loose: list[PredictionColumns] = []
         self._loose_rows = 0
         self._folder: str | None = None
         self._remove: Callable[[], object] = lambda: None
         self._files: list[Path] = []
 
-    def add(self, columns: Columns) -> None:
+    def add(self, columns: PredictionColumns) -> None:
         """Take rows in any order."""
         self.rows += len(columns)
         self._loose.append(columns)
@@ -127,9 +127,9 @@ class SortedRuns:
         if self._loose_rows > self._capacity:
             self._spill()
 
-    def runs(self) -> list[Columns]:
+    def runs(self) -> list[PredictionColumns]:
         """Every run; those on disk are mapped, not read."""
-        self._loose = [Columns.concatenated(self._loose).sorted().compacted()]
+        self._loose = [PredictionColumns.concatenated(self._loose).sorted().compacted()]
         return [*map(_mapped, self._files), *self._loose]
 
     def clear(self) -> None:
@@ -145,7 +145,7 @@ class SortedRuns:
             self._folder = tempfile.mkdtemp(prefix="hilomoe-metrics-")
             self._remove = weakref.finalize(self, shutil.rmtree, self._folder)
         path = Path(self._folder, f"run{len(self._files)}")
-        run = Columns.concatenated(self._loose).sorted().compacted()
+        run = PredictionColumns.concatenated(self._loose).sorted().compacted()
         for name in ("groups", "scores", "signed"):
             np.save(f"{path}.{name}.npy", getattr(run, name))
         self._files.append(path)
@@ -166,9 +166,9 @@ def _order(groups_N: NDArray[np.int64], scores_N: NDArray[np.float32]) -> NDArra
     return np.argsort(((groups_N - first) << 32) + upwards_N)
 
 
-def _mapped(path: Path) -> Columns:
+def _mapped(path: Path) -> PredictionColumns:
     columns = {
         name: np.load(f"{path}.{name}.npy", mmap_mode="r")
         for name in ("groups", "scores", "signed")
     }
-    return Columns(**columns)
+    return PredictionColumns(**columns)

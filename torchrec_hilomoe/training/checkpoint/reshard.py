@@ -20,33 +20,38 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-__all__ = ["Recut", "find_recuts", "load_recut", "spread"]
+__all__ = [
+    "ReshardedState",
+    "find_resharded_states",
+    "load_resharded_state",
+    "reshard_rowwise_state",
+]
 
 STATE, WEIGHT = "optimizer.state.tables.", "model."
-Columns = tuple[int, int]
+ColumnRange = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recut:
-    """State that must be put together anew.
+class ReshardedState:
+    """Row-wise state of a table whose columns are sharded in another way than in the checkpoint.
 
     Attributes:
-        name: Of the tensor.
-        rows: Of the table.
-        before: Columns of each piece in the checkpoint: the first, and the one after the last.
-        after: Columns of each piece here.
+        name: Name of the tensor.
+        rows: Rows of the table.
+        before: ColumnRange of each piece in the checkpoint: the first, and the one after the last.
+        after: ColumnRange of each piece here.
     """
 
     name: str
     rows: int
-    before: Sequence[Columns]
-    after: Sequence[Columns]
+    before: Sequence[ColumnRange]
+    after: Sequence[ColumnRange]
 
 
-def find_recuts(
+def find_resharded_states(
     metadata: Metadata, flat: Mapping[str, Any], sizes: Mapping[str, tuple[int, ...]]
-) -> list[Recut]:
-    """Return what is to be put together anew, in the same order on every rank.
+) -> list[ReshardedState]:
+    """Return the states that must be resharded, in the same order on every rank.
 
     Args:
         metadata: The checkpoint's index.
@@ -68,22 +73,24 @@ def find_recuts(
         ):
             continue
         rows = weight.size(0)
-        before = _columns((part.offsets[1], part.sizes[1]) for part in saved_weight.chunks)
-        after = _columns(
+        before = _column_ranges((part.offsets[1], part.sizes[1]) for part in saved_weight.chunks)
+        after = _column_ranges(
             (part.shard_offsets[1], part.shard_sizes[1])
             for part in weight.metadata().shards_metadata
         )
         fits = tuple(saved.size) == (rows * len(before),) and sizes[name] == (rows * len(after),)
         if fits and before != after:
-            found.append(Recut(name=name, rows=rows, before=before, after=after))
+            found.append(ReshardedState(name=name, rows=rows, before=before, after=after))
     return found
 
 
-def load_recut(recut: Recut, state: ShardedTensor | None, reader: dcp.StorageReader) -> None:
+def load_resharded_state(
+    resharded: ReshardedState, state: ShardedTensor | None, reader: dcp.StorageReader
+) -> None:
     """Fill this rank's part of one state; a collective call.
 
     Args:
-        recut: Which one.
+        resharded: The state.
         state: What is filled; None where this rank has no part of it.
         reader: Of the checkpoint.
     """
@@ -91,27 +98,34 @@ def load_recut(recut: Recut, state: ShardedTensor | None, reader: dcp.StorageRea
         dcp.load({}, storage_reader=reader)
         return
     saved_PR = torch.empty(
-        len(recut.before), recut.rows, dtype=state.metadata().tensor_properties.dtype
+        len(resharded.before), resharded.rows, dtype=state.metadata().tensor_properties.dtype
     )
-    dcp.load({recut.name: saved_PR.view(-1)}, storage_reader=reader)
+    dcp.load({resharded.name: saved_PR.view(-1)}, storage_reader=reader)
     for shard in state.local_shards():
-        piece, row = divmod(shard.metadata.shard_offsets[0], recut.rows)
+        piece, row = divmod(shard.metadata.shard_offsets[0], resharded.rows)
         rows = saved_PR[:, row : row + shard.metadata.shard_sizes[0]]
-        shard.tensor.copy_(spread(rows, recut.before, recut.after[piece]).view_as(shard.tensor))
+        shard.tensor.copy_(
+            reshard_rowwise_state(rows, resharded.before, resharded.after[piece]).view_as(
+                shard.tensor
+            )
+        )
 
 
-def spread(saved_PR: Tensor, before: Sequence[Columns], piece: Columns) -> Tensor:
+def reshard_rowwise_state(
+    saved_PR: Tensor, before: Sequence[ColumnRange], piece: ColumnRange
+) -> Tensor:
     """Return the sums of a piece, ``(R,)``, from those of the pieces that it overlaps.
 
     Example:
         >>> saved_PR = torch.tensor([[2.0], [4.0]])
-        >>> spread(saved_PR, [(0, 4), (4, 8)], (0, 8)), spread(saved_PR, [(0, 4), (4, 8)], (4, 6))
-        (tensor([3.]), tensor([4.]))
+        >>> before = [(0, 4), (4, 8)]
+        >>> [reshard_rowwise_state(saved_PR, before, piece) for piece in ((0, 8), (4, 6))]
+        [tensor([3.]), tensor([4.])]
     """
     start, stop = piece
     shares = [max(0, min(stop, end) - max(start, begin)) / (stop - start) for begin, end in before]
     return torch.tensor(shares, dtype=saved_PR.dtype) @ saved_PR
 
 
-def _columns(parts: Iterable[tuple[int, int]]) -> tuple[Columns, ...]:
+def _column_ranges(parts: Iterable[tuple[int, int]]) -> tuple[ColumnRange, ...]:
     return tuple(sorted({(start, start + width) for start, width in parts}))

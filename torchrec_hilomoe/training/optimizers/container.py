@@ -9,31 +9,31 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, OptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
-from torchrec_hilomoe.hilomoe.sites import expert_parameters
-from torchrec_hilomoe.training.optimizers.dense import DenseOptimizer, family_of
-from torchrec_hilomoe.training.optimizers.expert_layers import ExpertLayers
+from torchrec_hilomoe.hilomoe.inject import expert_parameters
+from torchrec_hilomoe.training.optimizers.dense import DenseOptimizer, ExpertLayers, family_of
 from torchrec_hilomoe.training.optimizers.precision import LossScale
 from torchrec_hilomoe.training.stages import OptimizerName, Stage, StageSpan
 
-__all__ = ["LearnerOptions", "Learners", "StageOptimizer"]
+__all__ = ["OptimizerOptions", "OptimizersContainer", "StageOptimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnerOptions:
+class OptimizerOptions:
     """How everything learns.
 
     Attributes:
-        learning_rate: Of backbone and, with a factor of their own, experts.
-        table_learning_rate: Of the optimizers that are fused into the tables.
-        optimizer: Of backbone and experts, where a stage does not name one.
-        others: Those that stages name: their state exists from the start.
-        weight_decay: Of dense matrices, where a stage does not say it.
-        momentum: Of SGD.
-        clip_norm: The longest that all dense gradients may be, as one vector; None is any length.
+        learning_rate: Learning rate of the backbone and, times a factor of their own, of experts.
+        table_learning_rate: Learning rate of the optimizers that are fused into the tables.
+        optimizer: Name of the optimizer of backbone and experts, where a stage does not name one.
+        others: Names of the optimizers that stages name; their state exists from the start.
+        weight_decay: Weight decay of dense matrices, where a stage has none of its own.
+        momentum: Momentum of SGD.
+        max_grad_norm: Largest norm of all dense gradients, as one vector; None does not clip.
     """
 
     learning_rate: float = 1e-3
@@ -42,10 +42,10 @@ class LearnerOptions:
     others: Sequence[OptimizerName] = ()
     weight_decay: float = 0.0
     momentum: float = 0.0
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
 
 
-class Learners:
+class OptimizersContainer:
     """Every optimizer of a run.
 
     The state of each parameter exists from the start, so that a checkpoint always has the same
@@ -57,15 +57,15 @@ class Learners:
         loss_scale: Of a run in float16.
 
     Attributes:
-        combined: All of them.
-        stepping: Those of the stage that was entered last, as a pipeline wants them.
-        rate: The backbone's rate now.
+        combined: All optimizers as one.
+        stage_optimizer: Optimizers of the stage that was entered last, as a pipeline wants them.
+        rate: Learning rate of the backbone at this step.
     """
 
     def __init__(
         self,
         model: DistributedModelParallel,
-        options: LearnerOptions,
+        options: OptimizerOptions,
         loss_scale: LossScale | None = None,
     ) -> None:
         self.rate = options.learning_rate
@@ -79,28 +79,34 @@ class Learners:
         }
         self._tables: KeyedOptimizer = model.fused_optimizer
         self._layers = ExpertLayers(experts)
-        self._backbones: dict[str, DenseOptimizer] = {}
-        self._experts: dict[str, DenseOptimizer] = {}
-        optimizers: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = []
-        optimizers.append(("tables", self._tables))
-        own = family_of(options.optimizer)
-        for family in dict.fromkeys([own, *map(family_of, options.others)]):
-            suffix = "" if family == own else f"_{family}"
-            for kind, parameters, built in (
-                ("backbone", backbone, self._backbones),
-                ("experts", self._layers.views, self._experts),
-            ):
-                if parameters:
-                    built[family] = DenseOptimizer.build(
-                        parameters,
-                        family,
-                        rate=options.learning_rate,
-                        momentum=options.momentum,
-                    )
-                    optimizers.append((f"{kind}{suffix}", built[family].keyed))
-        self.combined = CombinedOptimizer(optimizers)
-        self._family = own
-        self.stepping = StageOptimizer(self._tables, self._layers, self._dense())
+        self._family = family_of(options.optimizer)
+        self._backbones = self._build(backbone)
+        self._experts = self._build(self._layers.views)
+        self.combined = self._combine()
+        self.stage_optimizer = StageOptimizer(self._tables, self._layers, self._dense())
+
+    @property
+    def gradient_norm(self) -> torch.Tensor | None:
+        """Norm of the last step's dense gradients, before clipping.
+
+        None where nothing clips, and in float16, which skips a step whose norm is infinite.
+        """
+        return self.stage_optimizer.gradient_norm if self._loss_scale is None else None
+
+    def add_experts(self, model: nn.Module) -> None:
+        """Take in experts that a model has only now been given, before a stage is entered.
+
+        Raises:
+            ValueError: If it had some before.
+        """
+        if self._experts:
+            raise ValueError(
+                "OptimizersContainer.add_experts: the model had experts before, whose optimizer "
+                "would be forgotten. Build another container."
+            )
+        self._layers = ExpertLayers(expert_parameters(model))
+        self._experts = self._build(self._layers.views)
+        self.combined = self._combine()
 
     def enter(self, stage: Stage) -> None:
         """Let the tables, the backbone and the expert layers of a stage learn, and nothing else."""
@@ -114,15 +120,15 @@ class Learners:
         for optimizer in self._dense():
             optimizer.set_decay(name, weight_decay)
         learning = [self._backbones] * stage.train_backbone + [self._experts] * stage.experts_learn
-        self.stepping = StageOptimizer(
+        self.stage_optimizer = StageOptimizer(
             self._tables,
             self._layers,
             [built[self._family] for built in learning if built],
-            clip_norm=self._options.clip_norm,
+            max_grad_norm=self._options.max_grad_norm,
             loss_scale=self._loss_scale,
         )
 
-    def state(self) -> Mapping[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Every tensor that training changes beside the model: views, not copies."""
         # One by one: of optimizers that share a parameter, TorchRec's union has only one's state.
         state = {
@@ -130,13 +136,21 @@ class Learners:
             for name, optimizer in self.combined.optimizers
             for key, tensors in optimizer.state_dict()["state"].items()
         }
-        scale = {} if self._loss_scale is None else {"loss_scale": self._loss_scale.tensors}
+        scale = {} if self._loss_scale is None else {"loss_scale": self._loss_scale.state_dict()}
         return {"optimizer": {"state": state}, **scale}
 
-    def restored(self) -> None:
-        """Take over what a checkpoint has filled :meth:`state` with."""
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, be it its own tensors, filled by a checkpoint."""
+        states = state_dict["optimizer"]["state"]
+        for name, optimizer in self.combined.optimizers:
+            own = {
+                key.removeprefix(f"{name}."): tensors
+                for key, tensors in states.items()
+                if key.startswith(f"{name}.")
+            }
+            optimizer.load_state_dict({"state": own})
         if self._loss_scale is not None:
-            self._loss_scale.restored()
+            self._loss_scale.load_state_dict(state_dict["loss_scale"])
 
     def set_rates(self, span: StageSpan, step: int, decay: float) -> None:
         """Set every learning rate for ``step``.
@@ -147,15 +161,36 @@ class Learners:
             decay: The factor of the run, or of the stage, at that step.
         """
         options, factor = self._options, decay * span.warmup(step)
-        self.rate = options.learning_rate * span.stage.rate * factor
+        self.rate = options.learning_rate * span.stage.lr_scale * factor
         for group in self._tables.param_groups:
-            rate = options.table_learning_rate * span.stage.rate * factor
+            rate = options.table_learning_rate * span.stage.lr_scale * factor
             cast(dict[str, Any], group)["lr"] = rate  # TorchRec types its groups as read-only
         if self._backbones:
             self._backbones[self._family].set_rate(self.rate)
         if self._experts:
-            expert_rate = options.learning_rate * span.stage.expert_rate * factor
-            self._experts[self._family].set_rate(expert_rate)
+            expert_lr_scale = options.learning_rate * span.stage.expert_lr_scale * factor
+            self._experts[self._family].set_rate(expert_lr_scale)
+
+    def _build(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, DenseOptimizer]:
+        """One optimizer of each family that a stage may ask for."""
+        options = self._options
+        own, others = family_of(options.optimizer), map(family_of, options.others)
+        return {
+            family: DenseOptimizer.build(
+                parameters, family, rate=options.learning_rate, momentum=options.momentum
+            )
+            for family in (dict.fromkeys([own, *others]) if parameters else ())
+        }
+
+    def _combine(self) -> CombinedOptimizer:
+        optimizers: list[KeyedOptimizer | tuple[str, KeyedOptimizer]] = []
+        optimizers.append(("tables", self._tables))
+        own = family_of(self._options.optimizer)
+        for kind, built in (("backbone", self._backbones), ("experts", self._experts)):
+            for family, optimizer in built.items():
+                suffix = "" if family == own else f"_{family}"
+                optimizers.append((f"{kind}{suffix}", optimizer.keyed))
+        return CombinedOptimizer(optimizers)
 
     def _dense(self) -> list[DenseOptimizer]:
         return [built[self._family] for built in (self._backbones, self._experts) if built]
@@ -168,11 +203,12 @@ class StageOptimizer(OptimizerWrapper):
         tables: The fused optimizers: a step is done by the backward pass, this one sets rates.
         layers: The expert layers, which get their gradients here.
         dense: What learns beside the tables.
-        clip_norm: The longest that all its gradients may be, as one vector.
+        max_grad_norm: Largest norm of all its gradients, as one vector.
         loss_scale: By which the loss was multiplied.
 
     Attributes:
-        gradient_norm: Of the last step, before it was clipped; None if nothing clips.
+        gradient_norm: Norm of the dense gradients of the last step, before clipping; None if
+            nothing clips.
     """
 
     def __init__(
@@ -181,7 +217,7 @@ class StageOptimizer(OptimizerWrapper):
         layers: ExpertLayers,
         dense: Sequence[DenseOptimizer],
         *,
-        clip_norm: float | None = None,
+        max_grad_norm: float | None = None,
         loss_scale: LossScale | None = None,
     ) -> None:
         keyed = [(str(index), optimizer.keyed) for index, optimizer in enumerate(dense)]
@@ -191,18 +227,19 @@ class StageOptimizer(OptimizerWrapper):
         self._layers = layers
         self._dense = dense
         self._together = CombinedOptimizer(list(keyed))
-        self._clip_norm = clip_norm
+        self._max_grad_norm = max_grad_norm
         self._loss_scale = loss_scale
 
     def step(self, closure: Any = None) -> None:
         """Unscale, clip, step, and forget the experts' gradients."""
         self._layers.give_gradients()
+        self.gradient_norm = None
         held = [parameter for optimizer in self._dense for parameter in optimizer.gradients()]
         scale = self._loss_scale if held else None
         if scale is not None:
             scale.unscale(self._together)
-        if self._clip_norm is not None and held:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(held, self._clip_norm)
+        if self._max_grad_norm is not None and held:
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(held, self._max_grad_norm)
         if scale is not None:
             scale.step(self._together)
         else:

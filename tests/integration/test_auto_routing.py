@@ -1,0 +1,297 @@
+"""``model.hilomoe.route_by: auto``: found while the plain model trains, however it runs."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers.datasets import replace_column, toy_table, write_folder
+from tests.helpers.processes import run_ranks
+from tests.helpers.runs import assert_same_metrics, read_lines, read_tensors, run_app, train
+from tests.integration.test_tools import evaluate, use
+from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.checkpoint.loading import OF_A_RANK
+from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
+
+# Experts begin after step 10 of 18. Of the steps before, 8 are heard: 4 fit, from step 2 on, and
+# 4 judge, from step 6 on.
+AUTO = (
+    "--model.hilomoe.routing=sample",
+    "--model.hilomoe.route_by=auto",
+    "--model.hilomoe.num_experts=4",
+    "--train.batch_size=256",
+    "--model.hilomoe.probe_steps=8",
+    "--model.backbone=din",
+    "--model.head=[16,8]",
+    "--model.embedding_dim=8",
+    "--train.backbone_share=0.55",
+    "--train.frozen_share=0.2",
+    "--train.device=cpu",
+)
+BEGIN, STEPS = 10, 18
+
+
+def make_data(folder, *, decided: bool):
+    """Clicks that go by price and age, with some kinds up, with others down; or by a coin."""
+    splits = {}
+    for seed, (split, rows) in enumerate({"train": 6144, "valid": 2048, "test": 512}.items()):
+        table, rng = toy_table(rows, seed=seed), np.random.default_rng(seed + 10)
+        price, age = rng.normal(size=(2, rows))
+        sign = np.where(np.array(table["kind"].to_pylist()) % 2 == 0, 1.0, -1.0)
+        slope = 4.0 * sign * (price + age) if decided else np.zeros(rows)
+        clicks = rng.random(rows) < 1 / (1 + np.exp(-slope))
+        users = np.arange(rows) % 40
+        columns = {
+            "user": users,
+            "price": price,
+            "age": age,
+            "label": clicks.astype(int),
+        }
+        for name, values in columns.items():
+            if name == "age":
+                table = table.set_column(table.column_names.index(name), name, [values])
+            else:
+                table = replace_column(table, name, values.tolist())
+        splits[split] = [table]
+    return write_folder(folder, splits)
+
+
+@pytest.fixture(scope="module")
+def deciding(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "deciding", decided=True)
+
+
+@pytest.fixture(scope="module")
+def coins(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "coins", decided=False)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[1, pytest.param(2, marks=pytest.mark.slow)],
+    ids=["one rank", "two ranks"],
+)
+def whole(request, deciding, tmp_path_factory):
+    """An uninterrupted run with a checkpoint of every step, and its number of ranks."""
+    out = tmp_path_factory.mktemp("whole")
+    options = (f"--data.path={deciding}", "--checkpoint.every_steps=1")
+    train(out, *AUTO, *options, ranks=request.param)
+    return out, request.param
+
+
+def decision_of(out, step: int = STEPS):
+    return checkpoint.open(out / "checkpoints" / f"step_{step}").progress.decision
+
+
+def test_the_feature_that_decides_is_found(whole):
+    out, _ = whole
+    found = decision_of(out)
+    assert found is not None
+    assert found.step == BEGIN
+    assert found.route_by is not None
+    assert found.route_by[0] == ("kind",)
+    assert decision_of(out, BEGIN) is None  # it is made before the first step of experts
+    assert decision_of(out, BEGIN + 1) == found
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["route_by"]["route_by"] == [list(layer) for layer in found.route_by]
+    assert summary["route_by"]["verdict"] == found.verdict
+    assert summary["parameters"]["experts"] > 0
+    report = json.loads((out / "probe.json").read_text(), parse_constant=pytest.fail)
+    assert report["features"][0]["name"] == "kind"
+    stages = {line["stage"] for line in read_lines(out / METRICS_FILE)}
+    assert {"backbone_warmup", "expert_warmup[1]", "finetune"} <= stages
+
+
+# Before the window, where rows fit, where they judge, at the boundary, and after it.
+@pytest.mark.parametrize(
+    "step",
+    [8, BEGIN, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 2, 5, 6, 11, 12))],
+)
+def test_resumed_equals_uninterrupted(whole, deciding, step, tmp_path):
+    out, ranks = whole
+    kept = tmp_path / "checkpoints" / f"step_{step}"
+    shutil.copytree(out / "checkpoints" / f"step_{step}", kept)
+    train(tmp_path, *AUTO, f"--data.path={deciding}", ranks=ranks)
+    ours, theirs = (read_tensors(run / "checkpoints" / "step_18") for run in (out, tmp_path))
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert decision_of(tmp_path) == decision_of(out)
+    for name in (METRICS_FILE, ROUTING_FILE):
+        lines, again = (read_lines(run / name) for run in (out, tmp_path))
+        assert again == [line for line in lines if line["step"] > step]
+
+
+def test_what_was_heard_is_kept_only_while_it_is_needed(whole):
+    out, _ = whole
+    for step, heard in ((1, False), (5, True), (9, True), (11, False)):
+        names = read_tensors(out / "checkpoints" / f"step_{step}")
+        assert any(name.startswith("probe.") for name in names) == heard, step
+
+
+def test_another_number_of_ranks_may_go_on_in_the_window(whole, deciding, tmp_path):
+    out, ranks = whole
+    shutil.copytree(out / "checkpoints" / "step_8", tmp_path / "checkpoints" / "step_8")
+    train(tmp_path, *AUTO, f"--data.path={deciding}", ranks=3 - ranks)
+    found = decision_of(tmp_path)
+    assert found is not None
+    assert found.route_by is not None
+    assert found.route_by[0] == ("kind",)
+
+
+def test_a_checkpoint_is_evaluated_with_what_was_chosen(whole, tmp_path):
+    out, _ = whole
+    file = tmp_path / "result.json"
+    argv = [out / "checkpoints" / "step_18", "--out", file, "--device", "cpu"]
+    ((code, shown),) = run_ranks(evaluate, 1, argv, joined=False)
+    assert code == 0, shown
+    result = json.loads(file.read_text())
+    summary = json.loads((out / "summary.json").read_text())
+    assert_same_metrics(result["metrics"], summary["test"], out / "checkpoints" / "step_18")
+    assert result["routing"] is not None
+
+
+def test_the_page_says_what_was_found(whole):
+    pytest.importorskip("matplotlib")
+    out, _ = whole
+    code, shown = use("report", out)
+    assert code == 0, shown
+    page = (out / "report.html").read_text()
+    assert "What routes the experts" in page
+    assert "route by kind" in page
+
+
+@pytest.fixture(scope="module")
+def undecided(coins, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undecided")
+    train(out, *AUTO, f"--data.path={coins}", "--checkpoint.every_steps=9")
+    return out
+
+
+def test_where_nothing_decides_the_run_is_that_of_the_plain_model(undecided, coins, tmp_path):
+    found = decision_of(undecided)
+    assert found is not None
+    assert found.route_by is None
+    assert found.verdict.startswith(("nothing decides", "cannot tell yet"))
+    model = [option for option in AUTO if "hilomoe" not in option]
+    train(tmp_path, *model, "--model.hilomoe=null", f"--data.path={coins}")
+    auto, plain = (read_tensors(it / "checkpoints" / "step_18") for it in (undecided, tmp_path))
+    names = [name for name in plain if not name.startswith(OF_A_RANK)]
+    assert set(names) == {name for name in auto if not name.startswith(OF_A_RANK)}
+    assert not [name for name in names if not torch.equal(auto[name], plain[name])]
+    stages = {line["stage"] for line in read_lines(undecided / METRICS_FILE)}
+    assert stages == {"backbone_warmup", "finetune"}
+    summaries = [json.loads((it / "summary.json").read_text()) for it in (undecided, tmp_path)]
+    assert summaries[0]["flops"] == summaries[1]["flops"]
+
+
+def test_a_plain_end_is_gone_on_with(undecided, coins, tmp_path):
+    shutil.copytree(undecided, tmp_path / "run")
+    train(tmp_path / "run", *AUTO, f"--data.path={coins}", "--train.max_steps=20")
+    assert decision_of(tmp_path / "run", 20) == decision_of(undecided)
+
+
+def test_a_run_from_a_plain_model_listens_first_and_ranks_agree(deciding, tmp_path):
+    """Rows of the validation split judge: the plain model may have been trained on the others."""
+    plain, data = tmp_path / "plain", f"--data.path={deciding}"
+    model = [option for option in AUTO if "hilomoe" not in option]
+    brief = ("--model.hilomoe=null", "--train.max_steps=4", "--model.dropout=0")
+    train(plain, *model, *brief, data)
+    options = (data, f"--init_from={plain}/checkpoints/step_4")
+    found = []
+    for ranks in (1, 2):  # of one plain model, without dropout: they can only differ by rounding
+        out = tmp_path / str(ranks)
+        ended = run_app(f"--out_dir={out}", *AUTO, *options, "--model.dropout=0", ranks=ranks)
+        assert [rank.code for rank in ended] == [0] * ranks, ended
+        assert "stage probe: steps 1 to 8" in ended[0].shown
+        found.append(decision_of(out))
+        assert found[-1].step == 8
+        assert found[-1].route_by is not None
+    assert found[0].route_by == found[1].route_by
+    assert found[0].verdict == found[1].verdict
+
+
+def test_dry_run_counts_the_widest_views(deciding, tmp_path):
+    counted = []
+    for number, option in enumerate(("auto", "[[kind],[item],[place]]")):
+        out = tmp_path / str(number)
+        options = (f"--data.path={deciding}", f"--model.hilomoe.route_by={option}", "--dry_run")
+        (ended,) = run_app(f"--out_dir={out}", *AUTO, *options)
+        assert ended.code == 0, ended.shown
+        counted.append(json.loads((out / "summary.json").read_text()))
+    assert counted[0]["parameters"] == counted[1]["parameters"]
+    assert counted[0]["flops"] == counted[1]["flops"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train.backbone_share=0"], r"backbone_share is 0\.0 and init_from is None\. Raise"),
+        (["--model.hilomoe.routing=row"], r"route_by is auto.*routing is row\. Set routing"),
+        (["--model.hilomoe.probe_steps=11"], r"probe_steps is 11, but .* 10 steps\. Lower it"),
+        (["--model.hilomoe.probe_steps=1"], r"probe_steps must be at least 2 or null, got 1"),
+        (["--model.hilomoe.num_experts=64"], r"1024 rows to judge with, but 64 experts need 2048"),
+        (["--model.hilomoe.query_dim=3"], r"views need query_dim = None, got query_dim = 3"),
+        (
+            ["--train.stages=[{name: a, steps: 9, active_layers: 0}, {name: b, active_layers: 0}]"],
+            r"route_by is auto, but experts compute in no stage\. Add one",
+        ),
+        (
+            [
+                "--train.stages=[{name: a, steps: 9, active_layers: 0, plateau: {metric: auc}}, "
+                "{name: b}]",
+                "--train.evaluate_every=3",
+            ],
+            r"stage 'a' ends with a plateau of auc.*Give that stage a length",
+        ),
+    ],
+    ids=lambda value: value[0][:32] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_found_is_refused_before_the_first_step(
+    options, message, deciding, tmp_path
+):
+    (ended,) = run_app(f"--out_dir={tmp_path}", *AUTO, f"--data.path={deciding}", *options)
+    assert ended.code == 2
+    assert re.search(message, " ".join(ended.shown.split())), ended.shown
+
+
+def test_a_run_whose_experts_were_named_is_not_gone_on_with(deciding, tmp_path):
+    named = [option for option in AUTO if "route_by" not in option and "probe" not in option]
+    views = "--model.hilomoe.route_by=[[kind],[item],[place]]"
+    train(tmp_path, *named, views, f"--data.path={deciding}", "--train.max_steps=16")
+    (ended,) = run_app(f"--out_dir={tmp_path}", *AUTO, f"--data.path={deciding}")
+    assert ended.code == 2
+    assert "says of no features that were found. Give the route_by" in ended.shown
+
+
+@pytest.mark.slow
+def test_the_best_step_may_be_one_before_experts_began(deciding, tmp_path):
+    stages = "[{name: a, steps: 10, active_layers: 0}, {name: b, lr_scale: 100}]"
+    options = ("--checkpoint.best=logloss", "--train.evaluate_every=5", f"--train.stages={stages}")
+    train(tmp_path, *AUTO, *options, f"--data.path={deciding}")
+    found = decision_of(tmp_path)
+    assert found is not None
+    assert found.route_by is not None
+    assert json.loads((tmp_path / "summary.json").read_text())["tested_step"] <= BEGIN
+
+
+@pytest.mark.slow
+def test_in_the_composed_world_what_decides_is_found(tmp_path):
+    """By so few rows only the strongest feature may stand out, but none that does not decide."""
+    stages = "[{name: a, steps: 450, active_layers: 0, warmup_steps: 100}, {name: b}]"
+    options = (
+        *("--model.backbone=din", "--model.head=[64,32]", "--train.learning_rate=0.008"),
+        *("--model.hilomoe.rank=4", "--train.table_learning_rate=0.2", "--train.warmup_steps=100"),
+        *("--model.hilomoe.routing=sample", "--model.hilomoe.route_by=auto"),
+        *("--data.train_rows=768000", "--train.batch_size=1024", "--train.max_steps=454"),
+        f"--train.stages={stages}",
+        *("--model.dropout=0", "--model.batch_norm=false", "--train.log_every=450"),
+    )
+    train(tmp_path, *options)
+    found = decision_of(tmp_path, 454)
+    assert found is not None
+    assert found.route_by is not None
+    features = {name for layer in found.route_by for name in layer}
+    assert features <= {"category", "category_history", "hour"}

@@ -1,0 +1,198 @@
+"""A plain model, probed: by which features should experts be routed, if at all?
+
+The model is trained for some steps, or taken from a checkpoint, and then stays as it is. Training
+rows fit, rows of the validation split judge.
+"""
+
+import json
+import logging
+import math
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.hilomoe import ProbeReport
+from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.models.train_task import TaskOutput
+from torchrec_hilomoe.runtime.distributed import DistributedContext
+from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.assemble import assemble, Assembly
+from torchrec_hilomoe.training.inputs import (
+    loader_of,
+    pipelining_of,
+    schedule_of,
+    schema_of,
+    timeline_of,
+)
+from torchrec_hilomoe.training.listening import probe_of, run_unchanged
+from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
+from torchrec_hilomoe.training.stages.staging import enter_stage
+from torchrec_hilomoe.training.trainer import training_state
+
+__all__ = ["ProbeOptions", "probe_run", "route_flags"]
+
+logger = logging.getLogger(__name__)
+
+# Tensors of a run with experts, which its plain model has not, and what only training needs.
+NOT_OF_PLAIN = (
+    *("model.*.expert_in", "model.*.expert_out", "model.*.expert_keys", "model.*.query_proj"),
+    *("optimizer.*", "loss_scale.*"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """How a model is probed.
+
+    Attributes:
+        steps: Steps that a plain model is trained before; a stated age, since gains shrink as a
+            model learns.
+        fit_batches: Batches of training rows that fit.
+        judge_batches: Batches of validation rows that judge, at most.
+        draws: Draws of keys for each feature.
+        checkpoint: A plain model to take instead of training one; None trains.
+    """
+
+    steps: int = 300
+    fit_batches: int = 100
+    judge_batches: int = 128
+    draws: int = 4
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "fit_batches", "judge_batches", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"probe: --{name} must be at least 1, got {getattr(self, name)}. "
+                    f"Leave it out for {getattr(ProbeOptions, name)}."
+                )
+
+
+def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedContext) -> ProbeReport:
+    """Train a plain model briefly, or load one, and probe it; a collective call.
+
+    Args:
+        config: The run; its experts are only thought of.
+        options: How to probe.
+        context: This process among the ranks.
+
+    Raises:
+        ValueError: If the configuration, the data or the checkpoint does not fit.
+    """
+    schema = schema_of(config)
+    experts = config.model.hilomoe
+    plain = replace(config, model=replace(config.model, hilomoe=replace(experts, enabled=False)))
+    torch.manual_seed(config.seed)
+    task = build_task(plain.model, schema)
+    task.model.backbone.include_history_mean = True
+    probe = probe_of(task, experts, draws=options.draws, seed=config.seed)
+    assembly = assemble(plain, task, context)
+    loader = loader_of(plain, "train", context.world)
+    with closing(iter(loader)) as batches:
+        if options.checkpoint is None:
+            steps = min(options.steps, timeline_of(plain, loader.steps_per_epoch).total_steps)
+            model = _train(plain, assembly, batches, steps, loader.steps_per_epoch)
+        else:
+            model = assembly.model
+            steps = _load(options.checkpoint, config, assembly)
+        with probe.fit():
+            _run(model, islice(batches, options.fit_batches))
+    with probe.judge():
+        judging = loader_of(plain, "valid", context.world)
+        loss, constant_loss = _run(model, islice(judging, options.judge_batches))
+    return probe.report(loss=loss, constant_loss=constant_loss, steps=steps)
+
+
+def route_flags(config: RunConfig, report: ProbeReport) -> str:
+    """Return the options that route a run's experts as a report advises, to be pasted."""
+    route_by = json.dumps([list(names) for names in report.route_by], ensure_ascii=False)
+    flags = [] if config.model.hilomoe.enabled else ["--model.hilomoe.enabled true"]
+    flags += ["--model.hilomoe.routing sample", f"--model.hilomoe.route_by {shlex.quote(route_by)}"]
+    return " ".join(flags)
+
+
+def _train(
+    config: RunConfig,
+    assembly: Assembly,
+    batches: Iterator[CTRBatch],
+    steps: int,
+    steps_per_epoch: int,
+) -> DistributedModelParallel:
+    """Train as a run does, and return the model in its wrapper."""
+    timeline = timeline_of(config, steps_per_epoch)
+    span, optimizers = timeline.spans[0], assembly.optimizers
+    averaged_once = config.train.gradient_accumulation_steps == 1
+    model = enter_stage(assembly.model, span.stage, static_graph=averaged_once)
+    optimizers.enter(span.stage)
+    pipeline = Pipeline(
+        model,
+        optimizers.stage_optimizer,
+        model.device,
+        pipelining_of(config, schema_of(config)),
+    )
+    ahead = islice(batches, steps)
+    for step in range(steps):
+        optimizers.set_rates(span, step, timeline.decay(step))
+        output = pipeline.step(ahead)
+    pipeline.detach()
+    logger.info(
+        "trained a plain model for %d of %d steps, loss %.4f",
+        steps,
+        timeline.total_steps,
+        output.loss,
+    )
+    return model
+
+
+def _load(path: str, config: RunConfig, assembly: Assembly) -> int:
+    """Load a checkpoint, and return the steps that it was trained for."""
+    saved = checkpoint.open(path.rstrip("/"))
+    stage = saved.progress.stage
+    if config.model.hilomoe.enabled and schedule_of(config).named(stage).active_layers != 0:
+        raise ValueError(
+            f"probe: --checkpoint {path} is of stage {stage!r}, in which experts compute, and the "
+            "probe asks what a model without them cannot express. Give a checkpoint of a plain run "
+            "(--model.hilomoe null) or of stage backbone_warmup, or let the probe train one."
+        )
+    saved.check_schema(schema_of(config))
+    state = training_state(assembly.model, assembly.optimizers)
+    saved.load(state, allow_missing=NOT_OF_PLAIN, restore_random=False)
+    logger.info("loaded %s", path)
+    return saved.progress.step
+
+
+def _run(model: DistributedModelParallel, batches: Iterable[CTRBatch]) -> tuple[float, float]:
+    """Run forward and backward passes that change nothing; a collective call.
+
+    Returns:
+        The mean loss, in nats a row, and that of the click rate alone.
+    """
+    loss_rows_clicks = torch.zeros(3, dtype=torch.float64)
+    for output in run_unchanged(model, batches):
+        loss_rows_clicks += _sums(output).cpu()
+    dist.all_reduce(loss_rows_clicks)
+    total, rows, clicks = loss_rows_clicks.tolist()
+    rate = clicks / rows if rows else 0.0
+    entropy = -math.log(rate) * rate - math.log1p(-rate) * (1 - rate) if 0 < rate < 1 else 0.0
+    return total / max(rows, 1.0), entropy
+
+
+def _sums(output: TaskOutput) -> Tensor:
+    """Weighted sums over a batch: of its rows' losses, of ones, of clicks."""
+    logits_B, labels_B, weights_B = (
+        it.double() for it in (output.logits, output.labels, output.weights)
+    )
+    loss_B = F.binary_cross_entropy_with_logits(logits_B, labels_B, reduction="none")
+    return torch.stack(
+        [(weights_B * it).sum() for it in (loss_B, torch.ones_like(loss_B), labels_B)]
+    )
