@@ -9,7 +9,8 @@ The tree is the flow; read it in this order:
     5  models/      PARTS -> MODEL: what is exported, what is trained, what it costs
     6  training/    MODEL -> TRAINED MODEL: stages, optimizers, sharding, the loop, checkpoints
        planning/    what a run needs on machines that are not here;  sweep/: many runs, the best one
-       runtime/     processes, paths, console;  config/, command_line.py, recipes/: a run
+       apps/        the commands;  config/, options.py, command_line.py, recipes/: a run
+       runtime/     processes, paths, console
 
 The names below are the public ones. They are imported when first used, so that
 ``python -m torchrec_hilomoe.doctor`` can explain an environment in which torch does not import.
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
         HiLoMoEConfig,
         HiLoMoELinear,
         inject_hilomoe,
+        inject_shared_router,
+        InteractionProbe,
+        load_base_checkpoint,
         reference,
         routing_report,
     )
@@ -31,19 +35,27 @@ if TYPE_CHECKING:
 __all__ = [
     "HiLoMoEConfig",
     "HiLoMoELinear",
+    "InteractionProbe",
     "Stage",
     "StageSchedule",
     "inject_hilomoe",
+    "inject_shared_router",
+    "load_base_checkpoint",
     "reference",
     "routing_report",
 ]
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "HiLoMoEConfig": "torchrec_hilomoe.hilomoe",
     "HiLoMoELinear": "torchrec_hilomoe.hilomoe",
+    "InteractionProbe": "torchrec_hilomoe.hilomoe",
     "Stage": "torchrec_hilomoe.training.stages",
     "StageSchedule": "torchrec_hilomoe.training.stages",
     "inject_hilomoe": "torchrec_hilomoe.hilomoe",
+    "inject_shared_router": "torchrec_hilomoe.hilomoe",
+    "load_base_checkpoint": "torchrec_hilomoe.hilomoe",
     "routing_report": "torchrec_hilomoe.hilomoe",
 }
 

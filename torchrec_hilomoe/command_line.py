@@ -1,32 +1,43 @@
 """The command line of a run: a recipe, dotted overrides, and help for what is mistyped."""
 
 import argparse
+import json
+import os
 import re
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from torchrec_hilomoe.config import RunConfig
-from torchrec_hilomoe.option_names import did_you_mean, option_names, unknown_keys
+from torchrec_hilomoe.options import (
+    did_you_mean,
+    old_options,
+    option_names,
+    renew_options,
+    unknown_keys,
+)
+from torchrec_hilomoe.runtime.documents import DocumentError, parse_yaml, read_text
 from torchrec_hilomoe.runtime.paths import path_manager
 
 __all__ = [
     "DEFAULT_RECIPE",
+    "AppParser",
     "ParsedRun",
     "UsageError",
     "check_flags",
     "parse_run",
+    "parse_saved",
     "recipe_names",
 ]
 
 DEFAULT_RECIPE = "bst-synthetic"
+LISTS_OF_LISTS = "model.hilomoe.route_by"
 
 
 class UsageError(ValueError):
@@ -39,13 +50,31 @@ class ParsedRun:
 
     Attributes:
         config: The whole run.
-        resolved: The same as YAML, which ``--config`` takes back.
+        resolved: Configuration as YAML, which ``--config`` takes back.
         recipe: Name of the recipe or of the file that it came from.
     """
 
     config: RunConfig
     resolved: str
     recipe: str
+
+
+class AppParser(argparse.ArgumentParser):
+    """The parser of an app's own options, whose help begins with examples.
+
+    Args:
+        name: Of the app.
+        document: What it does in one line; then its examples.
+    """
+
+    def __init__(self, name: str, document: str | None) -> None:
+        what, _, examples = (document or "").partition("\n\n")
+        super().__init__(prog=f"torchrec-hilomoe {name}", description=what, allow_abbrev=False)
+        self._examples = examples.strip()
+
+    def format_help(self) -> str:
+        """Return the examples, then what the parser says."""
+        return f"{self._examples}\n\n{super().format_help()}"
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -63,41 +92,43 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
     Raises:
         UsageError: For an unknown flag, key, recipe or value.
     """
-    parser = ArgumentParser(
-        prog="train.py",
-        description="Train a CTR model. Without arguments: the recipe bst-synthetic.",
-        exit_on_error=False,
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help=f"a YAML file, or the name of a recipe: {', '.join(recipe_names())}",
-    )
-    parser.add_class_arguments(RunConfig, sub_configs=True)
-    arguments, recipe = _with_recipe_path(_spell_out_switches(argv))
-    check_flags(arguments, parser)
-    _check_recipe(arguments[1])
+    overrides, given = _without_config(_spell_out_switches(argv))
+    values, recipe = _read_recipe(given)
+    return _parse(values, overrides, recipe, f"--config {given}")
+
+
+def parse_saved(
+    text: str, overrides: Sequence[str] = (), *, where: str = "the saved configuration"
+) -> ParsedRun:
+    """Read the configuration that a run has saved, even one of the last release.
+
+    Args:
+        text: YAML, as in ``ParsedRun.resolved``.
+        overrides: Arguments that win.
+        where: The file, for the message.
+
+    Raises:
+        UsageError: For an unknown flag, key or value, or a text that is no configuration.
+    """
     try:
-        parsed = parser.parse_args(arguments)
-        config = _run_config(parser.instantiate(parsed))
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
-        raise UsageError(_explain(error)) from error
-    return ParsedRun(
-        config=config, resolved=parser.dump(parsed.clone(), skip_unset=False), recipe=recipe
-    )
+        values = renew_options(parse_yaml(text, where))
+    except DocumentError as error:
+        raise UsageError(f"{error}. Give a checkpoint whose configuration is whole.") from error
+    _check_keys(values, f"{where}: there is no option ", repr)
+    return _parse(values, _spell_out_switches(overrides), "saved", where)
 
 
-def check_flags(arguments: Sequence[str], parser: argparse.ArgumentParser) -> None:
+def check_flags(arguments: Sequence[str], parser: argparse.ArgumentParser | None = None) -> None:
     """Refuse a flag that is neither an option of a run nor one of a parser's own.
 
     Args:
         arguments: What was given.
-        parser: Of the app.
+        parser: Of the app, where it has options of its own.
 
     Raises:
-        UsageError: Names the nearest of both.
+        UsageError: Names the nearest of both, or the new name of an old one.
     """
-    own = {flag for action in parser._actions for flag in action.option_strings}
+    own = {flag for action in parser._actions for flag in action.option_strings} if parser else ()
     names = {"config", *option_names(RunConfig)}
     names |= {flag.removeprefix("--") for flag in own if flag.startswith("--")}
     for argument in arguments:
@@ -107,9 +138,24 @@ def check_flags(arguments: Sequence[str], parser: argparse.ArgumentParser) -> No
             raise UsageError(f"there is no option --{name}. {did_you_mean(name, names)}")
 
 
-def _run_config(instantiated: Namespace) -> RunConfig:
-    values: dict[str, Any] = vars(instantiated)
-    return RunConfig(**{field.name: values[field.name] for field in fields(RunConfig)})
+def _parse(values: dict[str, Any], overrides: Sequence[str], recipe: str, where: str) -> ParsedRun:
+    check_flags(overrides)
+    _check_groups(overrides)
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(RunConfig, sub_configs=True)
+    try:
+        given = ["--config", json.dumps(_with_switch(values))]
+        parsed = parser.parse_args([*given, *_with_switches(overrides)])
+        found: dict[str, Any] = vars(parser.instantiate(parsed))
+        config = RunConfig(**{field.name: found[field.name] for field in fields(RunConfig)})
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        if overrides:
+            _parse(values, (), recipe, where)  # which says so, if the file is to blame
+            raise UsageError(_explain(error)) from error
+        raise UsageError(f"{where}: {_explain(error)}") from error
+    resolved = parser.dump(parsed.clone(), skip_unset=False)
+    return ParsedRun(config=config, resolved=resolved, recipe=recipe)
 
 
 def _spell_out_switches(argv: Sequence[str]) -> list[str]:
@@ -122,8 +168,8 @@ def _spell_out_switches(argv: Sequence[str]) -> list[str]:
     return spelled
 
 
-def _with_recipe_path(argv: Sequence[str]) -> tuple[list[str], str]:
-    """Put the recipe first, by path, so that overrides win wherever they stand."""
+def _without_config(argv: Sequence[str]) -> tuple[list[str], str]:
+    """Part the overrides, which win wherever they stand, from the recipe."""
     rest, name = [], DEFAULT_RECIPE
     arguments = iter(argv)
     for argument in arguments:
@@ -135,36 +181,104 @@ def _with_recipe_path(argv: Sequence[str]) -> tuple[list[str], str]:
             name = argument.partition("=")[2]
         else:
             rest.append(argument)
-    if name.endswith((".yaml", ".yml")) or "/" in name:
-        return ["--config", _on_this_disk(name), *rest], name.rpartition("/")[2].rpartition(".")[0]
-    if name not in recipe_names():
-        near = get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(recipe_names())}."
-        raise UsageError(f"--config: there is no recipe {name!r}. {hint}")
-    return ["--config", str(files("torchrec_hilomoe") / "recipes" / f"{name}.yaml"), *rest], name
+    return rest, name
 
 
-def _on_this_disk(path: str) -> str:
-    """Return a path that the parser can open, of a file that may be in a store of the user's."""
-    return path_manager.get_local_path(path) if path_manager.isfile(path) else path
+def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
+    """Return what a recipe or a file of the user's, maybe in a store, says, and its name."""
+    path, recipe = name, name.rpartition("/")[2].rpartition(".")[0]
+    if not name.endswith((".yaml", ".yml")) and "/" not in name:
+        if name not in recipe_names():
+            near = get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
+            hint = f"Did you mean {near[0]!r}?" if near else f"There are {_listed_recipes()}."
+            raise UsageError(f"--config: there is no recipe {name!r}. {hint}")
+        path, recipe = str(files("torchrec_hilomoe") / "recipes" / f"{name}.yaml"), name
+    values = _read_yaml(path)
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(schema := data.get("data_schema"), str):
+        # A file beside the recipe.
+        data["data_schema"] = _read_yaml(os.path.join(os.path.dirname(path), schema))
+    _check_keys(values, f"{path}: there is no option ", repr)
+    return values, recipe
 
 
-def _check_recipe(path: str) -> None:
-    """Look for unknown keys by ourselves: the parser overlooks groups without a value in them."""
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError as error:
+        if not path_manager.exists(path):
+            raise UsageError(
+                f"--config: there is no file {path}. The recipes that are shipped are "
+                f"{_listed_recipes()}."
+            )
+        return parse_yaml(read_text(path), path)
+    except (OSError, DocumentError) as error:
         raise UsageError(
-            f"--config: there is no file {path}. The recipes that are shipped are "
-            f"{', '.join(recipe_names())}."
+            f"--config: cannot read {path}: {error}. It must map options to values, as a run's "
+            "config.yaml does."
         ) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping):
-        raise UsageError(f"--config: {path} is not a mapping of options to values.")
-    for name in unknown_keys(RunConfig, values):
-        names = option_names(RunConfig)
-        raise UsageError(f"{path}: there is no option {name!r}. {did_you_mean(name, names)}")
+
+
+def _listed_recipes() -> str:
+    return ", ".join(recipe_names())
+
+
+def _check_keys(values: Mapping[str, Any], told: str, quoted: Any) -> None:
+    """Look for unknown keys by ourselves, and tell all of them: the parser tells the first."""
+    names = list(option_names(RunConfig))
+    wrong = [
+        f"{told}{quoted(name)}. {did_you_mean(name, names)}"
+        for name in unknown_keys(RunConfig, values)
+    ]
+    if wrong or (wrong := list(old_options(values))):
+        raise UsageError(" ".join(wrong))
+
+
+def _check_groups(overrides: Sequence[str]) -> None:
+    """Look into the values of options that are groups, such as ``--train.stages '[{...}]'``."""
+    for name, text in _pairs(overrides):
+        value = _loaded(text)
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        _check_keys(value, "there is no option --", str)
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text  # the parser says what it cannot read
+
+
+def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """Yield the name and the value of each flag that has one."""
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        if argument.startswith("--"):
+            name, given, value = argument.removeprefix("--").partition("=")
+            yield name, value if given else following
+
+
+def _with_switch(values: dict[str, Any]) -> dict[str, Any]:
+    """Spell out ``hilomoe: null``, which is short for experts that are not enabled."""
+    model = values.get("model")
+    if isinstance(model, dict) and "hilomoe" in model and model["hilomoe"] is None:
+        return {**values, "model": {**model, "hilomoe": {"enabled": False}}}
+    return values
+
+
+def _with_switches(overrides: Sequence[str]) -> list[str]:
+    """Spell out ``--model.hilomoe null`` and ``--model '{hilomoe: null}'`` likewise."""
+    spelled = list(overrides)
+    for place, argument in enumerate(overrides):
+        name, joined, text = argument.partition("=")
+        at = place if joined else place + 1
+        if name not in ("--model", "--model.hilomoe") or at == len(overrides):
+            continue
+        value = _loaded(text if joined else overrides[at])
+        group = {"hilomoe": value} if name == "--model.hilomoe" else value
+        renewed = _with_switch({"model": group})["model"]
+        if renewed != group:
+            text = json.dumps(renewed if name == "--model" else renewed["hilomoe"])
+            spelled[at] = f"{name}={text}" if joined else text
+    return spelled
 
 
 def _explain(error: Exception) -> str:
@@ -176,9 +290,6 @@ def _explain(error: Exception) -> str:
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     text = re.sub(r"^Parser key \"([\w.]+)\":", r"\1:", text)
     text = re.sub(r"a typing.Literal\[(.*?)\]", r"one of \1", text)
-    if unknown := re.search(r"Option '(\w+)' is not accepted", text):
-        leaves = [name.rpartition(".")[2] for name in option_names(RunConfig)]
-        text = text.replace(unknown[0], f"{unknown[0]}. {did_you_mean(unknown[1], leaves)}")
     union = re.fullmatch(
         r"([\w.]+: |)Does not validate against any of the Union subtypes Subtypes: .*? Errors: - "
         r"(.*) Given value type: .*? Given value: (.*)",
@@ -191,12 +302,16 @@ def _explain(error: Exception) -> str:
         ]
         nothing_new = value.startswith(("Namespace(", "NestedArg(", "(")) or "Got value" in errors
         text = f"{where}{'; '.join(reasons)}{'' if nothing_new else f'. Got value: {value}'}"
-    # An option of a group that may be null is named by the group and the key.
-    text = re.sub(r"^([\w.]+): Problem with given class_path '.*?': Parser key \"", r"\1.", text)
-    text = re.sub(r"^([\w.]+)\": ", r"\1: ", text)
-    text = re.sub(r"(\?|of them\.)\.", r"\1", text)
-    if "Expected a tuple" in text and "tuple[tuple" in text:
-        text = f"{text}. Write a list of lists: '[[a], [b, c]]'."
-    elif "Expected a tuple" in text:
-        text = f"{text}. Write a list, even of one: '[a]' or '[a, b]'."
+    # What is wrong inside a group is told by its path alone.
+    text = re.sub(r"Does not validate against any of .*? Errors:;? |- Errors: ", "", text)
+    text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
+    text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
+    if "Expected a tuple" in text:
+        nested = text.startswith(LISTS_OF_LISTS)
+        like = (
+            "a list of lists: '[[a], [b, c]]'"
+            if nested
+            else "a list, even of one: '[a]' or '[a, b]'"
+        )
+        text = f"{text}. Write {like}."
     return text

@@ -3,6 +3,7 @@
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,12 +13,14 @@ from torchrec_hilomoe.command_line import (
     check_flags,
     DEFAULT_RECIPE,
     parse_run,
+    parse_saved,
     recipe_names,
     UsageError,
 )
-from torchrec_hilomoe.config import InjectionConfig, RunConfig
+from torchrec_hilomoe.config import BSTConfig, InjectionConfig, RunConfig, TrainConfig
+from torchrec_hilomoe.options import RENAMED
 from torchrec_hilomoe.runtime.paths import path_manager
-from torchrec_hilomoe.training.stages import Stage
+from torchrec_hilomoe.training.stages import Decay, Stage
 
 
 def write(folder: Path, text: str) -> str:
@@ -61,16 +64,30 @@ def test_the_last_of_two_overrides_wins():
 
 
 def test_hilomoe_can_be_switched_off_and_changed_in_part():
-    assert parse_run(["--model.hilomoe", "null"]).config.model.hilomoe is None
+    for switched_off in (["--model.hilomoe", "null"], ["--model.hilomoe=null"]):
+        assert not parse_run(switched_off).config.model.hilomoe.enabled
     recipe = parse_run([]).config.model.hilomoe
     changed = parse_run(["--model.hilomoe.num_layers", "2"]).config.model.hilomoe
-    assert recipe is not None
-    assert changed is not None
     assert (recipe.num_layers, changed.num_layers) == (3, 2)
     assert changed.rank == recipe.rank  # the recipe's, not the default
     sites = parse_run(["--model.hilomoe.sites", "[ffn, '*.key']"]).config.model.hilomoe
-    assert sites is not None
     assert sites.sites == ("ffn", "*.key")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--model.hilomoe", "null"],
+        ["--model.hilomoe=null"],
+        ["--model", "{hilomoe: null}"],
+        ["--model={hilomoe: null}"],
+    ],
+)
+def test_null_for_the_experts_is_the_plain_backbone(argv):
+    recipe, plain = parse_run([]).config.model, parse_run(argv).config.model
+    assert recipe.hilomoe.enabled
+    assert not plain.hilomoe.enabled
+    assert plain.bst == recipe.bst
 
 
 @pytest.mark.parametrize(
@@ -142,7 +159,10 @@ def test_the_saved_configuration_names_every_option():
         (["--train.max_steps", "five"], "train.max_steps: Expected a int. Got value: five"),
         (["--train.max_steps"], "argument --train.max_steps: expected one argument"),
         (["--seed", "1.5"], "seed: Expected a int. Got value: 1.5"),
-        (["--data.world", "flat"], "data.world: Expected one of 'composed', 'tree', 'smooth'. Go"),
+        (
+            ["--data.synthetic", "flat"],
+            "data.synthetic: Expected one of 'composed', 'tree', 'smooth'. Go",
+        ),
         (["--dry_run", "maybe"], "dry_run: Expected a bool. Got value: maybe"),
         (["--model.head", "[8, wide]"], "model.head: Expected a int. Got value: wide"),
         (["--model.head", "8"], "model.head: Expected a tuple. Got value: 8. Write a list, even"),
@@ -159,14 +179,16 @@ def test_the_saved_configuration_names_every_option():
         (["--model.hilomoe.top_k", "9"], "HiLoMoEConfig.top_k = 9 is larger than num_experts = 8"),
         (
             ["--train.stages", "[{name: a, stps: 3}]"],
-            "train.stages: Problem with given class_path 'torchrec_hilomoe.Stage': "
-            "Option 'stps' is not accepted. Did you mean 'steps'?",
+            "there is no option --train.stages.stps. Did you mean 'train.stages.steps'?",
+        ),
+        (
+            ["--train.stages", "[{name: a, decay: {kind: x}}]"],
+            "train.stages: decay: kind: Expected one of 'constant', 'linear', 'cosine', 'step'",
         ),
         (["--train.max_steps", "1e2"], "train.max_steps: Expected a int. Got value: 100.0"),
         (
             ["--model.hilomoe", "{rnk: 3}"],
-            "model.hilomoe: Problem with given class_path 'torchrec_hilomoe.config.InjectionConfig'"
-            ": Option 'rnk' is not accepted. Did you mean 'rank'? Got value: {'rnk': 3}",
+            "there is no option --model.hilomoe.rnk. Did you mean 'model.hilomoe.rank'?",
         ),
         (["--model.bst", "{num_heads: a}"], "model.bst.num_heads: Expected a int. Got value: a"),
         (["--train.stages", "[{name: a, steps: -3}]"], "Stage 'a': steps must be at least 0, got"),
@@ -192,8 +214,11 @@ def test_a_mistake_is_told_with_what_would_be_right(argv, message):
             "no option 'train.stages.stps'. Did you mean 'train.stages.steps'?",
         ),
         ("train: {max_steps: five}", "train.max_steps: Expected a int. Got value: five"),
-        ("- 1", "mine.yaml is not a mapping of options to values"),
-        ("", "mine.yaml is not a mapping of options to values"),
+        ("- 1", "mine.yaml is a list, and must be a mapping of names to values. It must map opt"),
+        ("", "mine.yaml is empty"),
+        ("train: " + "[" * 5000, "mine.yaml is nested more than 50 deep"),
+        ("train: &a [*a]", "mine.yaml is nested more than 50 deep"),
+        ("seed: 2020-01-01", "mine.yaml: Object of type date is not JSON serializable"),
         ("a: [", "--config: cannot read "),
     ],
 )
@@ -201,6 +226,87 @@ def test_a_mistake_in_a_recipe_is_told_too(tmp_path, text, message):
     with pytest.raises(UsageError, match=re.escape(message)) as told:
         parse_run(["--config", write(tmp_path, text)])
     assert "\n" not in str(told.value)
+
+
+OLD = [f"{group}.{old}" for group, renamed in RENAMED.items() for old in renamed]
+
+
+@pytest.mark.parametrize("old", OLD)
+def test_an_old_name_is_told_with_the_new_one(tmp_path, old):
+    group, _, name = old.rpartition(".")
+    told = f"there is no option {{}}{old}{{}}. It is '{group}.{RENAMED[group][name]}' now."
+    if group == "train.stages":
+        flag, value = "--train.stages", f"[{{name: a, {name}: 1}}]"
+        nested: Any = {"train": {"stages": [{"name": "a", name: 1}]}}
+    else:
+        flag, value, nested = f"--{old}", "1", {name: 1}
+        for part in reversed(group.split(".")):
+            nested = {part: nested}
+    with pytest.raises(UsageError, match=re.escape(told.format("--", ""))):
+        parse_run([flag, value])
+    with pytest.raises(UsageError, match=re.escape(told.format("'", "'"))):
+        parse_run(["--config", write(tmp_path, yaml.safe_dump(nested))])
+
+
+def test_all_old_names_of_a_recipe_are_told_at_once(tmp_path):
+    path = write(tmp_path, "data: {world: tree}\ntrain: {accumulate: 2, stages: [{rate: 1}]}\n")
+    with pytest.raises(UsageError) as told:
+        parse_run(["--config", path])
+    assert str(told.value).count(" now.") == 3
+
+
+@pytest.mark.parametrize("group", ["train", "train.stages"])
+def test_a_decay_that_was_a_word_is_told(tmp_path, group):
+    decay = {"decay": "linear", "name": "a"}
+    train = {"stages": [decay]} if group == "train.stages" else {"decay": "linear"}
+    told = f"{group}.decay is a group of options now; 'linear' is {group}.decay.kind."
+    with pytest.raises(UsageError, match=re.escape(told)):
+        parse_run(["--config", write(tmp_path, yaml.safe_dump({"train": train}))])
+    value = "[{name: a, decay: linear}]" if group == "train.stages" else "linear"
+    flag = f"--train.stages={value}" if group == "train.stages" else f"--train.decay={value}"
+    with pytest.raises(UsageError, match=re.escape(told)):
+        parse_run([flag])
+
+
+def test_what_the_last_release_saved_with_a_run_gives_the_same_run():
+    """As that release wrote it: every option is there, those of a stage too."""
+    saved = """
+data: {path: null, world: tree, lanes: 24}
+model: {backbone: bst, bst: {num_layers: 2, positions: false}, hilomoe: null}
+train:
+  accumulate: 2
+  clip_norm: 10.0
+  decay: step
+  decay_every: 5
+  decay_factor: 0.5
+  decay_floor: 0.1
+  expert_rate: 2.0
+  stages:
+  - {name: a, share: 0.5, rate: 0.5, expert_rate: 3.0, decay: linear, decay_every: null,
+     decay_factor: 0.1, decay_floor: 0.2}
+  - {name: b, rate: 1.0, decay: null, decay_every: null, decay_factor: 0.1, decay_floor: 0.0}
+"""
+    config = parse_saved(saved, ["--seed", "4"]).config
+    assert config.seed == 4
+    assert (config.data.synthetic, config.data.num_canonical_shards) == ("tree", 24)
+    assert config.model.bst == BSTConfig(num_layers=2, position_dim=0)
+    assert not config.model.hilomoe.enabled
+    assert config.train == TrainConfig(
+        gradient_accumulation_steps=2,
+        max_grad_norm=10.0,
+        decay=Decay(kind="step", every=5, factor=0.5, floor=0.1),
+        expert_lr_scale=2.0,
+        stages=(
+            Stage(
+                name="a",
+                share=0.5,
+                lr_scale=0.5,
+                expert_lr_scale=3.0,
+                decay=Decay(kind="linear", floor=0.2),
+            ),
+            Stage(name="b"),
+        ),
+    )
 
 
 def test_a_recipe_in_a_store_of_the_users(monkeypatch):
@@ -213,10 +319,29 @@ def test_a_recipe_in_a_store_of_the_users(monkeypatch):
         parse_run(["--config", "memory://runs/other.yaml"])
 
 
+@pytest.mark.parametrize(
+    ("given", "old", "new"),
+    [
+        ("clip_norm", "train.clip_norm", "train.max_grad_norm"),
+        ("data.accumulate", "train.accumulate", "train.gradient_accumulation_steps"),
+        ("train.rate", "train.stages.rate", "train.stages.lr_scale"),
+        ("model.dien.positions", "model.bst.positions", "model.bst.position_dim"),
+        ("train.world", "data.world", "data.synthetic"),
+    ],
+)
+def test_an_old_name_in_another_group_is_told_too(given, old, new):
+    told = re.escape(f"--{given}. It was {old!r}, which is {new!r} now.")
+    with pytest.raises(UsageError, match=told):
+        parse_run([f"--{given}=1"])
+
+
 def test_flags_of_an_app_are_known_beside_those_of_a_run():
     parser = argparse.ArgumentParser()
     parser.add_argument("--world_size")
-    check_flags(["--config", "x", "--seed=1", "--world_size=2", "value", "--data.lanes+=1"], parser)
+    check_flags(
+        ["--config", "x", "--seed=1", "--world_size=2", "value", "--data.num_canonical_shards+=1"],
+        parser,
+    )
     for mistyped, meant in (("wrold_size", "world_size"), ("train.max_stps", "train.max_steps")):
         told = f"there is no option --{mistyped}. Did you mean '{meant}'?"
         with pytest.raises(UsageError, match=re.escape(told)):

@@ -3,8 +3,8 @@
 import pytest
 
 from torchrec_hilomoe.command_line import parse_run, recipe_names
-from torchrec_hilomoe.hilomoe.sites import sites_of
-from torchrec_hilomoe.models.build import build_task, BUILDERS
+from torchrec_hilomoe.hilomoe.inject import sites_of
+from torchrec_hilomoe.models.build import BACKBONES, build_task
 from torchrec_hilomoe.models.flops import count_cost
 
 SETS = (
@@ -51,7 +51,7 @@ def test_a_recipe_has_the_tuned_settings(name):
         config = parse_run(["--config", f"{backbone}-{name}"]).config
         train, model = config.train, config.model
         assert (train.learning_rate, train.batch_size, model.batch_norm) == run
-        assert train.clip_norm == 10
+        assert train.max_grad_norm == 10
         if backbone == "din":
             assert (model.din.attention_dropout, model.din.softmax) == din
         if backbone == "bst":
@@ -61,10 +61,10 @@ def test_a_recipe_has_the_tuned_settings(name):
 
 
 def test_every_backbone_has_a_recipe_for_every_set():
-    assert {f"{backbone}-{name}" for backbone in BUILDERS for name in SETS} < set(recipe_names())
+    assert {f"{backbone}-{name}" for backbone in BACKBONES for name in SETS} < set(recipe_names())
 
 
-@pytest.mark.parametrize("name", [f"{backbone}-{name}" for backbone in BUILDERS for name in SETS])
+@pytest.mark.parametrize("name", [f"{backbone}-{name}" for backbone in BACKBONES for name in SETS])
 def test_a_recipe_builds_without_files(name):
     config = parse_run(["--config", name]).config
     assert config.model.backbone == name.partition("-")[0]

@@ -3,16 +3,16 @@
 Modules take plain arguments; only ``models/build.py``, ``training/`` and the apps know this tree.
 """
 
-from torchrec_hilomoe.config.backbones import (
+from torchrec_hilomoe.config.model import (
     BSTConfig,
     DIENConfig,
     DINConfig,
+    InjectionConfig,
     InterFormerConfig,
+    ModelConfig,
     TransActConfig,
 )
-from torchrec_hilomoe.config.data import DataConfig
-from torchrec_hilomoe.config.model import InjectionConfig, ModelConfig
-from torchrec_hilomoe.config.run import CheckpointConfig, RunConfig
+from torchrec_hilomoe.config.run import CheckpointConfig, DataConfig, RunConfig
 from torchrec_hilomoe.config.sharding import ShardingConfig, TableSharding
 from torchrec_hilomoe.config.train import TrainConfig
 

@@ -35,12 +35,12 @@ class TableSharding:
     """What the planner may do with one table; what is null is its choice.
 
     Attributes:
-        type: How it is cut: ``table_wise`` (whole, on one rank), ``row_wise`` (over all ranks),
+        type: Sharding type: ``table_wise`` (whole, on one rank), ``row_wise`` (over all ranks),
             ``column_wise``, and on several hosts ``table_row_wise``, ``table_column_wise`` and
             ``grid_shard``.
-        kernel: Where rows are: ``fused`` (the device's memory), ``fused_uvm`` (the host's), or
+        kernel: Memory that holds the rows: ``fused`` (the device's), ``fused_uvm`` (the host's), or
             ``fused_uvm_caching`` (the host's, with a cache on the device).
-        ranks: Where its shards are, one rank each, in order; ``table_wise`` and ``column_wise``
+        ranks: Ranks that hold the shards, one each, in order; ``table_wise`` and ``column_wise``
             only, and ``type`` must say which.
 
     Raises:
@@ -88,12 +88,13 @@ class ShardingConfig:
         tables: Constraints by table; the planner decides about the others alone.
         reserve: Share of a device's memory that is not for tables: dense part, activations,
             batches.
-        hbm: Memory of a GPU, such as ``80GB``; null asks it.
-        ddr: Host memory of one rank; null takes TorchRec's default.
-        hbm_bandwidth: Of a GPU's memory, in GB/s.
-        ddr_bandwidth: Of the host's memory, in GB/s.
-        intra_host_bandwidth: Between ranks of a host, in GB/s.
-        inter_host_bandwidth: Between hosts, in GB/s.
+        hbm: Memory of a GPU, such as ``80GB``; null asks the GPU.
+        ddr: Host memory of one rank, such as ``128GB``; null takes TorchRec's default.
+        hbm_bandwidth: Bandwidth of a GPU's memory, in GB/s; null takes TorchRec's default.
+        ddr_bandwidth: Bandwidth of the host's memory, in GB/s; null takes TorchRec's default.
+        intra_host_bandwidth: Bandwidth between the ranks of a host, in GB/s; null takes TorchRec's
+            default.
+        inter_host_bandwidth: Bandwidth between hosts, in GB/s; null takes TorchRec's default.
 
     Raises:
         ValueError: If an amount or a bandwidth is out of range.

@@ -4,9 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import get_args, Literal
 
-from torchrec_hilomoe.config.rates import Decay, DecayKind
-
-__all__ = ["OptimizerName", "Plateau", "Stage"]
+__all__ = ["Decay", "OptimizerName", "PlateauConfig", "Stage"]
 
 OptimizerName = Literal["adam", "adamw", "sgd", "adagrad"]
 Watched = Literal["auc", "gauc", "logloss", "ne"]
@@ -14,13 +12,67 @@ RISING = ("auc", "gauc")  # the others are better when they fall
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plateau:
+class Decay:
+    """How learning rates fall over a run or a stage.
+
+    Attributes:
+        kind: Form of the decay: ``constant``; ``linear`` or ``cosine`` to ``floor`` over all
+            steps; ``step`` by ``factor`` after every ``every`` steps.
+        every: Number of steps between two falls of ``step``.
+        factor: Factor on the rates at each fall of ``step``, above 0 and up to 1.
+        floor: Lowest factor on the rates, from 0 to 1.
+
+    Raises:
+        ValueError: If an option is out of range, or ``step`` has no ``every``.
+
+    Example:
+        >>> [round(Decay(kind="cosine").at(step, 4), 3) for step in range(5)]
+        [1.0, 0.854, 0.5, 0.146, 0.0]
+        >>> [Decay(kind="step", every=2, factor=0.5).at(step, 6) for step in range(6)]
+        [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    """
+
+    kind: Literal["constant", "linear", "cosine", "step"] = "constant"
+    every: int | None = None
+    factor: float = 0.1
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "step" and self.every is None:
+            raise ValueError(
+                "decay.kind is 'step' and decay.every is null; say after how many steps rates "
+                "fall, or take 'cosine'."
+            )
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"decay.every must be at least 1 step, got {self.every}.")
+        if not (0 < self.factor <= 1 and 0 <= self.floor <= 1):
+            raise ValueError(
+                f"decay.factor = {self.factor} must lie above 0 and up to 1, and decay.floor = "
+                f"{self.floor} between 0 and 1: rates fall."
+            )
+
+    def at(self, step: int, steps: int) -> float:
+        """Return the factor at ``step``, counted from 0, of ``steps``."""
+        if self.kind == "step":
+            assert self.every is not None
+            return max(self.floor, self.factor ** (step // self.every))
+        progress = min(step / steps, 1.0)
+        left = {
+            "constant": 1.0,
+            "linear": 1.0 - progress,
+            "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+        }[self.kind]
+        return self.floor + (1.0 - self.floor) * left
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlateauConfig:
     """Ends a stage when the validation metric stops improving.
 
     Attributes:
-        metric: Which one: ``auc``, ``gauc``, ``logloss`` or ``ne``.
-        patience: Validations in a row, without an improvement, that end the stage.
-        min_delta: By how much a metric must change to be an improvement.
+        metric: Validation metric that is watched: ``auc``, ``gauc``, ``logloss`` or ``ne``.
+        patience: Number of validations in a row without an improvement that end the stage.
+        min_delta: Smallest change of the metric that counts as an improvement.
 
     Raises:
         ValueError: If an option is out of range.
@@ -55,50 +107,50 @@ class Stage:
     """One stretch of training.
 
     Attributes:
-        name: Shown while it runs and written with every metric.
-        steps: Its length in optimizer steps.
-        epochs: Its length in passes over the training split.
-        share: Its length as a share of the run's steps. With none of the three, it takes what is
-            left.
-        plateau: Ends it sooner; its length is then the longest that it may take.
-        active_layers: Expert layers that compute; None is all of them.
-        learning_layers: Expert layers that learn, counted from 1; None is every active one.
+        name: Name of the stage, shown while it runs and written with every metric.
+        steps: Length of the stage, in optimizer steps.
+        epochs: Length of the stage, in passes over the training split.
+        share: Length of the stage, as a share of the run's steps. With none of the three, it takes
+            what is left.
+        plateau: Condition that ends the stage sooner; its length is then the longest that it may
+            take.
+        active_layers: Number of expert layers that compute; null is all of them.
+        learning_layers: Expert layers that learn, counted from 1; null is every active one.
         train_backbone: Whether everything learns that is neither table nor expert.
         train_tables: Whether embedding tables learn.
-        optimizer: Of backbone and experts: ``adam``, ``adamw``, ``sgd`` or ``adagrad``; None is the
-            run's. Its state stays where it is while another one learns.
-        weight_decay: Of the dense matrices, biases and norms excepted; None is the run's.
-        rate: Factor on the learning rates of tables and backbone.
-        expert_rate: Factor on the backbone's learning rate for experts.
-        warmup_steps: Steps over which the rates rise linearly from zero.
-        decay: How rates fall within the stage, in place of the run's: ``constant``, ``linear``,
-            ``cosine`` or ``step``.
-        decay_every: Steps between two falls of ``step``.
-        decay_factor: What a fall of ``step`` multiplies the rates by.
-        decay_floor: The least that is left of the rates.
+        optimizer: Optimizer of backbone and experts: ``adam``, ``adamw``, ``sgd`` or ``adagrad``;
+            null is the run's. Its state stays where it is while another one learns.
+        weight_decay: Weight decay of the dense matrices, biases and norms excepted; null is the
+            run's.
+        lr_scale: Factor on the learning rates of tables and backbone.
+        expert_lr_scale: Factor on the backbone's learning rate for experts.
+        warmup_steps: Number of steps over which the rates rise linearly from zero.
+        decay: Decay of the learning rates within the stage, in place of the run's.
 
     Raises:
         ValueError: If a length, a layer or a rate is out of range, or nothing learns.
+
+    Example:
+        >>> stage = Stage(name="heads only", steps=100, train_tables=False)
+        >>> stage.is_open
+        False
     """
 
     name: str
     steps: int | None = None
     epochs: float | None = None
     share: float | None = None
-    plateau: Plateau | None = None
+    plateau: PlateauConfig | None = None
     active_layers: int | None = None
     learning_layers: tuple[int, ...] | None = None
     train_backbone: bool = True
     train_tables: bool = True
     optimizer: OptimizerName | None = None
     weight_decay: float | None = None
-    rate: float = 1.0
-    expert_rate: float = 5.0
+    lr_scale: float = 1.0
+    expert_lr_scale: float = 5.0
     warmup_steps: int = 0
-    decay: DecayKind | None = None
-    decay_every: int | None = None
-    decay_factor: float = 0.1
-    decay_floor: float = 0.0
+    decay: Decay | None = None
 
     def __post_init__(self) -> None:
         where = f"Stage {self.name!r}"
@@ -120,18 +172,6 @@ class Stage:
     def is_open(self) -> bool:
         """Whether it takes what is left."""
         return self.steps is None and self.epochs is None and self.share is None
-
-    @property
-    def own_decay(self) -> Decay | None:
-        """How rates fall over its own steps; None leaves that to the run."""
-        if self.decay is None:
-            return None
-        return Decay(
-            kind=self.decay,
-            every=self.decay_every,
-            factor=self.decay_factor,
-            floor=self.decay_floor,
-        )
 
     def _check_length(self, where: str) -> None:
         lengths = {"steps": self.steps, "epochs": self.epochs, "share": self.share}
@@ -159,10 +199,10 @@ class Stage:
                 )
 
     def _check_rates(self, where: str) -> None:
-        if min(self.rate, self.expert_rate, self.warmup_steps) < 0:
+        if min(self.lr_scale, self.expert_lr_scale, self.warmup_steps) < 0:
             raise ValueError(
-                f"{where}: rate = {self.rate}, expert_rate = {self.expert_rate} and "
-                f"warmup_steps = {self.warmup_steps} must not be negative."
+                f"{where}: lr_scale = {self.lr_scale}, expert_lr_scale = {self.expert_lr_scale} "
+                f"and warmup_steps = {self.warmup_steps} must not be negative."
             )
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(
@@ -171,7 +211,3 @@ class Stage:
         if self.optimizer is not None and self.optimizer not in get_args(OptimizerName):
             names = ", ".join(get_args(OptimizerName))
             raise ValueError(f"{where}: optimizer is {self.optimizer!r}; take one of {names}.")
-        try:
-            _ = self.own_decay
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None

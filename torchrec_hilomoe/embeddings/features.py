@@ -1,4 +1,4 @@
-"""``SequenceFeatures``: what every backbone receives.
+"""``ModelInputs``, which the ranker reads, and ``SequenceFeatures``, which backbones receive.
 
 Shape legend:
     B  rows
@@ -9,10 +9,57 @@ Shape legend:
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-__all__ = ["FeatureWidths", "History", "HistoryWidths", "SequenceFeatures"]
+from torchrec_hilomoe.data.batch import CTRBatch
+
+__all__ = ["FeatureWidths", "History", "HistoryWidths", "ModelInputs", "SequenceFeatures"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """What of a batch the ranker reads: jagged ids and dense features, no labels.
+
+    Attributes:
+        pooled: Ids of ``Schema.pooled_keys``.
+        unpooled: Ids of ``Schema.unpooled_keys``.
+        dense: ``(B, F)``, F dense features.
+        max_seqlen: Length of the longest history in the batch, at least 1.
+        num_tokens: Events of each row's longest history, summed over rows; None where the host does
+            not know.
+        rows: ``B``, where it may be 0: the jagged tensors of such a batch have stride 1. None takes
+            every row that they have.
+        time: ``(B,)`` int64, when the candidate was shown, in seconds; needed if the schema has
+            such a column.
+        times: ``(T,)`` int64 for each group of ``Schema.event_times``, when each event happened;
+            needed if there are any.
+    """
+
+    pooled: KeyedJaggedTensor
+    unpooled: KeyedJaggedTensor
+    dense: Tensor
+    max_seqlen: int
+    num_tokens: int | None = None
+    rows: int | None = None
+    time: Tensor | None = None
+    times: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, batch: CTRBatch) -> Self:
+        """Take them from a batch."""
+        return cls(
+            pooled=batch.pooled,
+            unpooled=batch.unpooled,
+            dense=batch.dense,
+            max_seqlen=batch.max_seqlen,
+            num_tokens=batch.num_tokens,
+            rows=batch.labels.shape[0],
+            time=batch.time,
+            times=batch.times,
+        )
 
 
 @dataclass(frozen=True)
@@ -41,19 +88,19 @@ class SequenceFeatures:
         candidate: ``(B, C)``.
         context: ``(B, P)``.
         histories: One for each sequence group of the schema.
-        longest: Length of the longest history in the batch, at least 1.
+        max_seqlen: Length of the longest history in the batch, at least 1.
         time: ``(B,)`` int64, when the candidate was shown, in seconds; None where the data do not
             say.
-        steps: Events of each row's longest history, summed over rows; None where the host does
+        num_tokens: Events of each row's longest history, summed over rows; None where the host does
             not know.
     """
 
     candidate: Tensor
     context: Tensor
     histories: tuple[History, ...]
-    longest: int
+    max_seqlen: int
     time: Tensor | None = None
-    steps: int | None = None
+    num_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

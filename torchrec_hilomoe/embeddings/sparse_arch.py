@@ -1,4 +1,4 @@
-"""Lookups: ``CTRBatch``'s jagged tensors -> :class:`SequenceFeatures`.
+"""Lookups: :class:`ModelInputs` -> :class:`SequenceFeatures`.
 
 Shape legend: see :mod:`torchrec_hilomoe.embeddings.features`; D is the embedding width, F the
 number of dense features.
@@ -18,6 +18,7 @@ from torchrec_hilomoe.embeddings.features import (
     FeatureWidths,
     History,
     HistoryWidths,
+    ModelInputs,
     SequenceFeatures,
 )
 from torchrec_hilomoe.embeddings.tables import (
@@ -161,54 +162,30 @@ class SparseArch(nn.Module):
             "histories": tuple(field.name for field in schema.sequence_fields),
         }
 
-    def forward(
-        self,
-        pooled: KeyedJaggedTensor,
-        unpooled: KeyedJaggedTensor,
-        dense_BF: Tensor,
-        longest: int,
-        *,
-        time_B: Tensor | None = None,
-        times: tuple[Tensor, ...] = (),
-        steps: int | None = None,
-        rows: int | None = None,
-    ) -> SequenceFeatures:
-        """Look up and lay out.
-
-        Args:
-            pooled: Ids of ``schema.pooled_keys``.
-            unpooled: Ids of ``schema.unpooled_keys``.
-            dense_BF: Dense features.
-            longest: Length of the longest history in the batch.
-            time_B: When the candidate was shown; needed if the schema has such a column.
-            times: When the events happened, ``(T,)`` for each group of ``schema.event_times``;
-                needed if there are any.
-            steps: Events of each row's longest history, summed over rows, if the host knows.
-            rows: ``B``, where it may be 0: the jagged tensors of such a batch have stride 1. None
-                takes every row that they have.
-        """
-        vectors = self._unpooled_vectors(unpooled)
+    def forward(self, inputs: ModelInputs) -> SequenceFeatures:
+        """Look up and lay out."""
+        vectors = self._unpooled_vectors(inputs.unpooled)
         fields = {
             field.name: self._vectors(field.name, vectors[field.name].values())
             for field in self._schema.candidate
         }
-        moments = {name: times[place] for place, name in enumerate(self._schema.event_times)}
+        moments = {name: inputs.times[place] for place, name in enumerate(self._schema.event_times)}
         return SequenceFeatures(
             candidate=torch.cat([fields[field.name] for field in self._schema.candidate], dim=1),
-            context=self._context(pooled, dense_BF, rows),
+            context=self._context(inputs.pooled, inputs.dense, inputs.rows),
             histories=tuple(
                 self._history(
                     group,
                     vectors,
                     fields,
                     None if group.time is None else moments[group.time],
-                    rows,
+                    inputs.rows,
                 )
                 for group in self._schema.sequences
             ),
-            longest=longest,
-            time=time_B if self._schema.time is not None else None,
-            steps=steps,
+            max_seqlen=inputs.max_seqlen,
+            time=inputs.time if self._schema.time is not None else None,
+            num_tokens=inputs.num_tokens,
         )
 
     def _unpooled_vectors(self, unpooled: KeyedJaggedTensor) -> dict[str, JaggedTensor]:

@@ -1,6 +1,7 @@
 """Configuration -> modules: the only file that knows both."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -17,12 +18,18 @@ from torchrec_hilomoe.config import InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
-from torchrec_hilomoe.hilomoe.controls import fix_random_routing
-from torchrec_hilomoe.hilomoe.inject import inject_hilomoe, share_routing
-from torchrec_hilomoe.models.ctr_model import CTRModel
-from torchrec_hilomoe.models.train_task import TrainTask
+from torchrec_hilomoe.hilomoe.fixed_routing import fix_random_routing
+from torchrec_hilomoe.hilomoe.inject import inject_hilomoe, inject_shared_router
+from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
 
-__all__ = ["build_task", "site_patterns"]
+__all__ = [
+    "BACKBONES",
+    "build_backbone",
+    "build_task",
+    "inject_experts",
+    "site_patterns",
+    "with_widest_views",
+]
 
 
 def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
@@ -39,28 +46,63 @@ def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
     sparse = SparseArch(
         schema, config.embedding_dim, torch.device("meta"), embed_dense=config.embed_dense
     )
-    backbone = _builder(config.backbone)(config, sparse.widths)
+    backbone = build_backbone(config, sparse.widths)
     _check_targets(config.backbone, schema)
-    if config.hilomoe is not None:
-        _inject(backbone, config.hilomoe, sparse)
-    return TrainTask(CTRModel(sparse, backbone))
+    task = TrainTask(CTRModel(sparse, backbone))
+    if config.hilomoe.enabled:
+        inject_experts(task, config.hilomoe)
+    return task
 
 
-def _inject(backbone: Backbone, config: InjectionConfig, sparse: SparseArch) -> None:
+def inject_experts(task: TrainTask, config: InjectionConfig) -> None:
+    """Put experts on a plain model, before or after its tables are sharded.
+
+    Raises:
+        ValueError: If the configuration does not go with the model, or does not say yet by which
+            features it routes.
+    """
+    backbone, sparse = task.model.backbone, task.model.sparse
     patterns = site_patterns(backbone, config)
+    if config.route_by == "auto":
+        raise ValueError(
+            "model.hilomoe.route_by is auto: its features are chosen while a plain model trains, "
+            "so that none can be built with them yet. Name them, or train with apps/train.py."
+        )
     if config.routing == "sample" or config.route_by is not None:
         width, views = sparse.widths.candidate + sparse.widths.context, None
         if config.route_by is not None:
             views = _views(config.route_by, sparse)
-            backbone.tells_histories = True
+            backbone.include_history_mean = True
             width += sum(history.event for history in sparse.widths.histories)
-        share_routing(
+        inject_shared_router(
             backbone, config, patterns, "sample", width, tokens=backbone.tokens, views=views
         )
     else:
         inject_hilomoe(backbone, config, sites=patterns)
     if config.routing == "random":
         fix_random_routing(backbone, seed=int(torch.randint(2**31, ())))
+
+
+def with_widest_views(config: ModelConfig, schema: Schema) -> ModelConfig:
+    """Stand in for what ``route_by: auto`` may choose: the features that cost most.
+
+    Raises:
+        ValueError: If there is nothing to choose from.
+    """
+    if not config.hilomoe.enabled or config.hilomoe.route_by != "auto":
+        return config
+    sparse = SparseArch(
+        schema, config.embedding_dim, torch.device("meta"), embed_dense=config.embed_dense
+    )
+    widest = sorted(sparse.columns, key=lambda name: -len(sparse.columns[name]))
+    if len(widest) < 2:
+        raise ValueError(
+            "model.hilomoe.route_by is auto, which chooses between features, but the schema has "
+            f"one alone: {', '.join(widest)}. Set route_by to null, or give data with more."
+        )
+    layers = config.hilomoe.num_layers
+    views = tuple((widest[layer % len(widest)],) for layer in range(layers))
+    return replace(config, hilomoe=replace(config.hilomoe, route_by=views))
 
 
 def _views(route_by: Sequence[Sequence[str]], sparse: SparseArch) -> tuple[tuple[range, ...], ...]:
@@ -129,100 +171,29 @@ def _check_targets(backbone: str, schema: Schema) -> None:
     )
 
 
-def _bst(config: ModelConfig, widths: FeatureWidths) -> BST:
-    return BST(
-        widths,
-        position_dim=config.embedding_dim if config.bst.positions else 0,
-        num_layers=config.bst.num_layers,
-        num_heads=config.bst.num_heads,
-        dropout=config.dropout if config.bst.dropout is None else config.bst.dropout,
-        head_dropout=config.dropout,
-        residual=config.bst.residual,
-        layer_norm=config.bst.layer_norm,
-        pooling=config.bst.pooling,
-        head=config.head,
-        batch_norm=config.batch_norm,
-    )
-
-
-def _din(config: ModelConfig, widths: FeatureWidths) -> DIN:
-    return DIN(
-        widths,
-        attention_units=config.din.attention_units,
-        attention_activation=config.din.attention_activation,
-        attention_dropout=config.din.attention_dropout,
-        softmax=config.din.softmax,
-        head=config.head,
-        head_activation=config.din.head_activation,
-        dropout=config.dropout,
-        batch_norm=config.batch_norm,
-    )
-
-
-def _dien(config: ModelConfig, widths: FeatureWidths) -> DIEN:
-    options = config.dien
-    return DIEN(
-        widths,
-        attention=options.attention,
-        attention_units=options.attention_units,
-        attention_activation=options.attention_activation,
-        attention_dropout=options.attention_dropout,
-        auxiliary_weight=options.auxiliary_weight,
-        auxiliary_units=options.auxiliary_units,
-        head=config.head,
-        head_activation=options.head_activation,
-        dropout=config.dropout,
-        batch_norm=config.batch_norm,
-    )
-
-
-def _transact(config: ModelConfig, widths: FeatureWidths) -> TransAct:
-    options = config.transact
-    return TransAct(
-        widths,
-        num_layers=options.num_layers,
-        num_heads=options.num_heads,
-        ffn_width=options.ffn_width,
-        latest=options.latest,
-        time_window=options.time_window,
-        dropout=config.dropout if options.dropout is None else options.dropout,
-        cross_layers=options.cross_layers,
-        head=config.head,
-        activation=options.head_activation,
-        head_dropout=config.dropout,
-        batch_norm=config.batch_norm,
-    )
-
-
-def _interformer(config: ModelConfig, widths: FeatureWidths) -> InterFormer:
-    options = config.interformer
-    return InterFormer(
-        widths,
-        num_layers=options.num_layers,
-        interaction_layers=options.interaction_layers,
-        num_heads=options.num_heads,
-        cls_tokens=options.cls_tokens,
-        pooled_tokens=options.pooled_tokens,
-        recent_tokens=options.recent_tokens,
-        gating=options.gating,
-        residual=options.residual,
-        dropout=config.dropout,
-        head=config.head,
-        batch_norm=config.batch_norm,
-    )
-
-
-BUILDERS: Mapping[str, Callable[[ModelConfig, FeatureWidths], Backbone]] = MappingProxyType(
-    {"bst": _bst, "dien": _dien, "din": _din, "transact": _transact, "interformer": _interformer}
+BACKBONES: Mapping[str, Callable[..., Backbone]] = MappingProxyType(
+    {"bst": BST, "dien": DIEN, "din": DIN, "transact": TransAct, "interformer": InterFormer}
 )
 
 
 READS_NO_TARGET = ("interformer",)
 
 
-def _builder(name: str) -> Callable[[ModelConfig, FeatureWidths], Backbone]:
-    if name not in BUILDERS:
-        near = get_close_matches(name, BUILDERS, n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(BUILDERS)}."
+def build_backbone(config: ModelConfig, widths: FeatureWidths) -> Backbone:
+    """Build a backbone: the options of its group have the names of its arguments.
+
+    Raises:
+        ValueError: If it is not known, or an option does not go with the sizes.
+    """
+    name = config.backbone
+    if name not in BACKBONES:
+        near = get_close_matches(name, BACKBONES, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Use one of {', '.join(BACKBONES)}."
         raise ValueError(f"model.backbone is {name!r}, which is not known. {hint}")
-    return BUILDERS[name]
+    return BACKBONES[name](
+        widths,
+        head=config.head,
+        head_dropout=config.dropout,
+        batch_norm=config.batch_norm,
+        **vars(getattr(config, name)),
+    )

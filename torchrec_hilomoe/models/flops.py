@@ -1,18 +1,17 @@
 """What a model costs: parameters, FLOPs of a sample, bytes of its lookups, a component each.
 
 FLOPs are those of matrix products, two for each multiply-add, forward, for a batch of samples with
-full histories; pointwise work is not counted. PyTorch's own counter counts the plain model. It does
-not see a site's kernels, so experts and routing are counted from their sizes: what is computed,
-which is all of a layer's experts or only the chosen ones, as the site itself decides.
+full histories; pointwise work is not counted. PyTorch's own counter counts them: of a site what it
+computes, which is all of a layer's experts or only the chosen ones, as the site decides.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import nn, Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,14 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
-from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
-from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
+from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
+from torchrec_hilomoe.hilomoe.operators import EXPERT_FLOPS
 from torchrec_hilomoe.models.train_task import TrainTask
 
-__all__ = ["Cost", "cost_table", "count_cost", "site_flops"]
+__all__ = ["Cost", "cost_table", "count_cost"]
 
 COMPONENTS = ("tables", "backbone", "head", "experts", "routing")
 ROUTING = ("expert_keys", "query_proj")
+Counts = Mapping[str, Mapping[Any, int]]
 SAMPLES = 1024  # a usual batch: what is computed once a batch is shared by so many
 
 
@@ -39,9 +39,9 @@ class Cost:
 
     Attributes:
         parameters: Trainable numbers; frozen tables are none.
-        activated: Of those, what one sample uses: the rows that it looks up, and of each expert
-            layer the experts that it chooses.
-        flops: Of one sample's forward pass.
+        activated: Parameters that one sample uses, by component: the rows that it looks up, and of
+            each expert layer the experts that it chooses.
+        flops: FLOPs of one sample's forward pass, by component.
         lookup_bytes: Read from tables for one sample, float32.
     """
 
@@ -85,11 +85,6 @@ def cost_table(cost: Cost) -> str:
         )
     lines.append(f"FLOPs are a sample's; its lookups read {cost.lookup_bytes:,} bytes")
     return "\n".join(lines)
-
-
-def site_flops(site: HiLoMoELinear, rows: int) -> int:
-    """Return the FLOPs that a site's experts and routing add to its base map's, forward."""
-    return _expert_flops(site, rows) + _routing_flops(site, rows)
 
 
 def _lookups(schema: Schema) -> list[tuple[IdFeature | PooledFeature, int]]:
@@ -146,26 +141,18 @@ def _parameters(task: TrainTask) -> dict[str, int]:
 
 
 def _flops(backbone: Backbone, widths: FeatureWidths) -> dict[str, int]:
-    sites = sites_of(backbone)
-    rows: dict[str, int] = {}
-    hooks = [
-        site.register_forward_pre_hook(partial(_note_rows, rows, name))
-        for name, site in sites.items()
-    ]
-    layers = {name: site.active_layers for name, site in sites.items()}
-    for site in sites.values():
-        site.active_layers = 0
-    plain, head = _count(backbone, widths)
-    for name, site in sites.items():
-        site.active_layers = layers[name]
-    for hook in hooks:
-        hook.remove()
+    whole, plain = _count(backbone, widths), _count_plain(backbone, widths)
+    # Counted as the whole, but of a site the experts alone.
+    of_experts = _count(backbone, widths, EXPERT_FLOPS)
+    experts = sum(of_experts.get("Global", {}).get(operator, 0) for operator in EXPERT_FLOPS)
+    total = sum(plain["Global"].values())
+    head = sum(plain.get(f"{type(backbone).__name__}.head", {}).values())
     batch = {
         "tables": 0,
-        "backbone": plain - head,
+        "backbone": total - head,
         "head": head,
-        "experts": sum(_expert_flops(site, rows[name]) for name, site in sites.items()),
-        "routing": sum(_routing_flops(site, rows[name]) for name, site in sites.items()),
+        "experts": experts,
+        "routing": sum(whole["Global"].values()) - total - experts,
     }
     return {name: round(flops / SAMPLES) for name, flops in batch.items()}
 
@@ -180,46 +167,25 @@ def _projection_flops(schema: Schema, embedding_dim: int) -> int:
     )
 
 
-def _note_rows(rows: dict[str, int], name: str, site: nn.Module, args: tuple[Tensor]) -> None:
-    rows[name] = args[0].numel() // args[0].shape[-1]
-
-
-def _expert_flops(site: HiLoMoELinear, rows: int) -> int:
-    """FLOPs of the products with the experts' vectors, on their way down and up."""
-    config = site.config
-    experts = config.num_experts if site.plan.experts == "dense" else config.top_k
-    vectors = config.num_layers * experts * config.rank
-    return 2 * rows * vectors * (site.in_features + site.out_features)
-
-
-def _routing_flops(site: HiLoMoELinear, rows: int) -> int:
-    """FLOPs of the logits.
-
-    They are the query, its products with all keys, and what each layer passes on to those below
-    it: through the keys' Gram matrix or, where the plan says so, by moving the query. A router
-    that sites share works once for each sample.
-    """
-    config, source, plan = site.config, site.in_features, site.plan
-    width = config.query_dim or source
-    if site.shared_router is not None:
-        if site.shared_router not in site.children():  # its owner has counted it
-            return 0
-        router = site.shared_router
-        rows, source, plan, width = SAMPLES, router.width, router.plan, router.query_width
-    layers, experts = config.num_layers, config.num_experts
-    keys = layers * experts
-    query = 2 * source * config.query_dim if config.query_dim else 0
-    if plan.space == "queries":
-        passed = experts if config.query_update == "soft" else config.top_k
-        moves = 2 * (layers - 1) * passed * width
-        return rows * (query + 2 * keys * width + moves)
-    moves = layers * (layers - 1) * experts**2
-    return 2 * keys * keys * width + rows * (query + 2 * keys * width + moves)
+def _count_plain(backbone: Backbone, widths: FeatureWidths) -> Counts:
+    """Count without experts."""
+    sites = sites_of(backbone).values()
+    layers = [site.active_layers for site in sites]
+    for site in sites:
+        site.active_layers = 0
+    counts = _count(backbone, widths)
+    for site, active in zip(sites, layers, strict=True):
+        site.active_layers = active
+    return counts
 
 
 @torch.no_grad()
-def _count(backbone: Backbone, widths: FeatureWidths) -> tuple[int, int]:
-    """Return the FLOPs of a batch: all of them, and the head's."""
+def _count(
+    backbone: Backbone,
+    widths: FeatureWidths,
+    formulas: Mapping[Any, Callable[..., int]] = MappingProxyType({}),
+) -> Counts:
+    """Return the FLOPs of a batch, by module and operator; ``formulas`` stand in for PyTorch's."""
     training = backbone.training
     backbone.eval()
     with (
@@ -227,13 +193,11 @@ def _count(backbone: Backbone, widths: FeatureWidths) -> tuple[int, int]:
         warnings.catch_warnings(action="ignore", category=FutureWarning),
         FakeTensorMode(allow_non_fake_inputs=True),  # shapes without numbers cost nothing
         sdpa_kernel(SDPBackend.MATH),  # the counter does not know the CPU's own attention
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter,
     ):
         backbone(_samples(widths))
     backbone.train(training)
-    counts = counter.get_flop_counts()
-    head = sum(counts.get(f"{type(backbone).__name__}.head", {}).values())
-    return counter.get_total_flops(), head
+    return counter.get_flop_counts()
 
 
 def _samples(widths: FeatureWidths) -> SequenceFeatures:
@@ -245,11 +209,11 @@ def _samples(widths: FeatureWidths) -> SequenceFeatures:
         )
         for history in widths.histories
     )
-    longest = max((history.max_length for history in widths.histories), default=1)
+    max_seqlen = max((history.max_length for history in widths.histories), default=1)
     return SequenceFeatures(
         candidate=torch.zeros(SAMPLES, widths.candidate),
         context=torch.zeros(SAMPLES, widths.context),
         histories=histories,
-        longest=longest,
-        steps=SAMPLES * longest,
+        max_seqlen=max_seqlen,
+        num_tokens=SAMPLES * max_seqlen,
     )

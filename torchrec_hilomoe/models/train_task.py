@@ -1,4 +1,4 @@
-"""What the TorchRec pipeline drives: a batch in, the loss and what metrics need out.
+"""The ranker, and what TorchRec's pipeline drives: a batch in, the loss and inputs of metrics out.
 
 Shape legend:
     B  rows
@@ -10,10 +10,30 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from torchrec_hilomoe.data.batch import CTRBatch, Position
-from torchrec_hilomoe.models.ctr_model import CTRModel
+from torchrec_hilomoe.backbones.base import Backbone
+from torchrec_hilomoe.data.batch import CTRBatch, LoaderState
+from torchrec_hilomoe.embeddings.features import ModelInputs
+from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 
-__all__ = ["TaskOutput", "TrainTask"]
+__all__ = ["CTRModel", "TaskOutput", "TrainTask"]
+
+
+class CTRModel(nn.Module):
+    """Lookups, then a backbone.
+
+    Args:
+        sparse: The two sharded collections.
+        backbone: One of :data:`torchrec_hilomoe.models.build.BACKBONES`.
+    """
+
+    def __init__(self, sparse: SparseArch, backbone: Backbone) -> None:
+        super().__init__()
+        self.sparse = sparse
+        self.backbone = backbone
+
+    def forward(self, inputs: ModelInputs) -> Tensor:
+        """Return logits ``(B,)``."""
+        return self.backbone(self.sparse(inputs))
 
 
 @dataclass(frozen=True)
@@ -25,18 +45,18 @@ class TaskOutput:
         logits: ``(B,)``.
         labels: ``(B,)``.
         weights: ``(B,)``.
-        groups: ``(B,)``.
-        mean_rows: Rows of the global batch divided by the world size.
-        position: Where training resumes after this batch.
+        grouping_keys: ``(B,)``.
+        loss_denominator: Rows of the global batch divided by the world size.
+        position: Position in the training data after this batch.
     """
 
     loss: Tensor
     logits: Tensor
     labels: Tensor
     weights: Tensor
-    groups: Tensor
-    mean_rows: float
-    position: Position
+    grouping_keys: Tensor
+    loss_denominator: float
+    position: LoaderState
 
 
 class TrainTask(nn.Module):
@@ -50,9 +70,9 @@ class TrainTask(nn.Module):
         model: The ranker.
 
     Attributes:
-        device_type: Where autocast acts.
-        dtype: What the ranker computes in; None is that of its parameters.
-        loss_scale: What the loss is multiplied by for ``backward``; the output has it unscaled.
+        device_type: Device type on which autocast acts.
+        dtype: Type that the ranker computes in; None is that of its parameters.
+        loss_scale: Factor on the loss for ``backward``; the output has it unscaled.
     """
 
     def __init__(self, model: CTRModel) -> None:
@@ -65,24 +85,15 @@ class TrainTask(nn.Module):
     def forward(self, batch: CTRBatch) -> tuple[Tensor, TaskOutput]:
         """Return the loss ``()`` and the :class:`TaskOutput`."""
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
-            logits_B = self.model(
-                batch.pooled,
-                batch.unpooled,
-                batch.dense,
-                batch.longest,
-                time_B=batch.time,
-                times=batch.times,
-                steps=batch.steps,
-                rows=batch.labels.shape[0],
-            ).float()
+            logits_B = self.model(ModelInputs.of(batch)).float()
         losses_B = F.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="none")
-        loss = (losses_B * batch.weights).sum() / batch.mean_rows
+        loss = (losses_B * batch.weights).sum() / batch.loss_denominator
         return loss * self.loss_scale, TaskOutput(
             loss=loss.detach(),
             logits=logits_B.detach(),
             labels=batch.labels,
             weights=batch.weights,
-            groups=batch.groups,
-            mean_rows=batch.mean_rows,
+            grouping_keys=batch.grouping_keys,
+            loss_denominator=batch.loss_denominator,
             position=batch.position,
         )

@@ -31,8 +31,8 @@ class Activations:
     """What the dense part saves, as a line.
 
     Attributes:
-        fixed: Bytes of any batch.
-        per_row: Bytes of each row.
+        fixed: Bytes that a batch of any size saves.
+        per_row: Bytes per row.
     """
 
     fixed: int
@@ -99,14 +99,14 @@ def full_features(widths: FeatureWidths, rows: int) -> SequenceFeatures:
         )
         for history in widths.histories
     )
-    longest = max((history.max_length for history in widths.histories), default=1)
+    max_seqlen = max((history.max_length for history in widths.histories), default=1)
     return SequenceFeatures(
         candidate=torch.zeros(rows, widths.candidate, requires_grad=True),
         context=torch.zeros(rows, widths.context, requires_grad=True),
         histories=histories,
-        longest=longest,
+        max_seqlen=max_seqlen,
         time=moments_B if widths.timed else None,
-        steps=rows * longest,
+        num_tokens=rows * max_seqlen,
     )
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchrec_hilomoe.config import RunConfig
-from torchrec_hilomoe.training.sharding.planner import Machine
+from torchrec_hilomoe.training.sharding.capabilities import Machine
 
 __all__ = ["Cluster"]
 
@@ -22,17 +22,17 @@ PEAKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What would be rented.
+    """The machines to plan for.
 
     Attributes:
-        world_size: Ranks, one a device.
-        hosts: Machines, with as many ranks each.
-        device: What a rank computes on.
-        device_flops: Most FLOP/s of a device in the run's precision; None takes an A100's, or a
+        world_size: Number of ranks, one per device.
+        hosts: Number of machines, each with the same number of ranks.
+        device: Kind of device that a rank computes on.
+        device_flops: Peak FLOP/s of a device in the run's precision; None takes an A100's, or a
             guess for a CPU.
-        utilization: Share of it that the dense part reaches.
-        headroom: Share of a device's memory that is counted as nobody's: CUDA's context, buffers
-            of collectives, fragments.
+        utilization: Share of the peak that the dense part reaches.
+        headroom: Share of a device's memory that is kept free for CUDA's context, buffers of
+            collectives and fragmentation.
 
     Raises:
         ValueError: If a number is out of range, or ranks cannot be shared by hosts.
@@ -83,12 +83,13 @@ class Cluster:
             ValueError: If a global batch has fewer rows than there are ranks to share it.
         """
         train = config.train
-        rows = train.batch_size // self.world_size // train.accumulate
+        rows = train.batch_size // self.world_size // train.gradient_accumulation_steps
         if not rows:
             raise ValueError(
                 f"train.batch_size = {train.batch_size} is the global batch, which --world_size "
-                f"{self.world_size} ranks with train.accumulate = {train.accumulate} cannot "
-                f"share. Give at least {self.world_size * train.accumulate}."
+                f"{self.world_size} ranks with train.gradient_accumulation_steps = "
+                f"{train.gradient_accumulation_steps} cannot share. Give at least "
+                f"{self.world_size * train.gradient_accumulation_steps}."
             )
         return rows
 

@@ -12,7 +12,7 @@ import torch
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.config.sharding import parse_bytes
 from torchrec_hilomoe.data.schema import Schema
-from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.models.build import build_task, with_widest_views
 from torchrec_hilomoe.models.flops import count_cost
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.planning.activations import saved_activations
@@ -23,7 +23,7 @@ from torchrec_hilomoe.planning.step import DenseWork, estimate_step, rank_times
 from torchrec_hilomoe.training.inputs import schedule_of
 from torchrec_hilomoe.training.optimizers.precision import DTYPES
 from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
-from torchrec_hilomoe.training.sharding.planner import find_plan, Found
+from torchrec_hilomoe.training.sharding.planner import make_plan, PlannerResult
 from torchrec_hilomoe.training.sharding.shard import fuse_table_optimizer, ids_of_a_row
 
 __all__ = ["plan_run", "planned_task", "with_rows"]
@@ -44,18 +44,18 @@ def plan_run(config: RunConfig, schema: Schema, cluster: Cluster) -> RunPlan:
     cluster.check(config)
     rows = cluster.rows(config)
     task = planned_task(config, schema, cluster)
-    found = find_plan(
+    found = make_plan(
         task, cluster.machine, config.sharding, batch_size=rows, lengths=ids_of_a_row(schema)
     )
     parts = table_memory(
-        found.chosen,
+        found.best_plan,
         found.estimated_for(task, 2 * rows),
         task.model.sparse,
         device=cluster.device,
         optimizer=config.train.table_optimizer,
     )
-    times = rank_times(found.chosen, cluster.world_size)
-    names = [option.name for option in found.chosen]
+    times = rank_times(found.best_plan, cluster.world_size)
+    names = [option.name for option in found.best_plan]
     ranks = []
     for rank in range(cluster.world_size):
         held = {n: part[rank] for n, part in zip(names, parts, strict=True) if rank in part}
@@ -82,17 +82,17 @@ def plan_run(config: RunConfig, schema: Schema, cluster: Cluster) -> RunPlan:
         cluster,
         found.topology,
         peak_flops=peak,
-        micro_batches=train.accumulate,
-        samples=rows * cluster.world_size * train.accumulate,
+        micro_batches=train.gradient_accumulation_steps,
+        samples=rows * cluster.world_size * train.gradient_accumulation_steps,
     )
     return RunPlan(
         cluster=cluster,
-        report=found.planned.report,
+        report=found.report,
         ranks=tuple(ranks),
         dense=dense,
         activations=activations,
         rows=rows,
-        micro_batches=train.accumulate,
+        micro_batches=train.gradient_accumulation_steps,
         capacity=_capacity(config, cluster, found),
         reserved=config.sharding.reserve,
         step=step,
@@ -108,7 +108,7 @@ def planned_task(config: RunConfig, schema: Schema, cluster: Cluster) -> TrainTa
     """
     check_capabilities(config.train, schedule_of(config).stages, cluster.device)
     torch.manual_seed(config.seed)
-    task = build_task(config.model, schema)
+    task = build_task(with_widest_views(config.model, schema), schema)
     fuse_table_optimizer(task.model.sparse, config.train)
     return task
 
@@ -139,7 +139,7 @@ def with_rows(schema: Schema, sizes: Sequence[str]) -> Schema:
     return replace(schema, tables=tables)
 
 
-def _capacity(config: RunConfig, cluster: Cluster, found: Found) -> int:
+def _capacity(config: RunConfig, cluster: Cluster, found: PlannerResult) -> int:
     """Bytes of a device."""
     on_gpu, sharding = cluster.device == "cuda", config.sharding
     given = sharding.hbm if on_gpu else sharding.ddr
@@ -148,7 +148,9 @@ def _capacity(config: RunConfig, cluster: Cluster, found: Found) -> int:
     return round(found.topology.devices[0].storage.ddr / (1 - sharding.reserve))
 
 
-def _assumptions(config: RunConfig, cluster: Cluster, found: Found, peak: float) -> dict[str, str]:
+def _assumptions(
+    config: RunConfig, cluster: Cluster, found: PlannerResult, peak: float
+) -> dict[str, str]:
     """What the figures rest on."""
     topology, sharding, given = found.topology, config.sharding, "given"
     default = "TorchRec's default"

@@ -13,11 +13,10 @@ from torchrec.distributed.planner.types import Shard, ShardingOption, Storage
 
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
-from torchrec_hilomoe.hilomoe.sites import expert_parameters
+from torchrec_hilomoe.hilomoe.inject import expert_parameters
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.inputs import schedule_of
-from torchrec_hilomoe.training.optimizers.dense import family_of
-from torchrec_hilomoe.training.optimizers.expert_layers import ExpertLayers
+from torchrec_hilomoe.training.optimizers.dense import ExpertLayers, family_of
 
 __all__ = ["DenseMemory", "RankMemory", "dense_memory", "table_memory"]
 
@@ -31,9 +30,9 @@ class DenseMemory:
     """Bytes of what every rank has a copy of.
 
     Attributes:
-        parameters: With buffers.
-        gradients: Of those that learn.
-        state: Of the optimizers of backbone and experts.
+        parameters: Bytes of parameters and buffers.
+        gradients: Bytes of gradients of the parameters that learn.
+        state: Bytes of the optimizers' state of backbone and experts.
     """
 
     parameters: int
@@ -51,11 +50,11 @@ class RankMemory:
     """Bytes of one rank's part of the tables.
 
     Attributes:
-        tables: Shards in the device's memory; exact.
-        state: Their fused optimizer's; exact.
-        caches: Of rows that are in host memory; TorchRec's estimate.
-        lookups: Ids and vectors of a batch on their way; TorchRec's estimate.
-        host: Shards in the host's memory and their optimizer's state, on GPUs; exact.
+        tables: Bytes of shards in the device's memory; exact.
+        state: Bytes of their fused optimizer's state; exact.
+        caches: Bytes of caches for rows in host memory; TorchRec's estimate.
+        lookups: Bytes of a batch's ids and vectors on their way; TorchRec's estimate.
+        host: Bytes of shards in host memory with their optimizer's state, on GPUs; exact.
     """
 
     tables: int = 0

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from torchrec_hilomoe.planning.run_plan import RunPlan
-from torchrec_hilomoe.runtime.console import counted
+from torchrec_hilomoe.runtime.console import counted, format_bytes
 from torchrec_hilomoe.runtime.paths import open_binary
-from torchrec_hilomoe.training.sharding.report import shown_bytes
 
 __all__ = ["draw_plan"]
 
@@ -35,17 +34,16 @@ def draw_plan(plan: RunPlan, file: Path | str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "draw_plan needs matplotlib: pip install 'torchrec-hilomoe[plots]'"
-        ) from error
+        raise ImportError("draw_plan needs matplotlib: pip install 'matplotlib>=3.8,<4'") from error
 
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    memory, time, step = figure.subplots(3, 1, height_ratios=[3, 2, 1.4])
+    figure = Figure(figsize=(6, 9.5), layout="constrained")
+    panels = figure.subfigures(3, 1, squeeze=False, height_ratios=[3, 2, 1.6])
+    memory, time, step = (panel.subplots() for panel in panels.flat)
     cluster = plan.cluster
     fits = "fits" if plan.excess <= 0 else "does NOT fit"
     where = f"{counted(cluster.world_size, 'rank')} on {counted(cluster.hosts, 'host')}"
     figure.suptitle(
-        f"{where}, {plan.step.samples:,} rows a step: {fits}, bound by {plan.step.bound}"
+        f"{where}, {plan.step.samples:,} rows a step:\n{fits}, bound by {plan.step.bound}"
     )
     _draw_memory(memory, plan)
     _draw_time(time, plan)
@@ -83,7 +81,7 @@ def _draw_memory(axes, plan: RunPlan) -> None:
         above = [low + amount / unit for low, amount in zip(below, amounts, strict=True)]
         _fill(axes, below, above, color=color, label=label)
         below = above
-    axes.set_title(f"memory of a device, of {shown_bytes(plan.capacity)}", loc="left", fontsize=9)
+    axes.set_title(f"memory used of a device's {format_bytes(plan.capacity)}", loc="left")
     axes.set_ylabel(name)
     if plan.usable < 20 * highest:
         axes.axhline(plan.capacity / unit, color="black", label="a device's memory")
@@ -97,9 +95,8 @@ def _draw_time(axes, plan: RunPlan) -> None:
     _fill(axes, [0.0] * len(lookup), lookup, color="C0", label="lookup and update")
     _fill(axes, lookup, both, color="C1", label="exchange")
     axes.axhline(sum(both) / len(both), color="black", linestyle=":", label="mean")
-    axes.set_title("time of its tables in a micro-batch, estimated", loc="left", fontsize=9)
+    axes.set_title("time of a rank's tables in a micro-batch, estimated", loc="left")
     axes.set_ylabel("ms")
-    axes.set_xlabel("rank")
     _finish(axes, len(both))
 
 
@@ -111,7 +108,7 @@ def _draw_step(axes, plan: RunPlan) -> None:
             ("dense traffic", step.dense_memory, "0.55"),
         ),
         "network": (("exchange", step.exchange, "C1"), ("all-reduce", step.all_reduce, "C2")),
-        "compute": (("products", step.compute, "C3"),),
+        "compute": (("matrix products", step.compute, "C3"),),
     }
     for place, (_, shares) in enumerate(parts.items()):
         start = 0.0
@@ -122,9 +119,9 @@ def _draw_step(axes, plan: RunPlan) -> None:
             start += milliseconds
     axes.set_yticks(range(len(parts)), list(parts))
     axes.invert_yaxis()
-    axes.set_title("a step of the slowest rank, by what may bound it", loc="left", fontsize=9)
+    axes.set_title("step of the slowest rank, by what may bound it", loc="left")
     axes.set_xlabel("ms")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=SMALL)
+    _list_below(axes, reverse=False)
 
 
 def _fill(axes, below: Sequence[float], above: Sequence[float], *, color: str, label: str) -> None:
@@ -150,7 +147,16 @@ def _fill(axes, below: Sequence[float], above: Sequence[float], *, color: str, l
 def _finish(axes, ranks: int) -> None:
     """Set the limits, number ranks, and list what is seen, the highest first."""
     axes.set_xlim(-0.5, ranks - 0.5)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.set_xlabel("rank")
     if ranks <= APART:
         axes.set_xticks(range(ranks))
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=SMALL, reverse=True)
+    _list_below(axes, reverse=True)
+
+
+def _list_below(axes, *, reverse: bool) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    order = slice(None, None, -1 if reverse else 1)
+    axes.figure.legend(
+        handles[order], labels[order], loc="outside lower center", fontsize=SMALL, ncols=2
+    )

@@ -10,13 +10,11 @@ from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.estimate import plan_run, planned_task
 from torchrec_hilomoe.planning.run_plan import RunPlan
-from torchrec_hilomoe.planning.shortage import Shortage, shortage_of
-from torchrec_hilomoe.training.sharding.failure import NoPlanError
-from torchrec_hilomoe.training.sharding.planner import find_plan
-from torchrec_hilomoe.training.sharding.report import shown_bytes
+from torchrec_hilomoe.training.sharding.planner import make_plan
 from torchrec_hilomoe.training.sharding.shard import ids_of_a_row
+from torchrec_hilomoe.training.sharding.shortage import NoPlanError, Shortage
 
-__all__ = ["explain", "plan_or_explain"]
+__all__ = ["plan_or_explain"]
 
 PATIENCE = 60.0  # seconds after which no further remedy is tried
 
@@ -27,9 +25,9 @@ class _Remedy:
 
     Attributes:
         text: The options.
-        config: With them.
-        cluster: With them.
-        hopeless: Whether it need not be tried, because it leaves too little by far.
+        config: Configuration with the change.
+        cluster: Machines with the change.
+        hopeless: Whether it leaves too little by far, so that it need not be tried.
     """
 
     text: str
@@ -43,33 +41,12 @@ def plan_or_explain(config: RunConfig, schema: Schema, cluster: Cluster) -> RunP
     try:
         return plan_run(config, schema, cluster)
     except NoPlanError as error:
-        return explain(error, config, schema, cluster)
+        return _explain(error.shortage, config, schema, cluster)
 
 
-def explain(error: NoPlanError, config: RunConfig, schema: Schema, cluster: Cluster) -> str:
-    """Say which table does not fit, by how much, and which remedies were found to help."""
-    short = shortage_of(error.ways, error.topology)
-    size = next(way.tensor.shape for way in error.ways if way.name == short.table)
-    table = f"table {short.table!r} ({size[0]:,} rows of {size[1]})"
-    memory = "host memory" if short.host else "memory"
-    for_tables = f"less sharding.reserve = {config.sharding.reserve}"
-    if short.alone:
-        lines = [
-            f"It does NOT fit: {table} needs {shown_bytes(short.needed)} of {memory} on one rank "
-            f"even when it is cut {short.way}, {shown_bytes(short.excess)} more than the "
-            f"{shown_bytes(short.available)} that a rank has for tables ({for_tables})."
-        ]
-    else:
-        over = (
-            f"{shown_bytes(short.excess)} more than"
-            if short.excess > 0
-            else "and no way was found to place them all in"
-        )
-        lines = [
-            f"It does NOT fit: the tables need {shown_bytes(short.needed)} of {memory} together, "
-            f"{over} the {shown_bytes(short.available)} that {cluster.world_size} ranks have for "
-            f"tables ({for_tables}). The largest is {table}."
-        ]
+def _explain(short: Shortage, config: RunConfig, schema: Schema, cluster: Cluster) -> str:
+    """Say what does not fit, by how much, and which remedies were found to help."""
+    lines = [f"It does NOT fit: {short.text(config.sharding)}"]
     helped, failed, untried = _try_all(short, config, schema, cluster)
     lines += ["What would help, each tried alone:", *(f"  {text}" for text in helped)]
     if not helped:
@@ -106,7 +83,7 @@ def _try_all(
 def _fits(remedy: _Remedy, schema: Schema) -> bool:
     task = planned_task(remedy.config, schema, remedy.cluster)
     try:
-        find_plan(
+        make_plan(
             task,
             remedy.cluster.machine,
             remedy.config.sharding,
@@ -161,7 +138,7 @@ def _remedies(short: Shortage, config: RunConfig, cluster: Cluster) -> Iterator[
         for width in narrower
         if width % 4 == 0
     ]
-    least = cluster.world_size * train.accumulate
+    least = cluster.world_size * train.gradient_accumulation_steps
     smaller = [train.batch_size // factor for factor in (2, 4, 8)]
     yield [
         changed(
@@ -194,7 +171,7 @@ def _more_ranks(short: Shortage, config: RunConfig, cluster: Cluster) -> Iterato
         more = replace(
             cluster, world_size=cluster.world_size * factor, hosts=cluster.hosts * factor
         )
-        if config.train.batch_size >= more.world_size * config.train.accumulate:
+        if config.train.batch_size >= more.world_size * config.train.gradient_accumulation_steps:
             text = f"--world_size {more.world_size} --hosts {more.hosts}"
             hopeless = short.per_rank / factor > short.limit
             yield _Remedy(text=text, config=config, cluster=more, hopeless=hopeless)

@@ -25,8 +25,8 @@ class RankTime:
     """TorchRec's estimates of one rank's shards, in milliseconds of a micro-batch.
 
     Attributes:
-        lookup: Reading rows, and writing them in the backward pass.
-        exchange: Of vectors and their gradients with other ranks.
+        lookup: Milliseconds to read rows, and to write them in the backward pass.
+        exchange: Milliseconds to exchange vectors and their gradients with other ranks.
     """
 
     lookup: float = 0.0
@@ -43,10 +43,10 @@ class DenseWork:
     """What the dense part asks of a rank.
 
     Attributes:
-        flops: Of a micro-batch's forward pass.
-        saved_bytes: That it saves for its backward pass.
-        resident_bytes: Of parameters, gradients and optimizer state.
-        gradient_bytes: That are averaged over ranks.
+        flops: FLOPs of a micro-batch's forward pass.
+        saved_bytes: Bytes saved for the backward pass.
+        resident_bytes: Bytes of parameters, gradients and optimizer state.
+        gradient_bytes: Bytes of gradients that are averaged over ranks.
     """
 
     flops: int
@@ -60,12 +60,12 @@ class Step:
     """An optimizer step, in milliseconds.
 
     Attributes:
-        lookup: Of the slowest rank; TorchRec's estimate.
-        dense_memory: The dense part's traffic, at the least.
-        exchange: Of the slowest rank; TorchRec's estimate.
-        all_reduce: Of the dense gradients, in a ring.
-        compute: Of the dense part's products.
-        samples: Of a global batch.
+        lookup: Milliseconds of lookups on the slowest rank; TorchRec's estimate.
+        dense_memory: Least milliseconds of the dense part's memory traffic.
+        exchange: Milliseconds of exchanging vectors on the slowest rank; TorchRec's estimate.
+        all_reduce: Milliseconds of averaging the dense gradients in a ring.
+        compute: Milliseconds of the dense part's matrix products.
+        samples: Rows of a global batch.
     """
 
     lookup: float

@@ -1,10 +1,11 @@
-"""Our own lines on the screen, and only those of other libraries that matter."""
+"""What is shown: numbers as people write them, our own lines, and only what matters of others'."""
 
 import logging
+import os
 import sys
 import warnings
 
-__all__ = ["counted", "set_up_console"]
+__all__ = ["counted", "format_bytes", "print_result", "set_up_console"]
 
 
 def counted(number: int, thing: str) -> str:
@@ -15,6 +16,30 @@ def counted(number: int, thing: str) -> str:
         ('1 rank', '1,024 ranks')
     """
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def format_bytes(amount: float) -> str:
+    """Return an amount of memory as people write it.
+
+    Example:
+        >>> [format_bytes(amount) for amount in (512, 1536, 80 * 2**30)]
+        ['512 B', '1.5 KB', '80.0 GB']
+    """
+    for unit in ("B", "KB", "MB", "GB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TB"
+
+
+def print_result(text: str) -> None:
+    """Print a command's result; quietly if nobody reads it to its end, as in ``... | head``."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def set_up_console(rank: int) -> None:

@@ -1,4 +1,4 @@
-"""Joining the job that a launcher started, or being the only process of one."""
+"""The process group that a launcher started, or one of this process alone."""
 
 import os
 import re
@@ -12,7 +12,13 @@ from torch import distributed as dist
 
 from torchrec_hilomoe.runtime.world import World
 
-__all__ = ["Job", "PeerLostError", "broadcast_text", "join", "patience"]
+__all__ = [
+    "DistributedContext",
+    "PeerLostError",
+    "broadcast_text",
+    "init_distributed",
+    "pg_timeout",
+]
 
 # A rank that is dead is noticed at once, by its closed connections; a silent one by this.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -29,18 +35,18 @@ class PeerLostError(RuntimeError):
     """Another rank of the job has ended, or does not answer."""
 
 
-def patience(stall_seconds: float | None) -> timedelta:
-    """How long ranks wait for each other, when a stuck one shows itself after so many seconds."""
+def pg_timeout(stall_seconds: float | None) -> timedelta:
+    """Return the timeout of the process group, longer than that of the watchdog."""
     return FOREVER if stall_seconds is None else timedelta(seconds=60 + 2 * stall_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """This process among its peers.
+class DistributedContext:
+    """This process among the ranks of a job.
 
     Attributes:
         world: Rank and number of ranks.
-        device: Where this rank computes.
+        device: Device of this rank.
     """
 
     world: World
@@ -53,8 +59,10 @@ class Job:
 
 
 @contextmanager
-def join(device: str = "auto", *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[Job]:
-    """Join the process group of ``torchrun`` or TorchX, or form a group of one.
+def init_distributed(
+    device: str = "auto", *, timeout: timedelta = COLLECTIVE_TIMEOUT
+) -> Iterator[DistributedContext]:
+    """Initialise the process group of ``torchrun`` or TorchX, or form a group of one.
 
     Args:
         device: ``cpu``, ``cuda``, or ``auto``: a GPU when there is one.
@@ -81,7 +89,9 @@ def join(device: str = "auto", *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> It
         os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # TorchRec's planner reads it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Job(world=World(rank=dist.get_rank(), size=dist.get_world_size()), device=here)
+        yield DistributedContext(
+            world=World(rank=dist.get_rank(), size=dist.get_world_size()), device=here
+        )
     except RuntimeError as error:
         if dist.get_world_size() > 1 and LOST.search(str(error)):
             raise PeerLostError(

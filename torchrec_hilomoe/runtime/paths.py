@@ -3,26 +3,39 @@
 A site registers its own store once, before anything is read::
 
     from torchrec_hilomoe.runtime.paths import path_manager
+
     path_manager.register_handler(MyStoreHandler())
 """
 
+import errno
+import json
+import logging
+import math
 import os
-from collections.abc import Mapping
-from typing import cast, IO
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, cast, IO
 
 from iopath.common.file_io import PathManager
 
 __all__ = [
+    "explain_full_disk",
     "make_folders_for",
     "open_binary",
     "open_text",
     "path_manager",
     "remove_tree",
     "rename",
+    "sync_folder",
+    "to_json",
     "write_text",
 ]
 
+logger = logging.getLogger(__name__)
+
 path_manager = PathManager()
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_text(path: str, mode: str = "r") -> IO[str]:
@@ -36,9 +49,54 @@ def open_binary(path: str, mode: str = "rb") -> IO[bytes]:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a whole text file, local or remote."""
-    with open_text(path, "w") as sink:
-        sink.write(text)
+    """Write a text file that is whole or as it was, local or remote.
+
+    On a disk it is written beside, synced and renamed; a store of objects takes it whole or not.
+    """
+    if "://" in path:
+        with open_text(path, "w") as sink:
+            sink.write(text)
+        return
+    folder, name = os.path.split(path)
+    partial = os.path.join(folder, f".{name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as sink:
+            sink.write(text)
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(partial)
+        raise
+    sync_folder(folder or ".")
+
+
+def sync_folder(folder: str) -> None:
+    """Make a rename inside a folder of a disk last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_json(value: Any, *, indent: int | None = 2) -> str:
+    """Serialise as strict JSON: a number that is none is null.
+
+    Example:
+        >>> to_json({"auc": float("nan"), "rows": 3}, indent=None)
+        '{"auc": null, "rows": 3}'
+    """
+    return json.dumps(_nulled(value), indent=indent, allow_nan=False)
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _nulled(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulled(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_folders_for(files: Mapping[str, str | None]) -> None:
@@ -77,13 +135,40 @@ def rename(source: str, target: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder with everything in it, local or remote."""
+    """Remove a folder with everything in it, local or remote; or a file, or a link.
+
+    What a link points to is left: it may be anything, and anybody's.
+    """
+    if os.path.islink(path):
+        logger.warning("%s is a link: it is removed, and what it points to is left", path)
+    if os.path.islink(path) or (os.path.lexists(path) and not os.path.isdir(path)):
+        os.remove(path)
+        return
     for name in path_manager.ls(path):
         entry = f"{path}/{name}"
-        if path_manager.isdir(entry):
+        if path_manager.isdir(entry) and not os.path.islink(entry):
             remove_tree(entry)
         else:
             path_manager.rm(entry)
     # A store of objects has no folders to be left over; a disk has, and PathManager keeps them.
     if os.path.isdir(path):
         os.rmdir(path)
+
+
+@contextmanager
+def explain_full_disk() -> Iterator[None]:
+    """Say what to do when a disk, or a quota of it, is used up inside.
+
+    Raises:
+        ValueError: In place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = error.filename or "a file of the run"
+        raise ValueError(
+            f"{where} cannot be written: {error.strerror}. Checkpoints that were saved are whole; "
+            "make room and run again to go on from the newest."
+        ) from error

@@ -1,4 +1,4 @@
-"""What the TorchX components in ``specs/`` have in common: a host, its environment, ``torchrun``.
+"""What the TorchX components in ``specs/`` share: ``dist.ddp`` with what clusters need beside it.
 
 TorchX is given a component by its path and executes its text, which can therefore import nothing
 that lies beside it; so this is here. TorchX itself is imported when a component is called, because
@@ -7,32 +7,21 @@ it is an extra.
 
 import argparse
 import importlib.util
-import itertools
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import lcm
-from typing import NoReturn, TYPE_CHECKING
+from typing import Any, NoReturn, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchx.specs import AppDef, Resource, Role
+    from torchx.specs import AppDef, Role
 
-__all__ = [
-    "IMAGE",
-    "Host",
-    "Meeting",
-    "combinations",
-    "command_role",
-    "job",
-    "option_given",
-    "torchrun_role",
-]
+__all__ = ["IMAGE", "JobShape", "ddp", "option_given", "refuse", "single_process"]
 
 IMAGE = "torchrec-hilomoe:latest"  # what specs/Dockerfile is built as
-CPUS_A_PROCESS, MEGABYTES_A_PROCESS = 4, 16_384
+CPUS_PER_PROCESS, MEGABYTES_PER_PROCESS = 4, 16_384
 # What a scheduler of TorchX imports, and TorchX's extra that brings it.
 EXTRAS = {
     "kubernetes": "kubernetes",
@@ -47,137 +36,110 @@ RENDERED_WITHOUT = {"aws_batch"}  # a dry run does not import it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Host:
-    """What each host of a role gives to its processes.
+class JobShape:
+    """Hosts and processes of a job.
 
     Attributes:
-        image: Of the container, for schedulers that start one.
-        h: A named resource of TorchX; takes the place of the three below.
-        cpu: Of a host; 0 is four a process.
-        gpu: Of a host.
-        memMB: Of a host; 0 is 16 GiB a process.
-        env: Variables, which win over those that are set here.
-        mounts: As TorchX takes them, ``type=bind,src=/data,dst=/data,readonly``.
-        max_retries: How often the scheduler starts what has failed again.
+        min_hosts: Fewest hosts with which the job goes on.
+        max_hosts: Hosts that the job asks for.
+        processes: Processes on each host.
     """
 
-    image: str = IMAGE
-    h: str | None = None
-    cpu: int = 0
-    gpu: int = 0
-    memMB: int = 0  # the name that TorchX's own components have for it
-    env: Mapping[str, str] | None = None
-    mounts: Sequence[str] = ()
-    max_retries: int = 0
+    min_hosts: int
+    max_hosts: int
+    processes: int
 
+    @classmethod
+    def parse(cls, j: str) -> "JobShape":
+        """Read ``[MIN:]HOSTSxPROCESSES``, as ``dist.ddp`` does."""
+        from torchx.components.dist import parse_nnodes
 
-@dataclass(frozen=True, kw_only=True)
-class Meeting:
-    """How the agents of several hosts find each other, and again after one is lost.
-
-    Attributes:
-        j: ``[MIN:]HOSTSxPROCESSES``.
-        rdzv_port: Where the first host listens.
-        rdzv_conf: Options of the rendezvous, ``join_timeout=1200,last_call_timeout=60``.
-        max_restarts: How often the agents start their workers again, after any of them has failed;
-            None is three times where a host may be lost, and never on a single one.
-    """
-
-    j: str = "1x1"
-    rdzv_port: int = 29500
-    rdzv_conf: str = ""
-    max_restarts: int | None = None
-
-    def __post_init__(self) -> None:
         try:
-            (fewest, most), processes = self.hosts, self.processes
+            fewest, most, processes, _ = parse_nnodes(j)
         except ValueError:
-            _refuse(f"-j is [MIN:]HOSTSxPROCESSES, as in 2x8 or 1:2x8, got {self.j!r}.")
+            refuse(f"-j is [MIN:]HOSTSxPROCESSES, as in 2x8 or 1:2x8, got {j!r}.")
         if not 1 <= fewest <= most or processes < 1:
-            _refuse(
-                f"-j needs at least one host, one process, and no more hosts at least than at "
-                f"most, got {self.j!r}."
+            refuse(
+                "-j needs at least one host, at least one process, and MIN at most HOSTS, "
+                f"got {j!r}."
             )
-
-    @property
-    def hosts(self) -> tuple[int, int]:
-        """The fewest and the most hosts."""
-        from torchx.components.dist import parse_nnodes
-
-        fewest, most, _, _ = parse_nnodes(self.j)
-        return fewest, most
-
-    @property
-    def processes(self) -> int:
-        """Of each host."""
-        from torchx.components.dist import parse_nnodes
-
-        return parse_nnodes(self.j)[2]
-
-    @property
-    def restarts(self) -> int:
-        """How often workers are started again."""
-        if self.max_restarts is not None:
-            return self.max_restarts
-        return 3 if self.hosts[1] > 1 else 0
+        return cls(min_hosts=fewest, max_hosts=most, processes=processes)
 
     @property
     def world_sizes(self) -> tuple[int, ...]:
         """Every number of ranks that the job may come to have."""
-        fewest, most = self.hosts
-        return tuple(hosts * self.processes for hosts in range(fewest, most + 1))
+        return tuple(n * self.processes for n in range(self.min_hosts, self.max_hosts + 1))
 
     @property
-    def lanes(self) -> int:
-        """The fewest lanes of data that each of those numbers divides."""
+    def num_canonical_shards(self) -> int:
+        """The fewest canonical shards of the data that each of those numbers divides."""
         return lcm(*self.world_sizes)
 
 
-def job(name: str, *roles: "Role") -> "AppDef":
-    """Return a job, unless its scheduler's extra of TorchX is missing."""
-    from torchx.specs import AppDef
+def ddp(
+    *args: str,
+    j: str,
+    cpu: int = 0,
+    memMB: int = 0,  # TorchX's own spelling
+    env: Mapping[str, str] | None = None,
+    max_restarts: int | None = None,
+    rdzv_conf: str = "",
+    **options: Any,
+) -> "AppDef":
+    """Return the job of ``dist.ddp`` with retries, a rendezvous and an environment for clusters.
 
-    _check_scheduler(sys.argv, roles)
-    return AppDef(name=name, roles=list(roles))
+    Args:
+        args: Arguments of the script or module.
+        j: ``[MIN:]HOSTSxPROCESSES``; with MIN, a job that loses hosts goes on with the others.
+        cpu: CPUs of a host; 0 is four per process.
+        memMB: Memory of a host in MB; 0 is 16384 per process.
+        env: Environment variables, which win over those that are set here.
+        max_restarts: How often torchrun restarts the processes after any of them has failed; None
+            is three times on several hosts, where one may be lost, and never on a single one.
+        rdzv_conf: Options of the rendezvous, such as ``join_timeout=1200,last_call_timeout=60``.
+        options: Other arguments of ``dist.ddp``: script or m, name, image, h, gpu, mounts,
+            max_retries, rdzv_port.
+    """
+    from torchx.components import dist
+    from torchx.specs import RetryPolicy
 
-
-def torchrun_role(name: str, program: Sequence[str], host: Host, meeting: Meeting) -> "Role":
-    """Return hosts that run ``program``, a script or a module with its arguments, on every rank."""
-    from torchx.specs import macros, RetryPolicy
-
-    (fewest, most), several = meeting.hosts, meeting.hosts[1] > 1
-    # The scheduler says where the first host is; on that host itself, some of them do not. "$$" is
-    # a dollar sign to TorchX, which replaces names after a single one.
-    endpoint = f"$${{{macros.rank0_env}:=localhost}}:{meeting.rdzv_port}"
-    command = [
-        "torchrun",
-        "--rdzv_backend=c10d",
-        f"--rdzv_endpoint={endpoint if several else 'localhost:0'}",
-        f"--rdzv_id={macros.app_id}",
-        f"--nnodes={fewest}:{most}" if fewest < most else f"--nnodes={most}",
-        f"--nproc_per_node={meeting.processes}",
-        f"--max_restarts={meeting.restarts}",
-        "--tee=3",
-    ]
-    if meeting.rdzv_conf:
-        command.append(f"--rdzv_conf={shlex.quote(meeting.rdzv_conf)}")
-    line = " ".join([*command, *map(shlex.quote, program)])
-    role = _role(name, host, meeting.processes, entrypoint="bash", args=["-c", line])
-    role.num_replicas = most
+    shape = JobShape.parse(j)
+    app = dist.ddp(
+        *args,
+        j=j,
+        cpu=cpu or CPUS_PER_PROCESS * shape.processes,
+        memMB=memMB or MEGABYTES_PER_PROCESS * shape.processes,
+        env=dict(env or {}),
+        **options,
+    )
+    (role,) = app.roles
+    several = shape.max_hosts > 1
+    restarts = (3 if several else 0) if max_restarts is None else max_restarts
+    added = f"torchrun --max_restarts {restarts} "
+    added += f"--rdzv_conf {shlex.quote(rdzv_conf)} " if rdzv_conf else ""
+    role.args[-1] = role.args[-1].replace("torchrun ", added, 1)
     if several:
-        role.port_map = {"c10d": meeting.rdzv_port}
-        # With it, agents keep the store of the first round for good, and a host that joins in a
+        # Without it, agents keep the store of the first round for good, and a host that joins in a
         # later one looks for it in vain (pytorch/pytorch#135712 is about the same store).
         role.env.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    if fewest < most:
-        role.min_replicas = fewest
-        role.retry_policy = RetryPolicy.REPLICA  # one that is lost leaves the others running
-    return role
+    else:
+        role.port_map = {}  # nobody connects, so two jobs of one machine must not meet at a port
+    if shape.min_hosts < shape.max_hosts:
+        role.retry_policy = RetryPolicy.REPLICA  # a host that is lost leaves the others running
+    else:
+        role.min_replicas = None
+    _set_environment(role, shape.processes)
+    _check(role, shape.processes)
+    return app
 
 
-def command_role(name: str, command: Sequence[str], host: Host) -> "Role":
-    """Return one host that runs one command in one process."""
-    return _role(name, host, 1, entrypoint=command[0], args=list(command[1:]))
+def single_process(*args: str, **options: Any) -> "AppDef":
+    """Return the job of :func:`ddp` on one host, as one process without ``torchrun``."""
+    app = ddp(*args, j="1x1", **options)
+    (role,) = app.roles
+    script = [options["script"]] if options.get("script") else ["-m", options["m"]]
+    role.entrypoint, role.args = "python", [*script, *args]
+    return app
 
 
 def option_given(args: Sequence[str], name: str) -> bool:
@@ -190,65 +152,46 @@ def option_given(args: Sequence[str], name: str) -> bool:
     return any(word == f"--{name}" or word.startswith(f"--{name}=") for word in args)
 
 
-def combinations(grid: str) -> tuple[tuple[str, ...], ...]:
-    """Read ``OPTION=VALUE,VALUE OPTION=...`` and return the arguments of every combination.
+def refuse(message: str) -> NoReturn:
+    """End as TorchX does with a component that it cannot use: with the message alone."""
+    from torchx.specs.finder import ComponentValidationException
 
-    A comma inside brackets belongs to its value.
-
-    Example:
-        >>> combinations("seed=0,1 model.sites=[head,ffn]")
-        (('--seed=0', '--model.sites=[head,ffn]'), ('--seed=1', '--model.sites=[head,ffn]'))
-    """
-    choices = []
-    for words in shlex.split(grid):
-        name, is_given, values = words.partition("=")
-        found = re.findall(r"(?:[^,\[{]|\[[^]]*\]|\{[^}]*\})+", values)
-        if not name or not is_given or not found or ",".join(found) != values:
-            _refuse(f"--grid is 'OPTION=VALUE,VALUE OPTION=VALUE,...', got {words!r} in {grid!r}.")
-        choices.append([f"--{name.removeprefix('--')}={value}" for value in found])
-    if not choices:
-        _refuse("--grid names no option, as 'train.learning_rate=0.001,0.003 seed=0,1' does.")
-    return tuple(itertools.product(*choices))
+    raise ComponentValidationException(message)
 
 
-def _role(name: str, host: Host, processes: int, *, entrypoint: str, args: list[str]) -> "Role":
-    from torchx.specs import parse_mounts, resource, Role
-
-    here = resource(
-        cpu=host.cpu or CPUS_A_PROCESS * processes,
-        gpu=host.gpu,
-        memMB=host.memMB or MEGABYTES_A_PROCESS * processes,
-        h=host.h,
-    )
-    if 0 < here.gpu < processes:
-        _refuse(
-            f"-j starts {processes} processes on each host, but a host has {here.gpu} GPUs (--gpu, "
-            f"or -h {host.h}): each process needs its own. Take {here.gpu} processes."
-        )
-    return Role(
-        name=name,
-        image=host.image,
-        entrypoint=entrypoint,
-        args=args,
-        env={**_environment(here, processes), **(host.env or {})},
-        resource=here,
-        max_retries=host.max_retries,
-        mounts=parse_mounts(list(host.mounts)) if host.mounts else [],
-    )
-
-
-def _environment(host: "Resource", processes: int) -> dict[str, str]:
-    cpus = host.cpu
+def _set_environment(role: "Role", processes: int) -> None:
+    cpus = role.resource.cpu
     if _asked(sys.argv).scheduler == "local_cwd":  # it runs here, whatever a host is said to have
         cpus = min(cpus, os.cpu_count() or 1)
-    found = {
-        "LOGLEVEL": "WARNING",
-        "OMP_NUM_THREADS": str(max(1, cpus // processes)),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if host.gpu > 0:
-        found["NCCL_DEBUG"] = "WARN"
-    return found
+    role.env.setdefault("OMP_NUM_THREADS", str(max(1, cpus // processes)))
+    role.env.setdefault("PYTHONUNBUFFERED", "1")
+    if role.resource.gpu > 0:
+        role.env.setdefault("NCCL_DEBUG", "WARN")
+
+
+def _check(role: "Role", processes: int) -> None:
+    """Refuse what the scheduler or its hosts cannot do, in a sentence instead of a traceback."""
+    gpus = role.resource.gpu
+    if 0 < gpus < processes:
+        refuse(
+            f"-j starts {processes} processes on each host, but a host has {gpus} GPUs (--gpu or "
+            f"-h): each process needs its own. Take {gpus} processes."
+        )
+    asked = _asked(sys.argv)
+    package = EXTRAS.get(asked.scheduler)
+    rendered = asked.dryrun and asked.scheduler in RENDERED_WITHOUT
+    if package and not rendered and not _installed(package):
+        extra = EXTRA_NAMES.get(asked.scheduler, asked.scheduler)
+        refuse(
+            f"-s {asked.scheduler} needs the package {package.partition('.')[0]!r}, which is not "
+            f"installed. It comes with an extra of TorchX: pip install 'torchx[{extra}]'"
+        )
+    if asked.scheduler == "slurm":
+        for name, value in ((n, v) for n, v in role.env.items() if "," in v):
+            refuse(
+                f"--env {name}={value}: Slurm ends a variable at a comma. Export it before torchx "
+                "run instead; Slurm hands your environment on."
+            )
 
 
 def _asked(argv: Sequence[str]) -> argparse.Namespace:
@@ -260,34 +203,8 @@ def _asked(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(argv[2:] if argv[1:2] == ["run"] else [])[0]
 
 
-def _check_scheduler(argv: Sequence[str], roles: Sequence["Role"]) -> None:
-    """Refuse what ``torchx run -s SCHEDULER`` cannot do, in a sentence instead of a traceback."""
-    asked = _asked(argv)
-    package = EXTRAS.get(asked.scheduler)
-    rendered = asked.dryrun and asked.scheduler in RENDERED_WITHOUT
-    if package and not rendered and not _installed(package):
-        extra = EXTRA_NAMES.get(asked.scheduler, asked.scheduler)
-        _refuse(
-            f"-s {asked.scheduler} needs the package {package.partition('.')[0]!r}, which is not "
-            f"installed. It comes with an extra of TorchX: pip install 'torchx[{extra}]'"
-        )
-    if asked.scheduler == "slurm":
-        for name, value in ((n, v) for role in roles for n, v in role.env.items() if "," in v):
-            _refuse(
-                f"--env {name}={value}: Slurm ends a variable at a comma. Export it before torchx "
-                "run instead; Slurm hands your environment on."
-            )
-
-
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of a parent package
         return False
-
-
-def _refuse(message: str) -> NoReturn:
-    """End as TorchX does with a component that it cannot use: with the message alone."""
-    from torchx.specs.finder import ComponentValidationException
-
-    raise ComponentValidationException(message)

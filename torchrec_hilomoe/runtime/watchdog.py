@@ -2,6 +2,11 @@
 
 Every rank watches itself. When one is stuck the others wait for it, so that all of them show where
 they stand before the first of them ends.
+
+``faulthandler.dump_traceback_later(seconds, exit=True)`` at every beat cannot stand in for the
+thread here. It ends the process at once, so that a launcher kills the other ranks before they have
+shown their stacks, and it can say no sentence with a remedy; it is only what is left where the
+thread cannot run.
 """
 
 import faulthandler

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from torchrec_hilomoe.runtime.paths import to_json, write_text
 from torchrec_hilomoe.sweep.space import Dimension
 from torchrec_hilomoe.sweep.trials import Outcome, RISING
 
@@ -86,7 +87,7 @@ def _open(folder: Path, metric: str, seed: int) -> "Study":
         import optuna
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
-        raise ImportError("a sweep needs Optuna: pip install 'torchrec-hilomoe[sweep]'") from error
+        raise ImportError("a sweep needs Optuna: pip install 'optuna>=4,<6'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
@@ -141,4 +142,4 @@ def _described(trial: Any) -> dict[str, Any]:
 def _write(study: "Study", folder: Path, metric: str) -> None:
     found = sorted(_with_value(study), key=lambda trial: trial.value, reverse=metric in RISING)
     content = {"metric": metric, "trials": [_described(trial) for trial in found]}
-    (folder / RESULT).write_text(json.dumps(content, indent=2) + "\n")
+    write_text(str(folder / RESULT), to_json(content) + "\n")

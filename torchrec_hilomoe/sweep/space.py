@@ -1,17 +1,19 @@
 """What a sweep searches: options of a run, each with a range or a list of values."""
 
-from collections.abc import Mapping
+import itertools
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from torchrec_hilomoe.config import RunConfig
-from torchrec_hilomoe.option_names import did_you_mean, option_names
+from torchrec_hilomoe.options import did_you_mean, option_names
+from torchrec_hilomoe.runtime.documents import DocumentError, parse_yaml, read_text
 
-__all__ = ["Dimension", "read_space"]
+__all__ = ["Dimension", "combinations", "read_space"]
 
+SPACE = "It names options and their values, as python -m torchrec_hilomoe sweep --help shows."
 KEYS = {"low", "high", "log", "step"}
 
 
@@ -20,12 +22,12 @@ class Dimension:
     """An option and its values.
 
     Attributes:
-        option: Its dotted name.
-        choices: Values of a list; empty for a range.
-        low: The least value of a range.
-        high: The largest.
-        log: Whether the range is searched by orders of magnitude.
-        step: Distance of neighbouring values; None is 1 for integers, and any for others.
+        option: Dotted name of the option.
+        choices: Values to choose from; empty for a range.
+        low: Smallest value of a range.
+        high: Largest value of a range.
+        log: Whether a range is searched by orders of magnitude.
+        step: Distance between neighbouring values; None is 1 for integers, and any for others.
 
     Raises:
         ValueError: If the range is none.
@@ -64,18 +66,51 @@ def read_space(path: Path) -> tuple[Dimension, ...]:
         ValueError: If the file, an option or a range is wrong.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--space: cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, Mapping) or not values:
-        raise ValueError(f"--space: {path} is not a mapping of options to their values.")
+        values = parse_yaml(read_text(path), path)
+    except (OSError, DocumentError) as error:
+        raise ValueError(f"--space: cannot read {path}: {error}. {SPACE}") from error
+    if not values:
+        raise ValueError(f"--space: {path} names no option. {SPACE}")
     return tuple(_dimension(str(option), entry) for option, entry in values.items())
 
 
-def _dimension(option: str, entry: Any) -> Dimension:
+def combinations(grid: str) -> tuple[tuple[str, ...], ...]:
+    """Read ``OPTION=VALUE,VALUE OPTION=...`` and return the arguments of every combination.
+
+    A comma inside brackets belongs to its value.
+
+    Example:
+        >>> combinations("seed=0,1 model.head=[64,32]")
+        (('--seed=0', '--model.head=[64,32]'), ('--seed=1', '--model.head=[64,32]'))
+
+    Raises:
+        ValueError: If the text is no grid, or an option is unknown.
+    """
+    choices = []
+    for words in shlex.split(grid):
+        name, is_given, values = words.removeprefix("--").partition("=")
+        found = re.findall(r"(?:[^,\[{]|\[[^]]*\]|\{[^}]*\})+", values)
+        if not name or not is_given or not found or ",".join(found) != values:
+            raise ValueError(
+                f"--grid is 'OPTION=VALUE,VALUE OPTION=VALUE,...', got {words!r} in {grid!r}."
+            )
+        _check_option("--grid", name)
+        choices.append([f"--{name}={value}" for value in found])
+    if not choices:
+        raise ValueError(
+            "--grid names no option, as 'train.learning_rate=0.001,0.003 seed=0,1' does."
+        )
+    return tuple(itertools.product(*choices))
+
+
+def _check_option(where: str, name: str) -> None:
     names = set(option_names(RunConfig))
-    if option not in names:
-        raise ValueError(f"space: there is no option {option!r}. {did_you_mean(option, names)}")
+    if name not in names:
+        raise ValueError(f"{where}: there is no option {name!r}. {did_you_mean(name, names)}")
+
+
+def _dimension(option: str, entry: Any) -> Dimension:
+    _check_option("space", option)
     if isinstance(entry, list) and entry:
         return Dimension(option=option, choices=tuple(entry))
     given = entry if isinstance(entry, dict) else {}

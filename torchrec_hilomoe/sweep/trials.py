@@ -1,6 +1,5 @@
 """A trial: one run of ``apps/train.py`` with options of its own, judged by its validations."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -9,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from torchrec_hilomoe.training.log.run_log import METRICS_FILE
+from torchrec_hilomoe.runtime.documents import DocumentError
+from torchrec_hilomoe.training.log.reading import read_metrics, read_summary
 
 __all__ = ["RISING", "Outcome", "run_trial"]
 
 RISING = ("auc", "gauc")  # the others are better when they fall
-APP = Path(__file__).parents[2] / "apps" / "train.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +21,9 @@ class Outcome:
     """How a trial ended.
 
     Attributes:
-        value: Its best validation; None if it has none.
+        value: Best validation; None if it has none.
         stopped: Whether it was asked to stop, and can go on.
-        error: What it said, if it failed.
+        error: Message with which it failed; None if it did not.
     """
 
     value: float | None
@@ -45,16 +44,21 @@ def run_trial(options: Sequence[str], folder: Path, *, metric: str, ranks: int) 
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launcher, str(APP), *options, f"--out_dir={folder}", "--resume=auto"]
+    train = ["-m", "torchrec_hilomoe", "train"]
+    command = [*launcher, *train, *options, f"--out_dir={folder}", "--resume=auto"]
     log = folder / "log.txt"
     with log.open("a") as sink:
         code = _run(command, sink)
-    if code == 0 and not (folder / "summary.json").exists():
-        return Outcome(value=None, stopped=True)
     if code != 0:
-        errors = [line for line in log.read_text().splitlines() if "rror: " in line]
+        said = log.read_text(errors="replace").splitlines()
+        errors = [line for line in said if "rror: " in line]
         return Outcome(value=None, error=(errors or [f"it ended with exit code {code}"])[-1])
-    return Outcome(value=_best_validation(folder / METRICS_FILE, metric))
+    try:
+        if not read_summary(folder):
+            return Outcome(value=None, stopped=True)
+        return Outcome(value=_best_validation(folder, metric))
+    except DocumentError as error:
+        return Outcome(value=None, error=str(error))
 
 
 def _run(command: Sequence[str], sink) -> int:
@@ -73,9 +77,9 @@ def _run(command: Sequence[str], sink) -> int:
             signal.signal(signal.SIGINT, interrupted)
 
 
-def _best_validation(file: Path, metric: str) -> float | None:
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    values = [r[metric] for r in rows if r["split"] == "valid" and r[metric] is not None]
+def _best_validation(folder: Path, metric: str) -> float | None:
+    rows = read_metrics(folder)
+    values = [r[metric] for r in rows if r["split"] == "valid" and r.get(metric) is not None]
     if not values:
         return None
     return max(values) if metric in RISING else min(values)

@@ -45,10 +45,10 @@ def test_a_file_of_them_is_read_as_the_same_batch(schema):
         mine, its = getattr(drawn, name), getattr(read, name)
         assert mine.dtype == its.dtype
         assert torch.equal(mine, its), name
-    assert (drawn.longest, drawn.steps, drawn.mean_rows) == (
-        read.longest,
-        read.steps,
-        read.mean_rows,
+    assert (drawn.max_seqlen, drawn.num_tokens, drawn.loss_denominator) == (
+        read.max_seqlen,
+        read.num_tokens,
+        read.loss_denominator,
     )
     assert len(drawn.times) == len(read.times)
     assert all(torch.equal(a, b) for a, b in zip(drawn.times, read.times, strict=True))
@@ -93,7 +93,7 @@ def test_ranks_share_a_global_batch():
     kwargs = {"batch_size": 11, "ranks": 3, "device": torch.device("cpu")}
     shares = [draw_batches(stream, 2, rank=rank, **kwargs) for rank in range(3)]
     assert [[len(batch.labels) for batch in share] for share in shares] == [[3, 3], [4, 4], [4, 4]]
-    assert {batch.mean_rows for share in shares for batch in share} == {11 / 3}
+    assert {batch.loss_denominator for share in shares for batch in share} == {11 / 3}
     again = draw_batches(stream, 2, rank=1, **kwargs)
     assert torch.equal(again[1].unpooled.values(), shares[1][1].unpooled.values())
     assert not torch.equal(again[0].labels, again[1].labels)
@@ -105,7 +105,7 @@ def test_they_are_made_on_the_device():
     stream = Stream(schema=TIMED, mean_length=2)
     (batch,) = draw_batches(stream, 1, batch_size=8, rank=0, ranks=1, device=device)
     tensors = [batch.unpooled.values(), batch.pooled.lengths(), batch.dense, batch.labels]
-    tensors += [batch.weights, batch.groups, *batch.times]
+    tensors += [batch.weights, batch.grouping_keys, *batch.times]
     assert {tensor.device.type for tensor in tensors} == {"cuda"}
     assert batch.time is not None
     assert batch.time.is_cuda

@@ -9,8 +9,8 @@ from tests.helpers.datasets import SCHEMA, without
 from tests.helpers.models import MODEL
 from torchrec_hilomoe.config import BSTConfig, DIENConfig, InjectionConfig
 from torchrec_hilomoe.data.schema import IdFeature, SequenceGroup
-from torchrec_hilomoe.hilomoe.sites import sites_of
-from torchrec_hilomoe.models.build import build_task, BUILDERS
+from torchrec_hilomoe.hilomoe.inject import sites_of
+from torchrec_hilomoe.models.build import BACKBONES, build_task, with_widest_views
 
 HEAD = {"head.hidden.0", "head.hidden.2"}
 FFN = {f"transformers.{i}.layers.0.{name}" for i in (0, 1) for name in ("ffn_in", "ffn_out")}
@@ -43,7 +43,7 @@ def test_sample_routing_shares_one_router_among_all_sites():
     task = build_task(replace(MODEL, hilomoe=experts), SCHEMA)
     sites = sites_of(task.model.backbone)
     assert set(sites) == HEAD | FFN | ATTENTION
-    assert len({id(site.shared_router) for site in sites.values()}) == 1
+    assert len({id(site.router) for site in sites.values()}) == 1
 
 
 def test_a_layer_is_routed_by_the_features_that_are_named():
@@ -55,13 +55,13 @@ def test_a_layer_is_routed_by_the_features_that_are_named():
         route_by=(("kind",), ("price", "place"), ("clicks_kind",)),
     )
     backbone = build_task(replace(MODEL, hilomoe=experts), SCHEMA).model.backbone
-    router = next(iter(sites_of(backbone).values())).shared_router
+    router = next(iter(sites_of(backbone).values())).router
     assert router is not None
     # Candidate item 0:4, kind 4:8; context user 8:12, place 12:16, tags, price 20, age 21;
     # clicks item 22:26, kind 26:30; views item.
     assert router.ranges == (range(4, 8), range(20, 21), range(12, 16), range(26, 30))
     assert router.width == 34
-    assert backbone.tells_histories
+    assert backbone.include_history_mean
 
 
 def test_a_side_is_all_of_its_features():
@@ -71,7 +71,7 @@ def test_a_side_is_all_of_its_features():
         route_by=(("candidate",), ("context",), ("clicks_kind", "candidate")),
     )
     backbone = build_task(replace(MODEL, hilomoe=experts), SCHEMA).model.backbone
-    router = next(iter(sites_of(backbone).values())).shared_router
+    router = next(iter(sites_of(backbone).values())).router
     assert router is not None
     candidate = (range(4), range(4, 8))
     context = (range(8, 12), range(12, 16), range(16, 20), range(20, 21), range(21, 22))
@@ -83,7 +83,7 @@ def test_a_side_is_all_of_its_features():
 def test_what_routes_by_features_learns_unless_it_is_the_control(routing):
     experts = InjectionConfig(num_layers=1, routing=routing, route_by=(("place",),))
     backbone = build_task(replace(MODEL, hilomoe=experts), SCHEMA).model.backbone
-    router = next(iter(sites_of(backbone).values())).shared_router
+    router = next(iter(sites_of(backbone).values())).router
     assert router is not None
     learning = [name for name, _ in router.named_parameters()]
     assert learning == ([] if routing == "random" else ["expert_keys"])
@@ -128,7 +128,7 @@ def test_random_routing_has_no_router_to_train():
 
 
 def test_without_hilomoe_the_model_is_plain():
-    assert not sites_of(build_task(replace(MODEL, hilomoe=None), SCHEMA))
+    assert not sites_of(build_task(replace(MODEL, hilomoe=InjectionConfig(enabled=False)), SCHEMA))
 
 
 def test_tables_wait_on_meta_and_the_rest_is_real():
@@ -194,7 +194,7 @@ def test_a_schema_without_a_history_is_refused():
         build_task(MODEL, without(SCHEMA, "sequences"))
 
 
-@pytest.mark.parametrize("backbone", BUILDERS)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_histories_that_no_target_can_be_compared_with_are_refused(backbone):
     """As where a column's table has a name of its own in each of its two places."""
     events = IdFeature(name="seen", table="seen_item")
@@ -203,7 +203,7 @@ def test_histories_that_no_target_can_be_compared_with_are_refused(backbone):
         tables={**SCHEMA.tables, "seen_item": 20},
         sequences=(SequenceGroup(name="seen", fields=(events,), max_length=4),),
     )
-    config = replace(MODEL, backbone=backbone, hilomoe=None)
+    config = replace(MODEL, backbone=backbone, hilomoe=InjectionConfig(enabled=False))
     if backbone == "interformer":
         build_task(config, schema)
         return
@@ -215,3 +215,28 @@ def test_histories_that_no_target_can_be_compared_with_are_refused(backbone):
         build_task(config, schema)
     both = (*schema.sequences, *SCHEMA.sequences)  # others of which are compared
     build_task(config, replace(schema, sequences=both))
+
+
+def test_what_may_be_chosen_is_counted_as_the_widest_features():
+    experts = InjectionConfig(num_layers=2, routing="sample", route_by="auto")
+    config = replace(MODEL, hilomoe=experts)
+    found = with_widest_views(config, SCHEMA).hilomoe.route_by
+    assert found is not None
+    columns = build_task(replace(MODEL, hilomoe=InjectionConfig(enabled=False)), SCHEMA).model
+    widths = {name: len(part) for name, part in columns.sparse.columns.items()}
+    assert [widths[name] for (name,) in found] == [max(widths.values())] * 2
+    assert found[0] != found[1]
+    assert with_widest_views(MODEL, SCHEMA) == MODEL
+
+
+def test_what_is_not_chosen_yet_is_not_built():
+    experts = InjectionConfig(num_layers=2, routing="sample", route_by="auto")
+    with pytest.raises(ValueError, match=r"route_by is auto: its features are chosen while"):
+        build_task(replace(MODEL, hilomoe=experts), SCHEMA)
+
+
+def test_one_feature_leaves_nothing_to_choose():
+    lonely = replace(SCHEMA, candidate=SCHEMA.candidate[:1], sequences=(), pooled=(), dense=())
+    experts = InjectionConfig(num_layers=2, routing="sample", route_by="auto")
+    with pytest.raises(ValueError, match=r"the schema has one alone: item\. Set route_by to null"):
+        with_widest_views(replace(MODEL, hilomoe=experts), lonely)

@@ -8,7 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import MODEL
-from torchrec_hilomoe.models.build import build_task, BUILDERS
+from torchrec_hilomoe.backbones.layers.batch_norm import GlobalBatchNorm
+from torchrec_hilomoe.config import InjectionConfig
+from torchrec_hilomoe.models.build import BACKBONES, build_task
 from torchrec_hilomoe.planning.activations import (
     full_features,
     saved_activations,
@@ -40,9 +42,9 @@ def really_saved(backbone, widths, dtype, rows=ROWS) -> int:
 
 
 @pytest.mark.parametrize("experts", ["none", "head"])
-@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_counted_without_numbers_as_with_them(name, experts):
-    hilomoe = MODEL.hilomoe if experts == "head" else None
+    hilomoe = MODEL.hilomoe if experts == "head" else InjectionConfig(enabled=False)
     config = replace(MODEL, backbone=name, hilomoe=hilomoe, dropout=0.1)
     model = build_task(config, SCHEMA).model
     counted = saved_bytes(model.backbone, model.sparse.widths, ROWS, None)
@@ -61,7 +63,9 @@ def test_a_row_in_reduced_precision_is_counted(name):
         really_saved(model.backbone, model.sparse.widths, torch.bfloat16, rows) for rows in (7, 70)
     )
     assert more - few == real_more - real_few
-    assert few == pytest.approx(real_few, rel=0.02)
+    norms = [m for m in model.backbone.modules() if isinstance(m, GlobalBatchNorm)]
+    statistics = sum(2 * norm.num_features for norm in norms)  # a mean and a deviation
+    assert 0 <= real_few - few <= 2 * statistics
 
 
 def test_a_line_goes_through_all_batches_and_nothing_is_changed():
@@ -71,7 +75,7 @@ def test_a_line_goes_through_all_batches_and_nothing_is_changed():
     line = saved_activations(model.backbone, model.sparse.widths, None)
     for rows in (64, 1000, 5000):
         counted = saved_bytes(model.backbone, model.sparse.widths, rows, None)
-        assert line.bytes(rows) == pytest.approx(counted, rel=1e-3)
+        assert line.bytes(rows) == counted
     assert not model.backbone.training
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, before[name])

@@ -1,12 +1,12 @@
 """``apps/plan.py``: what it prints and writes, and how it ends."""
 
 import json
-import runpy
 import sys
 
 import pytest
 
-from tests.helpers.processes import ROOT, run_command
+from tests.helpers.processes import run_command
+from torchrec_hilomoe.apps import plan as app
 
 ARGUMENTS = ["--world_size", "16", "--hosts", "2", "--train.batch_size", "16384"]
 
@@ -16,11 +16,8 @@ def plan(monkeypatch, capsys):
     """Call the app in this process, its console as it is."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        app = runpy.run_path(str(ROOT / "apps" / "plan.py"))
-        main = app["main"]
-        monkeypatch.setitem(main.__globals__, "set_up_console", lambda rank: None)
-        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
-        code = main()
+        monkeypatch.setattr(app, "set_up_console", lambda rank: None)
+        code = app.main(arguments)
         output = capsys.readouterr()
         return code, output.out, output.err
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import MODEL
+from tests.helpers.rounding import rounded
 from torchrec_hilomoe.config import (
     InjectionConfig,
     ModelConfig,
@@ -21,9 +22,8 @@ from torchrec_hilomoe.config.sharding import parse_bytes
 from torchrec_hilomoe.data.schema import FrozenTable, Schema
 from torchrec_hilomoe.planning.cluster import Cluster
 from torchrec_hilomoe.planning.estimate import plan_run, with_rows
-from torchrec_hilomoe.planning.report import plan_text
-from torchrec_hilomoe.planning.run_plan import RunPlan
-from torchrec_hilomoe.training.sharding.failure import NoPlanError
+from torchrec_hilomoe.planning.run_plan import plan_text, RunPlan
+from torchrec_hilomoe.training.sharding.shortage import NoPlanError
 
 LARGE = with_rows(SCHEMA, ["item=2e6", "user=1000000"])
 TABLES = ("item", "kind", "user", "place", "tag")
@@ -51,15 +51,15 @@ def test_parts_add_up_to_torchrecs_totals():
     for rank, held, busy in zip(
         plan.ranks, plan.report.rank_bytes, plan.report.rank_milliseconds, strict=True
     ):
-        assert rank.time.total == pytest.approx(busy)
+        assert rank.time.total == rounded(busy, terms=len(TABLES))
         assert sum(rank.tables.values()) == rank.memory.device
         # TorchRec spreads a row's state over the columns that a table is cut into.
-        assert rank.memory.device == pytest.approx(held, rel=0.02)
+        assert abs(rank.memory.device - held) <= rank.memory.state
     rows = {table.table: table.weight_bytes for table in plan.report.tables}
     assert sum(rank.memory.tables for rank in plan.ranks) == sum(rows.values())
     assert rows["item"] == 2_000_000 * 64 * 4
     step = plan.step
-    assert step.serial == pytest.approx(sum(step.parts.values()))
+    assert step.serial == rounded(sum(step.parts.values()), terms=len(step.parts))
     assert step.overlapped == step.parts[step.bound] < step.serial
 
 
@@ -68,9 +68,9 @@ def test_what_is_saved_and_looked_up_grows_with_the_batch_and_the_rest_does_not(
     assert large.dense == small.dense
     for few, many in zip(small.ranks, large.ranks, strict=True):
         assert (many.memory.tables, many.memory.state) == (few.memory.tables, few.memory.state)
-        assert many.memory.lookups == pytest.approx(2 * few.memory.lookups, rel=1e-3)
+        assert many.memory.lookups == 2 * few.memory.lookups
     saved = [plan.activations.bytes(plan.rows) for plan in (small, large)]
-    assert saved[1] == pytest.approx(2 * saved[0], rel=1e-3)
+    assert 0 <= 2 * saved[0] - saved[1] < saved[0] / small.rows  # less than a row is for the batch
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,11 @@ def test_one_rank_exchanges_no_gradients_and_micro_batches_average_once():
     assert (alone.exchange, alone.all_reduce) == (0, 0)
     assert planned().step.exchange > 0
     whole = planned(batch_size=8192).step
-    cut = planned(batch_size=16384, train=TrainConfig(accumulate=2)).step
+    cut = planned(batch_size=16384, train=TrainConfig(gradient_accumulation_steps=2)).step
     assert cut.samples == 2 * whole.samples
     assert cut.all_reduce == whole.all_reduce
     assert cut.compute == 2 * whole.compute
-    assert cut.lookup == pytest.approx(2 * whole.lookup)
+    assert cut.lookup == rounded(2 * whole.lookup, terms=len(TABLES))
 
 
 @pytest.mark.parametrize(("memory", "headroom"), [("400MB", 0.1), ("600MB", 0.5)])
@@ -130,8 +130,8 @@ def test_a_batch_that_is_too_large_is_told_with_the_excess_and_the_largest():
     assert "It does NOT fit: rank" in text
     assert "The most is what the dense part saves" in text
     assert f"The largest batch that fits with these shards: {plan.largest_batch:,} rows" in text
-    micro_batches = int(text.rpartition("--train.accumulate ")[2].split()[0])
-    cut = TrainConfig(accumulate=micro_batches)
+    micro_batches = int(text.rpartition("--train.gradient_accumulation_steps ")[2].split()[0])
+    cut = TrainConfig(gradient_accumulation_steps=micro_batches)
     assert planned(schema=SCHEMA, batch_size=2**21, hbm="2GB", reserve=0.2, train=cut).excess <= 0
 
 
@@ -166,11 +166,11 @@ def test_a_tables_optimizer_has_its_state(optimizer):
     assert sum(rank.memory.state for rank in plan.ranks) == state
     # Narrow tables are not cut by columns, so that TorchRec's own estimate is the same.
     for rank, held in zip(plan.ranks, plan.report.rank_bytes, strict=True):
-        assert rank.memory.device == pytest.approx(held, abs=16)
+        assert rank.memory.device == held
 
 
 def test_experts_and_precision_are_in_it():
-    plain = planned(model=replace(WIDE, hilomoe=None))
+    plain = planned(model=replace(WIDE, hilomoe=InjectionConfig(enabled=False)))
     experts = planned(model=replace(WIDE, hilomoe=InjectionConfig(num_layers=4, num_experts=16)))
     assert experts.dense.parameters > plain.dense.parameters
     assert experts.step.compute > plain.step.compute

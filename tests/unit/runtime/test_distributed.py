@@ -5,16 +5,20 @@ import torch
 from torch import distributed as dist
 
 from tests.helpers.processes import run_ranks
-from torchrec_hilomoe.runtime.distributed import broadcast_text, Job, join
+from torchrec_hilomoe.runtime.distributed import (
+    broadcast_text,
+    DistributedContext,
+    init_distributed,
+)
 from torchrec_hilomoe.runtime.world import World
 
 
-def join_by_itself() -> tuple[Job, bool]:
-    with join("cpu") as job:
+def join_by_itself() -> tuple[DistributedContext, bool]:
+    with init_distributed("cpu") as context:
         everyone = torch.ones(1)
         dist.all_reduce(everyone)
-        assert everyone.item() == job.world.size
-    return job, dist.is_initialized()
+        assert everyone.item() == context.world.size
+    return context, dist.is_initialized()
 
 
 def say_the_rank() -> str:
@@ -23,14 +27,14 @@ def say_the_rank() -> str:
 
 def test_without_a_launcher_it_is_a_job_of_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    job, still_joined = join_by_itself()
-    assert (job.world, job.device, job.is_main) == (World(), torch.device("cpu"), True)
+    context, still_joined = join_by_itself()
+    assert (context.world, context.device, context.is_main) == (World(), torch.device("cpu"), True)
     assert not still_joined
 
 
 def test_a_job_is_left_even_after_an_error(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ZeroDivisionError), join("cpu"):
+    with pytest.raises(ZeroDivisionError), init_distributed("cpu"):
         print(1 / 0)  # noqa: T201
     assert not dist.is_initialized()
 
@@ -50,6 +54,6 @@ def test_a_text_of_the_first_rank_reaches_all():
 def test_a_gpu_that_is_not_there_is_told():
     with (
         pytest.raises(ValueError, match=r"train.device is 'cuda', but PyTorch sees no GPU.*doctor"),
-        join("cuda"),
+        init_distributed("cuda"),
     ):
         pass

@@ -7,14 +7,14 @@ import pytest
 from torch import distributed as dist
 
 from tests.helpers.processes import run_ranks
-from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.runtime.distributed import init_distributed
 from torchrec_hilomoe.runtime.stopping import StopSignal
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with join("cpu"):
+    with init_distributed("cpu"):
         yield
 
 

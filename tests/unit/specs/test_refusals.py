@@ -14,8 +14,8 @@ from torchrec_hilomoe.runtime import torchx_jobs
     ("arguments", "told"),
     [
         (["-j", "2by8"], r"-j is \[MIN:\]HOSTSxPROCESSES, as in 2x8 or 1:2x8, got '2by8'"),
-        (["-j", "3:2x1"], r"no more hosts at least than at most, got '3:2x1'"),
-        (["-j", "1x0"], r"needs at least one host, one process"),
+        (["-j", "3:2x1"], r"MIN at most HOSTS, got '3:2x1'"),
+        (["-j", "1x0"], r"needs at least one host, at least one process"),
         (["-j", "1x8", "--gpu", "4"], r"8 processes on each host, but a host has 4 GPUs"),
     ],
 )
@@ -28,6 +28,12 @@ def test_a_shape_that_cannot_be(arguments, told):
 def test_a_grid_that_is_none(grid):
     with pytest.raises(ComponentValidationException, match="--grid is 'OPTION=VALUE,VALUE"):
         render("slurm", "sweep", "--grid", grid)
+
+
+def test_a_grid_of_an_option_that_is_none():
+    told = "--grid: there is no option 'train.learning_rat'. Did you mean 'train.learning_rate'"
+    with pytest.raises(ComponentValidationException, match=told):
+        render("slurm", "sweep", "--grid", "seed=0 train.learning_rat=1,2")
 
 
 def test_a_grid_of_nothing():

@@ -4,6 +4,7 @@ import os
 import shlex
 import stat
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -28,8 +29,13 @@ def words(rendered):
 
 
 def options(rendered):
-    pairs = (word[2:].partition("=") for word in words(rendered) if word.startswith("--"))
-    return {name: value for name, _, value in pairs}
+    """What torchrun and the app are given; torchrun's values are words of their own."""
+    found = {}
+    for word, following in pairwise([*words(rendered), ""]):
+        if word.startswith("--"):
+            name, is_given, value = word[2:].partition("=")
+            found[name] = value if is_given else following
+    return found
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -100,12 +106,12 @@ def test_an_elastic_job_names_its_fewest_hosts_and_the_lanes_that_all_share():
     found = options(rendered)
     assert found["nnodes"] == "2:4"
     assert found["rdzv_conf"] == "join_timeout=1200"
-    assert found["data.lanes"] == "24"  # of 4, 6 and 8 ranks
+    assert found["data.num_canonical_shards"] == "24"  # of 4, 6 and 8 ranks
     assert rendered.app.roles[0].min_replicas == 2
     assert rendered.hosts == 4
-    own = render("slurm", "train", "-j", "2:4x2", "--", "--data.lanes", "48")
-    assert words(own).count("--data.lanes") == 1
-    assert "data.lanes=24" not in str(words(own))
+    own = render("slurm", "train", "-j", "2:4x2", "--", "--data.num_canonical_shards", "48")
+    assert words(own).count("--data.num_canonical_shards") == 1
+    assert "data.num_canonical_shards=24" not in str(words(own))
 
 
 def test_on_kubernetes_the_fewest_pods_are_enough_and_one_that_fails_does_not_end_the_others():
@@ -131,6 +137,13 @@ def test_a_benchmark_is_a_module_and_needs_torchrun_for_several_processes_only()
     several = words(render("slurm", "benchmark", "-j", "1x2", "--bench", "hilomoe"))
     assert several[0] == "torchrun"
     assert several[-2:] == ["-m", "benchmarks.bench_hilomoe"]
+
+
+def test_a_single_host_meets_nobody_at_a_port():
+    """Or two jobs of one machine would want the same."""
+    rendered = render("local_docker", "train", "-j", "1x2")
+    assert options(rendered)["rdzv_endpoint"] == "localhost:0"
+    assert rendered.app.roles[0].port_map == {}
 
 
 def test_a_named_resource_takes_the_place_of_figures():
@@ -163,6 +176,6 @@ def test_the_words_survive_slurms_script_and_both_shells(tmp_path):
     result = run_command(["bash", "-c", script], env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     found = said.read_text().splitlines()
-    assert "--rdzv_id=17" in found
+    assert found[found.index("--rdzv_id") + 1] == "17"
     at = found.index("apps/train.py")
     assert found[at + 1 :] == [*arguments[1:], "--out_dir=runs/17"]

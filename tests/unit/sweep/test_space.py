@@ -22,7 +22,10 @@ def test_lists_and_ranges(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is not a mapping"),
+        ("", "is empty"),
+        ("- 1", "is a list, and must be a mapping"),
+        ("{}", "names no option"),
+        ("[" * 5000, "is nested more than 50 deep"),
         ("[1", "cannot read"),
         (
             "train.learning_rat: [1]",

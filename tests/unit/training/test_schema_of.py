@@ -40,5 +40,5 @@ def test_a_recipe_for_another_folder_lists_the_differences(tmp_path):
 )
 def test_a_missing_folder_is_answered_with_its_own_command(tmp_path, dataset, command):
     schema = None if dataset is None else replace(SCHEMA, dataset=dataset)
-    with pytest.raises(ValueError, match=rf"no data folder .*prepare\.py {command}"):
+    with pytest.raises(ValueError, match=rf"no data folder .*torchrec_hilomoe prepare {command}"):
         schema_of(config(tmp_path / "nowhere", schema))

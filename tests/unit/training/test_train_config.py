@@ -6,26 +6,24 @@ import pytest
 
 from torchrec_hilomoe.command_line import parse_run, UsageError
 from torchrec_hilomoe.config import TableSharding, TrainConfig
-from torchrec_hilomoe.training.stages import Plateau, Stage
+from torchrec_hilomoe.training.stages import Decay, PlateauConfig, Stage
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulate": 0}, "train.accumulate must be at least 1, got 0"),
-        ({"clip_norm": 0.0}, "train.clip_norm must be above 0, got 0.0"),
-        ({"clip_norm": float("nan")}, "train.clip_norm must be above 0, got nan"),
+        (
+            {"gradient_accumulation_steps": 0},
+            "gradient_accumulation_steps must be at least 1, got 0",
+        ),
+        ({"max_grad_norm": 0.0}, "train.max_grad_norm must be above 0, got 0.0"),
+        ({"max_grad_norm": float("nan")}, "train.max_grad_norm must be above 0, got nan"),
         ({"weight_decay": -0.1}, "train.weight_decay must be a number of at least 0, got -0.1"),
         (
             {"table_weight_decay": float("inf")},
             "train.table_weight_decay must be a number of at le",
         ),
         ({"momentum": -1.0}, "train.momentum must be a number of at least 0, got -1.0"),
-        ({"decay": "step"}, "train.decay is 'step' and decay_every is null"),
-        (
-            {"decay_floor": 2.0},
-            "train.decay_factor = 0.1 must lie above 0 and up to 1, and decay_f",
-        ),
     ],
 )
 def test_what_is_out_of_range_is_refused(options, message):
@@ -45,8 +43,8 @@ def test_what_is_out_of_range_is_refused(options, message):
             "--train.optimizer=lion",
             "train.optimizer: Expected one of 'adam', 'adamw', 'sgd', 'adag",
         ),
-        ("--sharding.tables={item: {tpye: row_wise}}", "'tpye'"),
-        ("--train.acumulate=2", "Did you mean 'train.accumulate'?"),
+        ("--sharding.tables={item: {tpye: row_wise}}", "'sharding.tables.type'"),
+        ("--train.max_grad_nrm=2", "Did you mean 'train.max_grad_norm'?"),
     ],
 )
 def test_what_is_mistyped_is_told(flag, message):
@@ -58,14 +56,15 @@ def test_nested_options_are_read_from_the_command_line_and_come_back(tmp_path):
     argv = [
         "--train.stages",
         "[{name: a, epochs: 0.5, plateau: {metric: logloss, patience: 3}, optimizer: sgd}, "
-        "{name: b, decay: step, decay_every: 10}]",
+        "{name: b, decay: {kind: step, every: 10}}]",
         "--sharding.tables",
         "{item: {type: column_wise, ranks: [1, 0]}, user: {kernel: fused}}",
     ]
     parsed = parse_run(argv)
+    plateau = PlateauConfig(metric="logloss", patience=3)
     assert parsed.config.train.stages == (
-        Stage(name="a", epochs=0.5, plateau=Plateau(metric="logloss", patience=3), optimizer="sgd"),
-        Stage(name="b", decay="step", decay_every=10),
+        Stage(name="a", epochs=0.5, plateau=plateau, optimizer="sgd"),
+        Stage(name="b", decay=Decay(kind="step", every=10)),
     )
     assert parsed.config.sharding.tables == {
         "item": TableSharding(type="column_wise", ranks=(1, 0)),

@@ -12,9 +12,9 @@ from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import batches, MODEL
 from tests.helpers.sharded import parts
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig, RunConfig, TrainConfig
-from torchrec_hilomoe.data.batch import Position
+from torchrec_hilomoe.data.batch import LoaderState
 from torchrec_hilomoe.models.build import build_task
-from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 from torchrec_hilomoe.training.checkpoint import CheckpointError, Progress, Saver
@@ -24,37 +24,40 @@ from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 from torchrec_hilomoe.training.warm_start import warm_start
 
-PLAIN = replace(MODEL, hilomoe=None)
+PLAIN = replace(MODEL, hilomoe=InjectionConfig(enabled=False))
 ALL = Stage(name="all")
 
 
-def assembled(job: Job, model: ModelConfig, **train) -> Assembly:
+def assembled(context: DistributedContext, model: ModelConfig, **train) -> Assembly:
     return assemble(
-        RunConfig(model=model, train=TrainConfig(**train)), build_task(model, SCHEMA), job
+        RunConfig(model=model, train=TrainConfig(**train)), build_task(model, SCHEMA), context
     )
 
 
 def held(assembly: Assembly) -> dict[str, Tensor]:
-    state = training_state(assembly.model, assembly.learners)
+    state = training_state(assembly.model, assembly.optimizers)
     return {name: part.values for name, found in parts(state).items() for part in found}
 
 
 @pytest.fixture
-def trained(alone: Job, tmp_path: Path) -> tuple[str, dict[str, Tensor]]:
+def trained(alone: DistributedContext, tmp_path: Path) -> tuple[str, dict[str, Tensor]]:
     """A plain model's checkpoint after two steps, and what is in it."""
     assembly = assembled(alone, PLAIN)
     model = enter_stage(assembly.model, ALL)
-    assembly.learners.enter(ALL)
-    pipeline = Pipeline(model, assembly.learners.stepping, model.device)
+    assembly.optimizers.enter(ALL)
+    pipeline = Pipeline(model, assembly.optimizers.stage_optimizer, model.device)
     source = batches(32, 16)
     for _ in range(2):
         pipeline.step(source)
     pipeline.detach()
     progress = Progress(
-        step=2, stage="all", position=Position(epoch=1, lane_rows=0, lanes=1), total_steps=2
+        step=2,
+        stage="all",
+        position=LoaderState(epoch=1, lane_rows=0, num_canonical_shards=1),
+        total_steps=2,
     )
     saver = Saver(tmp_path / "checkpoints")
-    saver.save(training_state(model, assembly.learners), progress)
+    saver.save(training_state(model, assembly.optimizers), progress)
     return saver.path_of(2), held(assembly)
 
 
@@ -62,7 +65,7 @@ def test_everything_but_the_experts_is_taken_over_to_the_bit(alone, trained):
     path, saved = trained
     assembly = assembled(alone, MODEL)
     before, random = held(assembly), torch.get_rng_state()
-    began = warm_start(path, assembly.model, assembly.learners, with_optimizer=True)
+    began = warm_start(path, assembly.model, assembly.optimizers, with_optimizer=True)
     after = held(assembly)
     for name, tensor in saved.items():
         assert torch.equal(after[name], tensor), name
@@ -80,8 +83,8 @@ def test_everything_but_the_experts_is_taken_over_to_the_bit(alone, trained):
 def test_outputs_are_those_of_the_plain_model(alone, trained):
     path, _ = trained
     plain, warm = assembled(alone, PLAIN), assembled(alone, MODEL)
-    warm_start(path, plain.model, plain.learners, with_optimizer=True)
-    warm_start(path, warm.model, warm.learners, with_optimizer=True)
+    warm_start(path, plain.model, plain.optimizers, with_optimizer=True)
+    warm_start(path, warm.model, warm.optimizers, with_optimizer=True)
     with torch.no_grad():
         for batch in batches(16, 16):
             want = plain.model.eval()(batch)[1].logits
@@ -94,8 +97,8 @@ def test_optimizers_start_afresh_when_asked(alone, trained):
     with pytest.raises(
         CheckpointError, match=r"exp_avg: in the checkpoint only(?s:.)*--train.init"
     ):
-        warm_start(path, assembly.model, assembly.learners, with_optimizer=True)
-    began = warm_start(path, assembly.model, assembly.learners, with_optimizer=False)
+        warm_start(path, assembly.model, assembly.optimizers, with_optimizer=True)
+    began = warm_start(path, assembly.model, assembly.optimizers, with_optimizer=False)
     assert not began.optimizer
     after = held(assembly)
     assert all(torch.equal(after[n], saved[n]) for n in saved if n.startswith("model."))
@@ -119,18 +122,18 @@ def test_what_differs_beside_the_experts_is_refused(alone, trained, model, messa
     path, _ = trained
     assembly = assembled(alone, model)
     with pytest.raises(CheckpointError, match=f"{message}(?s:.)*init_from wants a model that is"):
-        warm_start(path, assembly.model, assembly.learners, with_optimizer=True)
+        warm_start(path, assembly.model, assembly.optimizers, with_optimizer=True)
 
 
 def test_a_checkpoint_that_has_experts_gives_them_too(alone, trained, tmp_path):
     path, _ = trained
     first = assembled(alone, MODEL)
-    warm_start(path, first.model, first.learners, with_optimizer=True)
+    warm_start(path, first.model, first.optimizers, with_optimizer=True)
     saver = Saver(tmp_path / "again")
-    progress = replace(checkpoint.read_progress(path), step=3)
-    saver.save(training_state(first.model, first.learners), progress)
+    progress = replace(checkpoint.open(path).progress, step=3)
+    saver.save(training_state(first.model, first.optimizers), progress)
     second = assembled(alone, MODEL)
-    began = warm_start(saver.path_of(3), second.model, second.learners, with_optimizer=True)
+    began = warm_start(saver.path_of(3), second.model, second.optimizers, with_optimizer=True)
     assert not began.fresh
     assert "nothing is fresh" in began.text()
     ours, theirs = held(first), held(second)
@@ -140,4 +143,4 @@ def test_a_checkpoint_that_has_experts_gives_them_too(alone, trained, tmp_path):
 def test_there_must_be_a_checkpoint(alone, tmp_path):
     assembly = assembled(alone, replace(MODEL, hilomoe=InjectionConfig(num_layers=1)))
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
-        warm_start(str(tmp_path), assembly.model, assembly.learners, with_optimizer=True)
+        warm_start(str(tmp_path), assembly.model, assembly.optimizers, with_optimizer=True)

@@ -94,9 +94,9 @@ def test_a_remote_checkpoint_comes_back_and_old_ones_go(folder, shelf, asynchron
     assert path_manager.ls(folder) == ["step_1", "step_3", "step_4"]
     newest = f"{folder}/step_4"
     assert checkpoint.latest(folder) == newest
-    assert checkpoint.read_document(newest, "plan.txt") == "a plan"
+    assert checkpoint.open(newest).document("plan.txt") == "a plan"
     loaded = state(0.0)
-    checkpoint.load(newest, loaded)
+    checkpoint.open(newest).load(loaded)
     for got, want in zip(tensors(loaded), tensors(state(4.0)), strict=True):
         assert torch.equal(got, want)
 
@@ -117,4 +117,4 @@ def test_a_damaged_object_is_told(folder, shelf):
     whole = shelf.objects[name]
     shelf.objects[name] = whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]
     with pytest.raises(CheckpointError, match="the bytes of shelf://.*distcp are not those"):
-        checkpoint.load(f"{folder}/step_1", state())
+        checkpoint.open(f"{folder}/step_1").load(state())

@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.checkpoints import progress, save, state, tensors
 from torchrec_hilomoe.training import checkpoint
-from torchrec_hilomoe.training.checkpoint import CheckpointError, OpenWindow, Saver
+from torchrec_hilomoe.training.checkpoint import CheckpointError, Saver
 from torchrec_hilomoe.training.checkpoint import saver as saver_module
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -23,25 +23,25 @@ def names(folder: Path) -> list[str]:
 def test_tensors_progress_and_documents_come_back(tmp_path):
     path = save(tmp_path, step=7, documents={"plan.txt": "table item: everywhere\n"})
     assert path == str(tmp_path / "step_7")
-    assert checkpoint.read_progress(path) == progress(7)
-    assert checkpoint.read_document(path, "plan.txt") == "table item: everywhere\n"
+    assert checkpoint.open(path).progress == progress(7)
+    assert checkpoint.open(path).document("plan.txt") == "table item: everywhere\n"
     loaded = state(0.0)
-    assert checkpoint.load(path, loaded) is None
+    assert not checkpoint.open(path).load(loaded).rank_state
     for got, want in zip(tensors(loaded), tensors(state(7.0)), strict=True):
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
 
 
 def test_an_open_window_comes_back(tmp_path):
-    window = OpenWindow(
-        rows=torch.arange(12).reshape(4, 3), choices={"head.rank.0": torch.tensor([[3, 5]])}
-    )
-    Saver(tmp_path).save(state(), progress(3), window=window)
-    found = checkpoint.load(tmp_path / "step_3", state())
-    assert found is not None
-    assert torch.equal(found.rows, window.rows)
-    assert found.choices.keys() == window.choices.keys()
-    assert torch.equal(found.choices["head.rank.0"], window.choices["head.rank.0"])
+    saved = {
+        "window": torch.arange(12).reshape(4, 3),
+        "choices": {"head.rank.0": torch.tensor([[3, 5]])},
+    }
+    Saver(tmp_path).save(state(), progress(3), rank_state=saved)
+    found = checkpoint.open(tmp_path / "step_3").load(state()).rank_state
+    assert torch.equal(found["window"], saved["window"])
+    assert found["choices"].keys() == saved["choices"].keys()
+    assert torch.equal(found["choices"]["head.rank.0"], saved["choices"]["head.rank.0"])
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
@@ -49,11 +49,11 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
     path = save(tmp_path)
     want = torch.rand(9)
     torch.manual_seed(1)
-    checkpoint.load(path, state())
+    checkpoint.open(path).load(state())
     assert torch.equal(torch.rand(9), want)
     other = torch.rand(9)
     torch.manual_seed(1)
-    checkpoint.load(path, state(), restore_random=False)
+    checkpoint.open(path).load(state(), restore_random=False)
     assert not torch.equal(torch.rand(9), other)
 
 
@@ -80,7 +80,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 1)
     path = save(tmp_path, 1, tensors=state(5.0))
     loaded = state(0.0)
-    checkpoint.load(path, loaded)
+    checkpoint.open(path).load(loaded)
     assert torch.equal(loaded["model"]["weight"], torch.full((3, 5), 5.0))
     assert names(tmp_path) == ["step_1"]
 
@@ -99,14 +99,14 @@ def test_an_unfinished_folder_is_no_checkpoint_and_is_cleared_away(tmp_path):
 def test_what_is_saved_in_the_background_is_the_moment_of_saving(tmp_path, monkeypatch):
     """Training changes the tensors while they are written."""
     begun, go_on = threading.Event(), threading.Event()
-    write = saver_module.dcp.save
+    begin = saver_module.Folder.begin
 
-    def slow(*args, **kwargs):
+    def slow(folder, step):  # no tensor has been written yet
         begun.set()
         assert go_on.wait(30)
-        return write(*args, **kwargs)
+        begin(folder, step)
 
-    monkeypatch.setattr(saver_module.dcp, "save", slow)
+    monkeypatch.setattr(saver_module.Folder, "begin", slow)
     trained, told = state(1.0), []
     saver = Saver(tmp_path, asynchronous=True, on_saved=told.append)
     saver.save(trained, progress(1))
@@ -120,29 +120,29 @@ def test_what_is_saved_in_the_background_is_the_moment_of_saving(tmp_path, monke
     saver.wait()
     for step, fill in ((1, 1.0), (2, 9.0)):
         loaded = state(0.0)
-        checkpoint.load(tmp_path / f"step_{step}", loaded)
+        checkpoint.open(tmp_path / f"step_{step}").load(loaded)
         for got, want in zip(tensors(loaded), tensors(state(fill)), strict=True):
             assert torch.equal(got, want)
     assert [saved.step for saved in told] == [1, 2]
     files = sum(path.stat().st_size for path in (tmp_path / "step_2").iterdir())
-    marker = (tmp_path / "step_2" / "progress.json").stat().st_size
-    assert told[1].bytes == files - marker
+    manifest = (tmp_path / "step_2" / "progress.json").stat().st_size
+    assert told[1].bytes == files - manifest
 
 
 def test_a_failure_in_the_background_is_told_and_the_run_can_go_on(tmp_path, monkeypatch):
     saver = Saver(tmp_path, asynchronous=True)
-    write = saver_module.write_marker
+    write = saver_module.write_manifest
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saver_module, "write_marker", full)
+    monkeypatch.setattr(saver_module, "write_manifest", full)
     saver.save(state(), progress(1))
     with pytest.raises(CheckpointError, match="step_1 could not be written.*No space.*disk full"):
         saver.wait()
     assert not saver.failed
     assert checkpoint.latest(tmp_path) is None
-    monkeypatch.setattr(saver_module, "write_marker", write)
+    monkeypatch.setattr(saver_module, "write_manifest", write)
     saver.save(state(), progress(2))
     saver.wait()
     assert names(tmp_path) == ["step_2"]
@@ -175,4 +175,4 @@ def test_a_full_disk_is_one_clear_error_and_the_old_checkpoint_stays(tmp_path, a
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert checkpoint.latest(tmp_path) == str(tmp_path / "step_1")
-    checkpoint.load(tmp_path / "step_1", state())
+    checkpoint.open(tmp_path / "step_1").load(state())

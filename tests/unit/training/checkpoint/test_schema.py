@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 def test_the_same_schema_is_taken_whatever_its_name(tmp_path):
     path = save(tmp_path, documents={"schema.json": SCHEMA.to_json()})
-    checkpoint.check_schema(path, SCHEMA)
-    checkpoint.check_schema(path, replace(SCHEMA, dataset="another name"))
+    checkpoint.open(path).check_schema(SCHEMA)
+    checkpoint.open(path).check_schema(replace(SCHEMA, dataset="another name"))
 
 
 def test_another_schema_is_refused_and_every_difference_is_listed(tmp_path):
@@ -36,9 +36,9 @@ def test_another_schema_is_refused_and_every_difference_is_listed(tmp_path):
         "Give the data that it was trained on"
     )
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        checkpoint.check_schema(path, other)
+        checkpoint.open(path).check_schema(other)
 
 
 def test_a_checkpoint_without_its_schema_is_incomplete(tmp_path):
     with pytest.raises(CheckpointError, match=r"incomplete: schema\.json cannot be read"):
-        checkpoint.check_schema(save(tmp_path), SCHEMA)
+        checkpoint.open(save(tmp_path)).check_schema(SCHEMA)

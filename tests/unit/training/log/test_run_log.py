@@ -6,11 +6,12 @@ import os
 import re
 import sys
 import termios
+from contextlib import suppress
 
 import pytest
 
+from torchrec_hilomoe.hilomoe.monitor import LayerLoad
 from torchrec_hilomoe.training.checkpoint import Saved
-from torchrec_hilomoe.training.log.routing import LayerLoad
 from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.metrics import Metrics
 
@@ -20,7 +21,7 @@ METRICS = Metrics(auc=0.75, gauc=math.nan, logloss=0.5, ne=0.9, rows=64, calibra
 def fill(log, *steps):
     for step in steps:
         log.record(step=step, stage="all", split="train", metrics=METRICS, samples_per_second=8.0)
-        log.routing(step, "all", [LayerLoad(site="a", layer=1, load=(0.5, 0.5), entropy=1.0)])
+        log.routing(step, "all", [LayerLoad(router="a", layer=1, load=(0.5, 0.5), entropy=1.0)])
 
 
 def rows_of(folder, name="metrics.jsonl"):
@@ -53,7 +54,7 @@ def test_a_line_has_every_metric_and_null_where_there_is_none(log, tmp_path, cap
     }
     assert "step 10/100 all train: auc 0.7500 logloss 0.5000 ne 0.9000 calibration" in caplog.text
     (routed,) = rows_of(tmp_path, "routing.jsonl")
-    assert routed.items() >= {"step": 10, "site": "a", "layer": 1, "load": [0.5, 0.5]}.items()
+    assert routed.items() >= {"step": 10, "router": "a", "layer": 1, "load": [0.5, 0.5]}.items()
 
 
 def test_lines_after_the_checkpoint_are_cut_away(log, tmp_path):
@@ -78,6 +79,16 @@ def test_lines_after_the_checkpoint_are_cut_away(log, tmp_path):
     assert [row["step"] for row in rows_of(tmp_path, "routing.jsonl")] == [10]
 
 
+def drained(leader):
+    """All that was shown on a terminal that is closed; one read gives a part of it."""
+    shown = b""
+    with suppress(OSError):  # as Linux says that there is no more
+        while part := os.read(leader, 2**16):
+            shown += part
+    os.close(leader)
+    return shown.decode()
+
+
 def test_on_a_terminal_a_bar_says_where_training_is(tmp_path, monkeypatch):
     leader, follower = os.openpty()
     termios.tcsetwinsize(follower, (24, 120))
@@ -88,8 +99,7 @@ def test_on_a_terminal_a_bar_says_where_training_is(tmp_path, monkeypatch):
             log.step("expert_warmup[1]")
         fill(log, 50)
         log.close()
-    shown = os.read(leader, 2**16).decode()
-    os.close(leader)
+    shown = drained(leader)
     assert re.search(
         r"expert_warmup\[1\]: .*50/100 \[\d+:\d+<[^,]+, .*loss 0.5000, auc 0.7500", shown
     )

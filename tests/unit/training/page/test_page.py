@@ -4,10 +4,11 @@ import json
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
+from io import BytesIO
 
 import pytest
 
-from torchrec_hilomoe.training.page import write_page
+from torchrec_hilomoe.training.page import pictures, write_page
 from torchrec_hilomoe.training.page.files import Band, read_run
 
 pytest.importorskip("matplotlib")
@@ -28,7 +29,7 @@ def run(tmp_path):
             lines.append({**where, "split": "valid", **quality})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     routing = [
-        {"step": step, "stage": "x", "site": "head.<0>", "layer": layer, "load": [0.25, 0.75]}
+        {"step": step, "stage": "x", "router": "head.<0>", "layer": layer, "load": [0.25, 0.75]}
         for step in (12, 20)
         for layer in (1, 2)
         if (step, layer) != (12, 2)
@@ -47,7 +48,8 @@ def run(tmp_path):
         "device": "cpu",
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    config = "seed: 7\nmodel: {backbone: din}\ndata: {path: some/where/my-<set>}\n"
+    (tmp_path / "config.yaml").write_text(config)
     return tmp_path
 
 
@@ -82,11 +84,36 @@ def test_the_page_holds_the_run_and_needs_no_network(run):
     assert not re.search(r"https?:|//|url\(|@import", re.sub(r"base64,[^\"]*", "", text))
     assert {tag for tag, _ in tags.seen} & {"script", "link", "iframe"} == set()
     pictures = [attrs["src"] for tag, attrs in tags.seen if tag == "img"]
-    assert len(pictures) == 2
+    assert len(pictures) == 4  # three metrics and a site
     for picture in pictures:
         kind, _, data = picture.partition(",")
         assert kind == "data:image/png;base64"
         assert b64decode(data).startswith(PNG)
+
+
+def test_the_headline_names_the_backbone_and_the_data(run):
+    """A recipe's name need not: with other options it is another model on other data."""
+    assert "<h1>DIN with experts on my-&lt;set&gt;</h1>" in write_page(run).read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "dataset": "clicks"}))
+    (run / "routing.jsonl").unlink()
+    assert "<h1>DIN on clicks</h1>" in write_page(run).read_text()
+
+
+def test_a_single_validation_is_seen_whole(run):
+    """It is at the edge, where half of its mark would be cut off."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["split"] == "train" or line["step"] == 20]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    picture = imread(BytesIO(pictures.curves(read_run(run))["logloss"]))
+    red = abs(picture[..., :3] - to_rgb(pictures.COLORS["valid"])).max(axis=2) < 0.02
+    columns = red.any(axis=0).nonzero()[0]
+    gaps = (columns[1:] - columns[:-1] > 1).nonzero()[0]
+    mark = columns[gaps[-1] + 1 :]  # the last of what is red: left of it is the legend
+    assert len(mark) > 10
 
 
 def test_a_stage_lasts_from_the_end_of_the_one_before_to_its_last_line(run):

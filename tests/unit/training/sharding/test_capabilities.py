@@ -47,9 +47,9 @@ STAGES = StageSchedule.three_stages(num_layers=2).stages
             "which has no effect with 'sgd' on cuda; use rowwise_adagrad or adam.",
         ),
         (
-            {"pipeline": "prefetch", "accumulate": 2},
+            {"pipeline": "prefetch", "gradient_accumulation_steps": 2},
             "cuda",
-            "train.accumulate is 2 with train.pipeline 'prefetch'",
+            "train.gradient_accumulation_steps is 2 with train.pipeline 'prefetch'",
         ),
         (
             {"pipeline": "semi_sync"},
@@ -73,7 +73,7 @@ def test_all_reasons_are_told_at_once():
     ("options", "device"),
     [
         ({}, "cpu"),
-        ({"pipeline": "base", "accumulate": 4}, "cpu"),
+        ({"pipeline": "base", "gradient_accumulation_steps": 4}, "cpu"),
         ({"pipeline": "prefetch", "debug": True}, "cpu"),  # there is no pipeline then
         ({"pipeline": "prefetch", "table_weight_decay": 0.1}, "cuda"),
         ({"table_optimizer": "adam"}, "cuda"),

@@ -16,10 +16,10 @@ from tests.helpers.models import MODEL
 from torchrec_hilomoe.config import ShardingConfig, TableSharding, TrainConfig
 from torchrec_hilomoe.config.sharding import parse_bytes
 from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.training.sharding.capabilities import Machine
+from torchrec_hilomoe.training.sharding.plan_report import PlanReport
 from torchrec_hilomoe.training.sharding.planner import make_plan, tables_by_module
-from torchrec_hilomoe.training.sharding.report import PlanReport
 from torchrec_hilomoe.training.sharding.shard import sharders_of
-from torchrec_hilomoe.training.sharding.wishes import Machine
 
 CPU = Machine(world_size=4, local_world_size=4, device="cpu")
 GPUS = Machine(world_size=4, local_world_size=2, device="cuda")
@@ -55,7 +55,8 @@ def test_every_table_is_planned_and_reported(machine):
     memory = "1GB" if machine.device == "cuda" else "4GB"
     # On GPUs, TorchRec counts host memory too: rows may be there.
     host = parse_bytes("4GB", "") if machine.device == "cuda" else 0
-    assert report.capacity_bytes == pytest.approx((parse_bytes(memory, "") + host) * 0.6, abs=4)
+    # Each of a share and a percentage is cut to whole bytes, on either kind of memory.
+    assert 0 <= (parse_bytes(memory, "") + host) * 0.6 - report.capacity_bytes < 4
     assert report.imbalance >= 1
 
 
@@ -194,10 +195,10 @@ def large(rows: int, tables: int = 1) -> torch.nn.ModuleDict:
 def test_a_table_that_is_too_large_is_named_with_the_limit_and_what_would_help():
     """10 million rows of 64 floats are 2.4 GB, on four ranks 0.6 GB each, beside 0.3 GB."""
     message = (
-        r"sharding: table 'huge0' \(10,000,000 rows of 64\) needs \d+\.\d MB on one rank even when "
-        r"it is cut row_wise or table_wise, but a rank has 307.2 MB for tables "
-        r"\(sharding.hbm = null, sharding.ddr = 0.5GB, less sharding.reserve = 0.4\). What would "
-        r"help: more ranks, more memory .* a lower sharding.reserve"
+        r"sharding: table 'huge0' \(10,000,000 rows of 64\) needs \d+\.\d MB of host memory on one "
+        r"rank even when it is cut row_wise, \d+\.\d MB more than the 307.2 MB that a rank has for "
+        r"tables \(sharding.hbm = null, sharding.ddr = 0.5GB, less sharding.reserve = 0.4\). What "
+        r"would help: more ranks, more memory.* a lower sharding.reserve,.*hilomoe plan tries each"
     )
     with pytest.raises(ValueError, match=message):
         make_plan(large(10_000_000), CPU, ShardingConfig(ddr="0.5GB"), batch_size=32)
@@ -207,7 +208,7 @@ def test_a_table_that_is_too_large_is_named_with_the_limit_and_what_would_help()
 def test_a_constraint_that_makes_it_too_large_is_told():
     whole = ShardingConfig(ddr="2GB", tables={"huge0": TableSharding(type="table_wise")})
     with pytest.raises(
-        ValueError, match="even when it is cut table_wise, .*help: row_wise for tha"
+        ValueError, match="even when it is cut table_wise, .*help: no constraint on huge0"
     ):
         make_plan(large(10_000_000), CPU, whole, batch_size=32)
 
@@ -215,8 +216,9 @@ def test_a_constraint_that_makes_it_too_large_is_told():
 def test_tables_that_do_not_fit_together_are_added_up():
     pinned = {"huge2": TableSharding(type="table_wise", ranks=(0,))}
     message = (
-        r"sharding: the tables need \d+\.\d GB together on 4 ranks \(largest: 'huge0' .*'huge1' .*"
-        r"no way was found to place them all. What would help: letting the planner place huge2; mo"
+        r"sharding: the tables need \d+\.\d GB of host memory together, \d+\.\d MB more than the "
+        r"1.2 GB that 4 ranks have .* The largest is table 'huge0' .*"
+        r"What would help: no constraint on huge2 \(sharding.tables\), more ranks"
     )
     options = ShardingConfig(ddr="0.5GB", tables=pinned)
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from tests.helpers.models import batches, dense_parameters, in_memory, MODEL, task_of
-from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
+from torchrec_hilomoe.config import InjectionConfig
+from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
 from torchrec_hilomoe.training.stages import Stage
 from torchrec_hilomoe.training.stages.staging import check_stages, enter_stage, set_training_mode
 
@@ -71,7 +72,7 @@ def test_more_layers_than_a_site_has_are_refused(options, message):
 
 
 def test_a_stage_of_experts_alone_is_refused_for_a_plain_model():
-    plain = in_memory(replace(MODEL, hilomoe=None))
+    plain = in_memory(replace(MODEL, hilomoe=InjectionConfig(enabled=False)))
     check_stages(plain, [TABLES])
     with pytest.raises(ValueError, match="Stage 'experts alone' trains experts alone, but the mod"):
         check_stages(plain, [EXPERTS])

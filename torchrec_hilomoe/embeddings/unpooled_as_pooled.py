@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    ComputeDevice,
     PoolingMode,
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import nn, Tensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
-__all__ = ["look_up_bags_of_one"]
+__all__ = ["look_up_unpooled_as_pooled"]
 
 
-def look_up_bags_of_one(collection: ShardedEmbeddingCollection) -> None:
+def look_up_unpooled_as_pooled(collection: ShardedEmbeddingCollection) -> None:
     """Make a sharded sequence collection's kernels pool bags of one, where they compute on CPU.
 
     Results equal those of unpooled lookups to rounding. Kernels on other devices, those that pool
@@ -40,11 +41,12 @@ def look_up_bags_of_one(collection: ShardedEmbeddingCollection) -> None:
     for kernel in chain.from_iterable(lookup.modules() for lookup in collection._lookups):
         if (
             isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen)
-            and kernel.use_cpu
-            and not kernel.use_mtia
             and kernel.pooling_mode == PoolingMode.NONE
             # A part without rows, of a table smaller than the job, is more than pooling can take.
-            and all(rows for rows, *_ in kernel.embedding_specs)
+            and all(
+                rows and device == ComputeDevice.CPU
+                for rows, _dim, _place, device in kernel.embedding_specs
+            )
         ):
             kernel.pooling_mode = PoolingMode.SUM
             kernel.is_nobag = False

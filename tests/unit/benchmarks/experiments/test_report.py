@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from benchmarks.evidence_lines import differences, Line, variants_of
-from benchmarks.evidence_plot import draw, marks_of
-from benchmarks.evidence_report import compare, summary, table
+from benchmarks.experiments.plot import draw, marks_of, panel
+from benchmarks.experiments.report import compare, differences, Line, summary, table, variants_of
+from tests.helpers.rounding import rounded
 
 
 def run(variant: str, seed: int, auc: float, flops: int = 100, data: str = "tree") -> Line:
@@ -33,15 +34,19 @@ RUNS = [
 ]
 
 
+UNIT = 1e4  # what a score of 1 is in the unit of differences
+
+
 def test_differences_are_within_seeds():
-    assert differences(RUNS, "head rank 4") == pytest.approx([10, 30])
-    assert differences(RUNS, "head rank 4, random") == pytest.approx([10])
+    # In 1e-4 of scores near 1, which is what differences of theirs are rounded by.
+    assert differences(RUNS, "head rank 4") == rounded([10, 30], scale=UNIT)
+    assert differences(RUNS, "head rank 4, random") == rounded([10], scale=UNIT)
     assert differences(RUNS, "wider") == []
 
 
 def test_any_two_variants_can_be_compared_by_any_score(capsys):
-    assert differences(RUNS, "head rank 4", "head rank 4, random") == pytest.approx([20])
-    assert differences(RUNS, "plain", "head rank 4", "gauc") == pytest.approx([-10, -30])
+    assert differences(RUNS, "head rank 4", "head rank 4, random") == rounded([20], scale=UNIT)
+    assert differences(RUNS, "plain", "head rank 4", "gauc") == rounded([-10, -30], scale=UNIT)
     compare([*RUNS, {**RUNS[0], "test": None}], "plain", "head rank 4")
     *_, row = capsys.readouterr().out.splitlines()
     assert row.startswith("| tree, bst | -20.0 ± 127.1 (-10.0, -30.0) | -20.0")
@@ -70,7 +75,8 @@ def test_marks_are_relative_to_the_plain_model():
     marks = {mark.variant: mark for mark in marks_of(RUNS)}
     assert set(marks) == {"plain", "head rank 4", "head rank 4, random"}
     mark = marks["head rank 4"]
-    assert (mark.cost, mark.mean, mark.least, mark.most) == pytest.approx((1.2, 20, 10, 30))
+    found = (mark.cost, mark.mean, mark.least, mark.most)
+    assert found == rounded((1.2, 20, 10, 30), scale=UNIT)
     assert marks["head rank 4, random"].kind is not mark.kind
 
 
@@ -81,3 +87,14 @@ def test_every_panel_is_drawn(panels: int, tmp_path: Path):
     drawn = (tmp_path / "plot.svg").read_text()
     assert all(f"world {i}" in drawn for i in range(panels))
     assert "routed at random" in drawn
+
+
+def test_an_axis_is_logarithmic_where_relative_costs_differ_much():
+    """Models of other backbones cost other FLOPs, and are still drawn near each other."""
+    cheap = [{**line, "backbone": "din", "flops": line["flops"] // 10} for line in RUNS]
+    axis = Figure().add_subplot()
+    panel(axis, "tree", [*RUNS, *cheap], ["bst", "din"])
+    assert axis.get_xscale() == "linear"
+    wide = [*RUNS, run("head rank 4, by side", 0, 0.81, flops=900)]
+    panel(axis, "tree", wide, ["bst", "din"])
+    assert axis.get_xscale() == "log"

@@ -1,13 +1,28 @@
-"""How much memory this process has needed."""
+"""What this process runs on, and how much memory it has needed."""
 
+import platform
 import re
 import resource
 import sys
 from pathlib import Path
 
 import torch
+import torchrec
 
-__all__ = ["peak_memory_gib", "peak_resident_bytes"]
+from torchrec_hilomoe import __version__
+
+__all__ = ["peak_memory_gib", "peak_resident_bytes", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Name to version; this package's also where it runs from its sources, not installed."""
+    return {
+        "torch": torch.__version__,
+        "torchrec": torchrec.__version__,
+        "torchrec-hilomoe": __version__,
+        "python": platform.python_version(),
+    }
+
 
 STATUS = Path("/proc/self/status")
 

@@ -14,9 +14,8 @@ from torch.distributed import checkpoint as dcp
 from tests.helpers.checkpoints import progress, save, state
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import CheckpointError
-from torchrec_hilomoe.training.checkpoint.index import IndexUnpickler
-from torchrec_hilomoe.training.checkpoint.marker import FileSum, write_marker
-from torchrec_hilomoe.training.checkpoint.storage import Store
+from torchrec_hilomoe.training.checkpoint.manifest import FileChecksum, write_manifest
+from torchrec_hilomoe.training.checkpoint.storage import IndexUnpickler, Store
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -47,16 +46,16 @@ def dotted(path: Path) -> bytes:
 
 
 def vouch(path: Path) -> None:
-    """Make the marker fit the files again, as whoever forges a checkpoint would."""
-    sums: dict[str, FileSum] = {}
+    """Make the manifest fit the files again, as whoever forges a checkpoint would."""
+    checksums: dict[str, FileChecksum] = {}
     for file in path.iterdir():
         store = Store()
         content = file.read_bytes()
         if file.name != "progress.json":
             with store.create_stream(file, "wb") as sink:
                 sink.write(content)
-            sums |= store.sums
-    write_marker(str(path), progress(), sums)
+            checksums |= store.checksums
+    write_manifest(str(path), progress(), checksums)
 
 
 @pytest.mark.parametrize("make", [lambda at: pickle.dumps(TouchesAFile(at)), dotted])
@@ -70,7 +69,7 @@ def test_code_in_the_index_is_refused_and_not_executed(tmp_path, make):
     (path / INDEX).write_bytes(attack)
     vouch(path)
     with pytest.raises(CheckpointError, match="the index names .*, which is not allowed"):
-        checkpoint.load(path, state())
+        checkpoint.open(path).load(state())
     assert not trace.exists()
 
 
@@ -86,7 +85,7 @@ def test_an_object_in_place_of_a_tensor_is_refused_and_not_executed(tmp_path, ke
     dcp.save(poisoned, storage_writer=dcp.FileSystemWriter(path))
     vouch(path)
     with pytest.raises(CheckpointError, match=f"{re.escape(key)}: .*not a tensor"):
-        checkpoint.load(path, state(), allow_missing=["*"])
+        checkpoint.open(path).load(state(), allow_missing=["*"])
     assert not trace.exists()
 
 
@@ -95,7 +94,7 @@ def test_an_index_that_is_another_thing_is_refused(tmp_path):
     (path / INDEX).write_bytes(pickle.dumps(dcp.metadata.StorageMeta()))
     vouch(path)
     with pytest.raises(CheckpointError, match="damaged: the index is a StorageMeta"):
-        checkpoint.load(path, state())
+        checkpoint.open(path).load(state())
 
 
 def test_a_cut_index_that_is_vouched_for_is_told(tmp_path):
@@ -105,7 +104,7 @@ def test_a_cut_index_that_is_vouched_for_is_told(tmp_path):
         (path / INDEX).write_bytes(whole[:at])
         vouch(path)
         with pytest.raises(CheckpointError, match="incomplete or damaged"):
-            checkpoint.load(path, state())
+            checkpoint.open(path).load(state())
 
 
 def test_an_index_may_ask_for_enum_members_and_nothing_else():

@@ -1,0 +1,77 @@
+"""Find out whether experts will pay on your data, where, and routed by which features.
+
+Examples:
+    python -m torchrec_hilomoe probe --config din-movielens --data.path DIR --plot probe.png
+    python -m torchrec_hilomoe probe --checkpoint runs/plain/checkpoints/step_300 --json out.json
+
+A plain model is trained for --steps, or taken from a checkpoint; nothing is kept of it. Other flags
+are those of ``train``.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from torchrec_hilomoe.command_line import AppParser, check_flags, parse_run, parse_saved
+from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.hilomoe import draw_probe
+from torchrec_hilomoe.runtime.console import print_result, set_up_console
+from torchrec_hilomoe.runtime.distributed import init_distributed, PeerLostError, pg_timeout
+from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
+from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.probing import probe_run, ProbeOptions, route_flags
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ProbeOptions, RunConfig]:
+    """Return this app's own options, how to probe, and the run."""
+    parser = AppParser("probe", __doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the report there, as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw it, as PNG or as the ending says")
+    parser.add_argument("--checkpoint", metavar="PATH", help="a folder step_N of a plain run")
+    given = parser.add_argument
+    given("--steps", type=int, default=300, help="that a plain model is trained before (300)")
+    given("--fit_batches", type=int, default=100, help="of training rows that fit (100)")
+    given("--judge_batches", type=int, default=128, help="of validation rows that judge (128)")
+    given("--draws", type=int, default=4, help="of random keys for each feature (4)")
+    asked, overrides = parser.parse_known_args(argv)
+    check_flags(overrides, parser)
+    make_folders_for({"--json": asked.json, "--plot": asked.plot})
+    options = ProbeOptions(
+        **{field.name: getattr(asked, field.name) for field in fields(ProbeOptions)}
+    )
+    if asked.checkpoint is None:
+        return asked, options, parse_run(overrides).config
+    if any(flag.partition("=")[0] == "--config" for flag in overrides):
+        raise ValueError(
+            f"--checkpoint {asked.checkpoint} has a configuration of its own, and --config gives "
+            "another. Drop one of them; single options may be overridden."
+        )
+    path = asked.checkpoint.rstrip("/")
+    saved = checkpoint.open(path).document("config.yaml")
+    where = f"{path}/config.yaml"
+    return asked, options, parse_saved(saved, overrides, where=where).config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return 0, 2 when the user must mend something, or 1 when another rank is lost."""
+    rank = int(os.environ.get("RANK", "0"))
+    set_up_console(rank)
+    try:
+        asked, options, config = parse(argv)
+        timeout = pg_timeout(config.stall_seconds)
+        with init_distributed(config.train.device, timeout=timeout) as context:
+            report = probe_run(config, options, context)
+        if context.is_main:
+            flags = f"\n{route_flags(config, report)}" if report.pays else ""
+            print_result(report.table() + flags)
+            if asked.json:
+                write_text(asked.json, json.dumps(report.to_json(), indent=2) + "\n")
+            if asked.plot:
+                draw_probe(report, asked.plot)
+    except (ValueError, ImportError, OSError, PeerLostError) as error:
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, PeerLostError) else 2
+    return 0
