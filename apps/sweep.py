@@ -1,61 +1,9 @@
-"""Search for better options: one run a trial, judged by validation; the same command goes on.
+"""Search for better options: ``python -m torchrec_hilomoe sweep``, from a clone."""
 
-python apps/sweep.py --space space.yaml --out_dir runs/sweep --trials 20 --train.max_steps 500
-
-where space.yaml has lines such as ``train.learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}``
-or ``model.hilomoe.num_layers: [1, 2, 3]``. Other flags are given to every run.
-"""
-
-import argparse
-import json
 import sys
-from pathlib import Path
 
-from torchrec_hilomoe.command_line import check_flags, parse_run
-from torchrec_hilomoe.runtime.console import set_up_console
-from torchrec_hilomoe.sweep.search import search
-from torchrec_hilomoe.sweep.space import read_space
-from torchrec_hilomoe.sweep.trials import run_trial
-
-
-def main() -> int:
-    """Return 0 when done or stopped on request, 2 when the user must mend something."""
-    set_up_console(0)
-    parser = argparse.ArgumentParser(
-        description="Search for better options. Other flags are given to every run.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--space", type=Path, required=True, help="YAML: options and their values")
-    parser.add_argument("--out_dir", type=Path, required=True, help="a folder a trial goes here")
-    parser.add_argument("--trials", type=int, default=20, help="to be done in all")
-    parser.add_argument("--metric", choices=["auc", "gauc", "logloss", "ne"], default="auc")
-    parser.add_argument("--ranks", type=int, default=1, help="processes a run, on this machine")
-    parser.add_argument("--sweep_seed", type=int, default=0, help="of the search, not of the runs")
-    arguments, options = parser.parse_known_args()
-    try:
-        check_flags(options, parser)
-        parse_run(options)  # what is wrong for every run is told before the first
-
-        def run(own, folder):
-            return run_trial(
-                [*options, *own], folder, metric=arguments.metric, ranks=arguments.ranks
-            )
-
-        best = search(
-            read_space(arguments.space),
-            arguments.out_dir,
-            run,
-            trials=arguments.trials,
-            metric=arguments.metric,
-            seed=arguments.sweep_seed,
-        )
-    except (ValueError, ImportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if best is not None:
-        print(json.dumps(best, indent=2))
-    return 0
-
+from torchrec_hilomoe.__main__ import main
+from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["sweep", *drop_launcher_residue(sys.argv[1:], __file__)]))

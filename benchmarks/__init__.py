@@ -1,1 +1,1 @@
-"""Benchmarks: run one with ``python -m benchmarks.bench_NAME``."""
+"""Speed: ``python -m benchmarks.bench_NAME``. What the results claim: ``experiments/``."""

@@ -31,7 +31,7 @@ from benchmarks.fuxictr_pairs.size import Size
 from benchmarks.harness import append, environment, measure
 from benchmarks.launching import exit_code
 from benchmarks.random_batches import draw_batches
-from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.runtime.distributed import init_distributed
 
 BATCH, MAX_LENGTH, BATCHES = 1024, 100, 4
 SIZES = ("light", "heavy")
@@ -73,9 +73,11 @@ def run(case: Case, make: Callable[[Size], Pair], out: Path, seconds: float) -> 
         batch_size=BATCH,
     )
     pair, stream = make(size), size.stream
-    with join("cpu") as job:
-        drawn = draw_batches(stream, BATCHES, batch_size=BATCH, rank=0, ranks=1, device=job.device)
-        assembly = assembled(pair.config(), stream.schema, job)
+    with init_distributed("cpu") as context:
+        drawn = draw_batches(
+            stream, BATCHES, batch_size=BATCH, rank=0, ranks=1, device=context.device
+        )
+        assembly = assembled(pair.config(), stream.schema, context)
         pair.copy_weights(assembly.model)
         for batch in drawn:
             pair.check(assembly.model, batch)
@@ -86,7 +88,7 @@ def run(case: Case, make: Callable[[Size], Pair], out: Path, seconds: float) -> 
             "fuxictr": lambda: pair.theirs.train_step(next(others)),
         }
         stamp = environment("cpu") | {"fuxictr": version("fuxictr")}
-        events = sum(batch.steps or 0 for batch in drawn) / len(drawn) / BATCH
+        events = sum(batch.num_tokens or 0 for batch in drawn) / len(drawn) / BATCH
         for name, figures in measure(contenders, seconds, "cpu").items():
             per_second = BATCH / figures.median_us * 1e6
             print(f"{case}  {name:8s} {per_second:10.0f} rows/s  x{figures.ratio:.2f}")

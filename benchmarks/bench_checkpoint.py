@@ -20,8 +20,8 @@ import torch
 from torch import nn, Tensor
 
 from benchmarks.harness import append, environment
-from torchrec_hilomoe.data.batch import Position
-from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.data.batch import LoaderState
+from torchrec_hilomoe.runtime.distributed import init_distributed
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import Progress, Saved, Saver
 
@@ -78,7 +78,7 @@ def write_plainly(path: Path, content: bytes) -> None:
 
 def progress(step: int) -> Progress:
     """Where such a run stands."""
-    position = Position(epoch=0, lane_rows=0, lanes=1)
+    position = LoaderState(epoch=0, lane_rows=0, num_canonical_shards=1)
     return Progress(step=step, stage="all", position=position, total_steps=ROUNDS)
 
 
@@ -119,7 +119,7 @@ def run(case: Case, folder: Path) -> dict[str, float]:
 def check(trained: Trained, path: Path) -> None:
     """Refuse to report a checkpoint that is not what was trained."""
     copy = {"model": {name: torch.zeros_like(t) for name, t in trained.state()["model"].items()}}
-    checkpoint.load(path, copy)
+    checkpoint.open(path).load(copy)
     for name, tensor in trained.state()["model"].items():
         assert torch.equal(copy["model"][name], tensor), name
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="append JSON lines to this file")
     args = parser.parse_args()
     torch.manual_seed(0)
-    with join("cpu"):
+    with init_distributed("cpu"):
         for case in CASES:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
                 row = {"rows": case.rows, "batch": case.batch, **run(case, Path(folder))}

@@ -27,10 +27,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.data_peers import fuxictr_loader, iterate, padded_columns, torch_loader
 from benchmarks.harness import append, environment, measure, read_lines
+from benchmarks.rounding import of_sums
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import ParquetSource
 from torchrec_hilomoe.data.synthetic import write_synthetic
-from torchrec_hilomoe.runtime.memory import peak_resident_bytes
+from torchrec_hilomoe.runtime.process import peak_resident_bytes
 
 PEER_ROWS = 16_384  # the others are slow, or hold everything in memory
 
@@ -72,8 +73,11 @@ def check(folder: Path, source: ParquetSource) -> int:
             got[name] += float(batch.dense[:, index].double().sum())
         got[schema.label] += float(batch.labels.sum())
         if schema.group not in schema.pooled_keys:
-            got[schema.group] += float(batch.groups.sum())
-    wrong = {n: (want[n], got[n]) for n in want if not np.isclose(want[n], got[n], rtol=1e-9)}
+            got[schema.group] += float(batch.grouping_keys.sum())
+    # Numbers of a row are small; those that are large, ids and groups, are all of one sign.
+    unit = of_sums(rows) * np.finfo(np.float64).eps
+    allowed = {name: unit * max(abs(value), rows) for name, value in want.items()}
+    wrong = {n: (want[n], got[n]) for n in want if not abs(want[n] - got[n]) <= allowed[n]}
     if wrong:
         raise SystemExit(f"the loader's columns are not the file's (file, loader): {wrong}")
     return rows
@@ -217,7 +221,7 @@ def bench_padding(folder: Path, args: argparse.Namespace) -> list[dict]:
         loader = Loader(source, batch_size=args.batch_size, epochs=1, bucket_by_length=window)
         for batch in loader:
             real += sum(int(batch.unpooled[name].lengths().sum()) for name in fields)
-            padded += batch.longest * len(batch.labels) * len(fields)
+            padded += batch.max_seqlen * len(batch.labels) * len(fields)
         about = {"case": "padding", "dataset": source.schema.dataset, "bucket_by_length": window}
         share = {"padded_per_event": round(padded / real, 3), "batch_size": args.batch_size}
         lines.append({**about, **share, **stamp()})

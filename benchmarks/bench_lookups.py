@@ -22,6 +22,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 
 from benchmarks.harness import append, environment, measure
+from benchmarks.rounding import off_by
 
 WIDTH = 16
 
@@ -66,9 +67,9 @@ def calls(case: Case, device: str) -> dict[str, Callable[[], object]]:
         return vectors.detach()
 
     first, second = (step(one) for one in tables.values())
-    torch.testing.assert_close(first, second)
+    assert torch.equal(first, second)
     after = [one.split_embedding_weights()[0] for one in tables.values()]
-    torch.testing.assert_close(after[0], after[1], rtol=1e-4, atol=1e-4)
+    assert off_by(after[0], after[1], terms=case.ids) <= 1  # a row adds up no more gradients
     return {name: lambda one=one: step(one) for name, one in tables.items()}
 
 

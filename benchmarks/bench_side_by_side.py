@@ -31,7 +31,7 @@ from benchmarks.launching import exit_code, per_rank_threads, run_on_ranks, with
 from benchmarks.side_by_side.contenders import din_contenders, dlrm_contenders, EXPERTS, TURN
 from benchmarks.side_by_side.dlrm import DLRMSize
 from benchmarks.throughput.timing import agreed
-from torchrec_hilomoe.runtime.distributed import Job, join
+from torchrec_hilomoe.runtime.distributed import DistributedContext, init_distributed
 
 MODULE = "benchmarks.bench_side_by_side"
 MODELS = ("din", "dlrm")
@@ -107,28 +107,30 @@ def main(argv: Sequence[str]) -> None:
             "it out with --only dlrm."
         )
     torch.set_num_threads(per_rank_threads(args.threads))
-    with join(args.device) as job:
+    with init_distributed(args.device) as context:
         for case in QUICK if args.quick else CASES:
             if case.model in args.only:
-                run(case, job, args.out, 0.0 if args.quick else args.seconds)
+                run(case, context, args.out, 0.0 if args.quick else args.seconds)
 
 
-def run(case: Case, job: Job, out: Path, seconds: float) -> None:
+def run(case: Case, context: DistributedContext, out: Path, seconds: float) -> None:
     """Check, then time one case; a collective call."""
     widths = case.widths
-    if widths.batch_size < job.world.size:
+    if widths.batch_size < context.world.size:
         raise ValueError(
-            f"a batch of {widths.batch_size} rows for {job.world.size} ranks: each needs one at "
-            "least. Start fewer ranks."
+            f"a batch of {widths.batch_size} rows for {context.world.size} ranks: each needs one "
+            "at least. Start fewer ranks."
         )
     contenders = (
-        din_contenders(widths, job) if isinstance(widths, Size) else dlrm_contenders(widths, job)
+        din_contenders(widths, context)
+        if isinstance(widths, Size)
+        else dlrm_contenders(widths, context)
     )
     turns = {name: _turn(contender.step) for name, contender in contenders.items()}
-    measured = measure(turns, seconds, job.device.type, agree=agreed)
-    if not job.is_main:
+    measured = measure(turns, seconds, context.device.type, agree=agreed)
+    if not context.is_main:
         return
-    stamp = environment(job.device.type)
+    stamp = environment(context.device.type)
     if case.model == "din":
         stamp["fuxictr"] = version("fuxictr")
     for name, turn in measured.items():
@@ -141,7 +143,7 @@ def run(case: Case, job: Job, out: Path, seconds: float) -> None:
             "provider": name,
             "layers": EXPERTS.num_layers if "experts" in name else 0,
             "experts": EXPERTS.num_experts if "experts" in name else 0,
-            "world_size": job.world.size,
+            "world_size": context.world.size,
             "plan": contenders[name].plan,
             "rows_per_second": widths.batch_size / figures.median_us * 1e6,
             **asdict(figures),

@@ -29,18 +29,18 @@ from torch import Tensor
 from benchmarks.driving import ALL, assembled, check_same_state, copy_state
 from benchmarks.harness import append, environment, measure
 from torchrec_hilomoe.command_line import parse_run
-from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.config import InjectionConfig, RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.loader import Loader
-from torchrec_hilomoe.runtime.distributed import Job, join
+from torchrec_hilomoe.runtime.distributed import DistributedContext, init_distributed
 from torchrec_hilomoe.training.assemble import Assembly
 from torchrec_hilomoe.training.checkpoint import Saver
 from torchrec_hilomoe.training.inputs import loader_of, schema_of
 from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.pipelines.pipeline import PipelineOptions, Unpipelined
-from torchrec_hilomoe.training.stages import Course, Stage, StageSchedule, StageSpan
+from torchrec_hilomoe.training.stages import Stage, StageSchedule, StageSpan, StageTimeline
 from torchrec_hilomoe.training.stages.staging import enter_stage
-from torchrec_hilomoe.training.trainer import Rhythm, Trainer
+from torchrec_hilomoe.training.trainer import Intervals, Trainer
 
 STAGE_1 = Stage(name="stage 1", active_layers=0)
 FROZEN = Stage(name="experts alone", train_backbone=False, train_tables=False)
@@ -53,11 +53,11 @@ class Bare:
 
     def __init__(self, assembly: Assembly, stage: Stage, batches: Iterator[CTRBatch]) -> None:
         self.assembly = replace(assembly, model=enter_stage(assembly.model, stage))
-        assembly.learners.enter(stage)
+        assembly.optimizers.enter(stage)
         self._span = StageSpan(stage=stage, start=0, stop=1)
         self._batches = batches
         self._step = Unpipelined(
-            self.assembly.model, assembly.learners.stepping, self.assembly.model.device
+            self.assembly.model, assembly.optimizers.stage_optimizer, self.assembly.model.device
         )
 
     def fetch(self) -> CTRBatch:
@@ -66,7 +66,7 @@ class Bare:
 
     def step(self, batch: CTRBatch | None = None) -> Tensor:
         """Train one step, on the next batch if none is given, and return its loss."""
-        self.assembly.learners.set_rates(self._span, 0, decay=1.0)
+        self.assembly.optimizers.set_rates(self._span, 0, decay=1.0)
         return self._step.progress(self._batches if batch is None else iter([batch])).loss
 
 
@@ -101,26 +101,30 @@ class Ready(Loader):
         yield from cycle(self._ready)
 
 
-def overhead(config: RunConfig, job: Job, steps: int, *, ready: bool, pipeline: str) -> dict:
+def overhead(
+    config: RunConfig, context: DistributedContext, steps: int, *, ready: bool, pipeline: str
+) -> dict:
     """Time trainer and bare steps in turns, and check that they trained the same."""
-    batches = list(islice(iter(loader_of(config, "train", job.world)), READY))
-    assembly, twin = _assemble(config, job), _assemble(config, job)
+    batches = list(islice(iter(loader_of(config, "train", context.world)), READY))
+    assembly, twin = _assemble(config, context), _assemble(config, context)
     copy_state(assembly, twin)
-    fresh = iter(loader_of(config, "train", job.world))
+    fresh = iter(loader_of(config, "train", context.world))
     bare = Bare(twin, ALL, cycle(batches) if ready else fresh)
     with tempfile.TemporaryDirectory() as folder:
         log = Turns(Path(folder), steps, bare)
         trainer = Trainer(
             assembly.model,
-            assembly.learners,
-            Course(StageSchedule(stages=(ALL,)), total_steps=steps),
-            rhythm=Rhythm(log_every=50, evaluate_every=None, save_every=None),
+            assembly.optimizers,
+            StageTimeline(StageSchedule(stages=(ALL,)), total_steps=steps),
+            intervals=Intervals(log_every=50, evaluate_every=None, save_every=None),
             log=log,
             saver=Saver(folder),
             pipelining=PipelineOptions(kind=cast(Any, pipeline), debug=False),
         )
-        validation = loader_of(config, "valid", job.world)
-        trainer.fit(Ready(batches) if ready else loader_of(config, "train", job.world), validation)
+        validation = loader_of(config, "valid", context.world)
+        trainer.fit(
+            Ready(batches) if ready else loader_of(config, "train", context.world), validation
+        )
     # Refuse to report a loop that trained something else than the bare steps.
     check_same_state(replace(assembly, model=trainer.model), bare.assembly, bitwise=True)
     run, alone = log.run_seconds[WARM:], log.bare_seconds[WARM:]
@@ -137,13 +141,13 @@ def overhead(config: RunConfig, job: Job, steps: int, *, ready: bool, pipeline: 
     }
 
 
-def stages(config: RunConfig, job: Job, seconds: float) -> list[dict]:
+def stages(config: RunConfig, context: DistributedContext, seconds: float) -> list[dict]:
     """Time steps of the plain model and of the stages in turns."""
-    batches = list(islice(iter(loader_of(config, "train", job.world)), READY))
-    plain = replace(config, model=replace(config.model, hilomoe=None))
-    built = {"plain": Bare(_assemble(plain, job), ALL, cycle(batches))}
+    batches = list(islice(iter(loader_of(config, "train", context.world)), READY))
+    plain = replace(config, model=replace(config.model, hilomoe=InjectionConfig(enabled=False)))
+    built = {"plain": Bare(_assemble(plain, context), ALL, cycle(batches))}
     for stage in (STAGE_1, FROZEN, ALL):
-        assembly = _assemble(config, job)
+        assembly = _assemble(config, context)
         copy_state(built["plain"].assembly, assembly)
         built[stage.name] = Bare(assembly, stage, cycle(batches))
     for _ in range(3):
@@ -159,12 +163,12 @@ def stages(config: RunConfig, job: Job, seconds: float) -> list[dict]:
             "throughput_iqr": found.ratio_iqr / found.ratio**2,
             "conclusive": found.conclusive,
         }
-        for name, found in measure(contenders, seconds, job.device.type).items()
+        for name, found in measure(contenders, seconds, context.device.type).items()
     ]
 
 
-def _assemble(config: RunConfig, job: Job) -> Assembly:
-    return assembled(config, schema_of(config), job)
+def _assemble(config: RunConfig, context: DistributedContext) -> Assembly:
+    return assembled(config, schema_of(config), context)
 
 
 def main() -> None:
@@ -176,23 +180,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="append JSON lines to this file")
     args, overrides = parser.parse_known_args()
     for batch_size in args.batch_sizes:
-        fixed = ["--train.decay", "constant", "--train.warmup_steps", "0"]
+        fixed = ["--train.decay.kind", "constant", "--train.warmup_steps", "0"]
         rows = ["--data.train_rows", str(max(READY * batch_size, 65_536))]
         sizes = ["--train.batch_size", str(batch_size), "--data.eval_rows", "8192"]
         config = parse_run([*fixed, *rows, *sizes, *overrides]).config
-        with join(config.train.device) as job:
+        with init_distributed(config.train.device) as context:
             stamp = {
-                **environment(job.device.type),
+                **environment(context.device.type),
                 "backbone": config.model.backbone,
                 "batch_size": batch_size,
             }
-            run = partial(overhead, config, job, args.steps)
+            run = partial(overhead, config, context, args.steps)
             found = [
                 run(ready=ready, pipeline=pipeline)
                 for ready in (True, False)
                 for pipeline in ("base", "sparse_dist")
             ]
-            found += stages(config, job, args.seconds)
+            found += stages(config, context, args.seconds)
         for row in found:
             print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()})
         append(args.out, [{**row, **stamp} for row in found])

@@ -30,7 +30,8 @@ from benchmarks.throughput.cases import Base, cases_of, parse_sweeps, SWEEPS
 from benchmarks.throughput.scaling import scaling_table
 from benchmarks.throughput.session import Effort, measure_case, say
 from torchrec_hilomoe.command_line import parse_run
-from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.config.stage import Decay
+from torchrec_hilomoe.runtime.distributed import init_distributed
 from torchrec_hilomoe.training.inputs import schema_of
 
 MODULE = "benchmarks.bench_train_throughput"
@@ -77,15 +78,16 @@ def main(argv: Sequence[str]) -> None:
         print(scaling_table(args.out, begin))
         return
     config = parse_run([*(QUICK_MODEL if quick else []), *overrides]).config
-    if config.train.accumulate > 1:
+    if config.train.gradient_accumulation_steps > 1:
         raise ValueError(
-            f"train.accumulate must be 1, got {config.train.accumulate}: whole batches are timed. "
+            "train.gradient_accumulation_steps must be 1, got "
+            f"{config.train.gradient_accumulation_steps}: whole batches are timed. "
             "Lower train.batch_size instead."
         )
     named = config.data.path is not None or config.data.data_schema is not None
     schema = config.data.data_schema if config.data.path is None else None
     base = Base(
-        config=replace(config, train=replace(config.train, decay="constant", warmup_steps=0)),
+        config=replace(config, train=replace(config.train, decay=Decay(), warmup_steps=0)),
         schema=(schema or schema_of(config)) if named else None,
         rows=1000 if quick and args.rows == 1e5 else int(args.rows),
         length=min(args.length, 10) if quick else args.length,
@@ -100,12 +102,12 @@ def main(argv: Sequence[str]) -> None:
         scratch=args.scratch,
     )
     torch.set_num_threads(per_rank_threads(args.threads))
-    with join(config.train.device) as job:
-        if job.device.type == "cuda" and not quick:
+    with init_distributed(config.train.device) as context:
+        if context.device.type == "cuda" and not quick:
             effort = replace(effort, matrix=8192)
-        for case in cases_of(base, sweeps, job.world.size):
-            line = measure_case(base, case, job, effort)
-            if job.is_main:
+        for case in cases_of(base, sweeps, context.world.size):
+            line = measure_case(base, case, context, effort)
+            if context.is_main:
                 append(args.out, [line])
                 print(say(line), flush=True)
 

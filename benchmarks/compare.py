@@ -29,6 +29,7 @@ Line = Mapping[str, Any]
 
 VERSIONS = ("commit", "torch", "torchrec", "fbgemm", "fuxictr", "pyarrow")
 MACHINE = ("device", "threads")
+ON_GPU = "forward_backward.graph.hilomoe_eager"
 # The figure that is compared, unless another is asked for, is the first that a line has; each with
 # what says how much it spreads: a share of it, or an amount of the figure named beside.
 FIGURES: Mapping[str, tuple[str, str | None]] = {
@@ -39,6 +40,7 @@ FIGURES: Mapping[str, tuple[str, str | None]] = {
     "run_ms": ("", None),
     "step_ms": ("", None),
     "ratio": ("ratio_iqr", "ratio"),
+    f"{ON_GPU}.ratio": (f"{ON_GPU}.ratio_iqr", f"{ON_GPU}.ratio"),
     "test.auc": ("", None),
 }
 # Numbers that were counted or measured, and so do not tell one case from another; those with a

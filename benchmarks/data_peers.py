@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.rounding import of_sums
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["fuxictr_loader", "iterate", "padded_columns", "torch_loader"]
@@ -103,7 +104,9 @@ def iterate(loader: Any, columns: Mapping[str, np.ndarray]) -> Callable[[], int]
         for name in columns:
             sums[name] += float(batch[name].double().sum())
     for name, array in columns.items():
-        if not np.isclose(sums[name], array.astype(np.float64).sum(), rtol=1e-9):
+        values = array.astype(np.float64)
+        allowed = of_sums(len(values)) * np.finfo(np.float64).eps * np.abs(values).sum()
+        if not abs(sums[name] - values.sum()) <= allowed:
             sys.exit(f"column {name!r} of the other loader is not the file's")
     first = next(iter(columns))
 

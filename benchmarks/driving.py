@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
+from benchmarks.rounding import off_by
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import TaskOutput
-from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 from torchrec_hilomoe.training.pipelines.pipeline import Pipeline, PipelineOptions
 from torchrec_hilomoe.training.stages import Stage, StageSpan
@@ -62,11 +63,11 @@ class Driven:
     ) -> None:
         self.assembly = assembly
         self.model = enter_stage(assembly.model, stage)
-        assembly.learners.enter(stage)
-        assembly.learners.set_rates(StageSpan(stage=stage, start=0, stop=LONG), 0, decay=1.0)
+        assembly.optimizers.enter(stage)
+        assembly.optimizers.set_rates(StageSpan(stage=stage, start=0, stop=LONG), 0, decay=1.0)
         self._batches = batches
         self._pipeline = Pipeline(
-            self.model, assembly.learners.stepping, self.model.device, options
+            self.model, assembly.optimizers.stage_optimizer, self.model.device, options
         )
 
     def step(self) -> TaskOutput:
@@ -78,10 +79,10 @@ class Driven:
         self._pipeline.detach()
 
 
-def assembled(config: RunConfig, schema: Schema, job: Job) -> Assembly:
+def assembled(config: RunConfig, schema: Schema, context: DistributedContext) -> Assembly:
     """Return the model of a configuration, the same every time; a collective call."""
     torch.manual_seed(config.seed)
-    return assemble(config, build_task(config.model, schema), job)
+    return assemble(config, build_task(config.model, schema), context)
 
 
 @torch.no_grad()
@@ -101,11 +102,11 @@ def check_same_state(one: Assembly, other: Assembly, *, bitwise: bool) -> None:
         other: Its twin, which began with the same tensors and has seen the same batches.
         bitwise: Whether to the bit; or to rounding, where a device adds up in any order.
     """
-    state, twin = (_flat(training_state(it.model, it.learners)) for it in (one, other))
+    state, twin = (_flat(training_state(it.model, it.optimizers)) for it in (one, other))
     assert state.keys() == twin.keys()
     for name, tensor in state.items():
         for mine, its in zip(local_parts(tensor), local_parts(twin[name]), strict=True):
-            same = torch.equal(mine, its) if bitwise else _close(mine, its)
+            same = torch.equal(mine, its) if bitwise else off_by(mine, its, mine.numel()) <= 1
             assert same, f"two ways to train came to another {name}"
 
 
@@ -131,7 +132,3 @@ def _flat(state: Any, prefix: str = "") -> dict[str, Tensor | ShardedTensor]:
         nested = isinstance(value, Mapping)
         found |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
     return found
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-5)

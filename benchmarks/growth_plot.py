@@ -106,7 +106,7 @@ def draw_growth(lines: Sequence[Line], file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "draw_growth needs matplotlib: pip install 'torchrec-hilomoe[plots]'"
+            "draw_growth needs matplotlib: pip install 'matplotlib>=3.8,<4'"
         ) from error
 
     panels = {varied: series_of(lines, varied) for varied in PANELS}
@@ -115,9 +115,9 @@ def draw_growth(lines: Sequence[Line], file: Path) -> None:
             "no two lines differ in nothing but rows, ranks, layers or experts. Measure some: "
             "python -m benchmarks.bench_train_throughput --sweep rows layers experts --out FILE."
         )
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(7.6, 6.8), layout="constrained")
     first = [them[0] for them in panels.values() if them]  # weak scaling has many batches
-    figure.suptitle(_title([line for series in first for line in series.lines]), fontsize=10)
+    figure.suptitle(_title([line for series in first for line in series.lines]), fontsize=9)
     axes = figure.subplots(2, 2).flat
     for axis, (varied, series) in zip(axes, panels.items(), strict=True):
         axis.set_xlabel(PANELS[varied])
@@ -127,7 +127,7 @@ def draw_growth(lines: Sequence[Line], file: Path) -> None:
             how = SWEEPS.get(varied, f"--sweep {varied}")
             axis.text(0.5, 0.5, f"not measured: {how}", ha="center", transform=axis.transAxes)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=150)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -172,7 +172,7 @@ def _draw(axis: Any, drawn: Sequence[Series]) -> None:
     else:
         memory.set_ylim(bottom=0)
     if len(drawn) > 1:
-        axis.legend(loc="lower left", fontsize=8)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=8, ncols=2, frameon=False)
 
 
 def _last(lines: Sequence[Line], varied: str) -> list[Line]:

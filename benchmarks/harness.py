@@ -8,6 +8,7 @@ rounds differ too much to conclude anything, that is said and recorded.
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -151,8 +152,8 @@ def environment(device: str) -> dict[str, str | int]:
     return {
         "commit": commit_of(Path(__file__).parents[1]),
         "torch": torch.__version__,
-        "torchrec": version("torchrec"),
-        "fbgemm": _fbgemm(),
+        "torchrec": _version("torchrec"),
+        "fbgemm": _version("fbgemm-gpu-cpu", "fbgemm-gpu"),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
     }
@@ -160,6 +161,8 @@ def environment(device: str) -> dict[str, str | int]:
 
 def commit_of(root: Path) -> str:
     """Return the commit of a checkout; marked where the code that is measured is another."""
+    if shutil.which("git") is None:
+        return "none"
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         command = ["git", "-C", str(root), *words]
@@ -208,8 +211,9 @@ def _iqr(values: Sequence[float]) -> float:
     return high - low
 
 
-def _fbgemm() -> str:
-    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
+def _version(*names: str) -> str:
+    """Of the first of these packages that is installed; a site alone needs none of them."""
+    for name in names:
         try:
             return version(name)
         except PackageNotFoundError:

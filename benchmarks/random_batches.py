@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_hilomoe.data.batch import CTRBatch, Position
+from torchrec_hilomoe.data.batch import CTRBatch, LoaderState
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
 
 __all__ = ["Stream", "click_log", "draw", "draw_batches", "draw_lengths"]
@@ -66,12 +66,12 @@ def draw_batches(
     batches = []
     for index in range(count):
         rng = torch.Generator(device).manual_seed(index * 1_000_003 + rank)
-        batches.append(draw(stream, last - first, rng, mean_rows=batch_size / ranks))
+        batches.append(draw(stream, last - first, rng, loss_denominator=batch_size / ranks))
     return batches
 
 
 def draw(
-    stream: Stream, rows: int, rng: torch.Generator, *, mean_rows: float | None = None
+    stream: Stream, rows: int, rng: torch.Generator, *, loss_denominator: float | None = None
 ) -> CTRBatch:
     """Return a batch, on the generator's device, as a loader would give it.
 
@@ -79,7 +79,7 @@ def draw(
         stream: What its rows are like.
         rows: At least 1.
         rng: Where numbers come from.
-        mean_rows: See :class:`CTRBatch`; all of them by default.
+        loss_denominator: See :class:`CTRBatch`; all of them by default.
     """
     schema, device = stream.schema, rng.device
 
@@ -115,25 +115,25 @@ def draw(
         dense=torch.randn(rows, dense, generator=rng, device=device),
         labels=torch.randint(2, (rows,), generator=rng, device=device).float(),
         weights=torch.ones(rows, device=device),
-        groups=torch.randint(rows, (rows,), generator=rng, device=device),
-        longest=max(1, int(longest_B.max())),
-        mean_rows=float(rows) if mean_rows is None else mean_rows,
-        position=Position(epoch=0, lane_rows=0, lanes=1),
-        steps=int(longest_B.sum()),
+        grouping_keys=torch.randint(rows, (rows,), generator=rng, device=device),
+        max_seqlen=max(1, int(longest_B.max())),
+        loss_denominator=float(rows) if loss_denominator is None else loss_denominator,
+        position=LoaderState(epoch=0, lane_rows=0, num_canonical_shards=1),
+        num_tokens=int(longest_B.sum()),
         time=torch.full((rows,), NOW, device=device) if schema.time is not None else None,
         times=tuple(times),
     )
 
 
-def draw_lengths(rows: int, mean: float, longest: int, rng: torch.Generator) -> Tensor:
+def draw_lengths(rows: int, mean: float, max_seqlen: int, rng: torch.Generator) -> Tensor:
     """Return the lengths of lists ``(B,)``: full, or exponential about ``mean``, but never empty.
 
     What is cut off at the longest makes the true mean a little smaller.
     """
-    if mean >= longest:
-        return torch.full((rows,), longest, dtype=torch.int32, device=rng.device)
+    if mean >= max_seqlen:
+        return torch.full((rows,), max_seqlen, dtype=torch.int32, device=rng.device)
     share_B = torch.rand(rows, generator=rng, device=rng.device).clamp(min=1e-6)
-    return (-mean * share_B.log()).int().clamp(1, longest)
+    return (-mean * share_B.log()).int().clamp(1, max_seqlen)
 
 
 def _jagged(

@@ -41,9 +41,8 @@ def benchmark(
         mounts: mounts of the container (type=bind,src=/host,dst=/job[,readonly])
         rdzv_port: port of the first host on which the others find it
     """
-    host = jobs.Host(image=image, h=h, cpu=cpu, gpu=gpu, memMB=memMB, env=env, mounts=mounts or ())
-    meeting = jobs.Meeting(j=j, rdzv_port=rdzv_port, max_restarts=0)
-    program = ["-m", f"benchmarks.bench_{bench}", *args]
-    if meeting.world_sizes == (1,):
-        return jobs.job(name, jobs.command_role("benchmark", ["python", *program], host))
-    return jobs.job(name, jobs.torchrun_role("benchmark", program, host, meeting))
+    options = {"h": h, "cpu": cpu, "gpu": gpu, "memMB": memMB, "env": env, "mounts": mounts}
+    options |= {"m": f"benchmarks.bench_{bench}", "name": name, "image": image}
+    if jobs.JobShape.parse(j).world_sizes == (1,):
+        return jobs.single_process(*args, **options)
+    return jobs.ddp(*args, j=j, max_restarts=0, rdzv_port=rdzv_port, **options)

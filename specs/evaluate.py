@@ -39,16 +39,19 @@ def evaluate(
         max_retries: how often the scheduler starts a job that failed again
         rdzv_port: port of the first host on which the others find it
     """
-    host = jobs.Host(
+    return jobs.ddp(
+        *args,
+        script="apps/evaluate.py",
+        j=j,
+        name=name,
         image=image,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
         env=env,
-        mounts=mounts or (),
+        mounts=mounts,
         max_retries=max_retries,
+        max_restarts=0,
+        rdzv_port=rdzv_port,
     )
-    meeting = jobs.Meeting(j=j, rdzv_port=rdzv_port, max_restarts=0)
-    program = ["apps/evaluate.py", *args]
-    return jobs.job(name, jobs.torchrun_role("evaluate", program, host, meeting))

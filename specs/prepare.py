@@ -35,14 +35,15 @@ def prepare(
         mounts: mounts of the container (type=bind,src=/host,dst=/job[,readonly])
         max_retries: how often the scheduler starts a job that failed again
     """
-    host = jobs.Host(
+    return jobs.single_process(
+        *args,
+        script="apps/prepare.py",
+        name=name,
         image=image,
         h=h,
         cpu=cpu,
         memMB=memMB,
         env=env,
-        mounts=mounts or (),
+        mounts=mounts,
         max_retries=max_retries,
     )
-    command = ["python", "apps/prepare.py", *args]
-    return jobs.job(name, jobs.command_role("prepare", command, host))

@@ -7,6 +7,7 @@ from typing import Dict, List, Optional
 from torchx.specs import AppDef, macros
 
 from torchrec_hilomoe.runtime import torchx_jobs as jobs
+from torchrec_hilomoe.sweep.space import combinations
 
 
 def sweep(
@@ -43,19 +44,29 @@ def sweep(
         max_retries: how often the scheduler starts what failed again
         max_restarts: how often a trial's processes are started again without the scheduler
     """
-    host = jobs.Host(
-        image=image,
-        h=h,
-        cpu=cpu,
-        gpu=gpu,
-        memMB=memMB,
-        env=env,
-        mounts=mounts or (),
-        max_retries=max_retries,
-    )
-    meeting = jobs.Meeting(j=f"1x{processes}", max_restarts=max_restarts)
+    try:
+        points = combinations(grid)
+    except ValueError as error:
+        jobs.refuse(str(error))
     roles = []
-    for number, options in enumerate(jobs.combinations(grid)):
-        program = ["apps/train.py", *args, *options, f"--out_dir={out_dir}/trial-{number}"]
-        roles.append(jobs.torchrun_role(f"trial-{number}", program, host, meeting))
-    return jobs.job(name, *roles)
+    for number, options in enumerate(points):
+        app = jobs.ddp(
+            *args,
+            *options,
+            f"--out_dir={out_dir}/trial-{number}",
+            script="apps/train.py",
+            j=f"1x{processes}",
+            name=name,
+            image=image,
+            h=h,
+            cpu=cpu,
+            gpu=gpu,
+            memMB=memMB,
+            env=env,
+            mounts=mounts,
+            max_retries=max_retries,
+            max_restarts=max_restarts,
+        )
+        app.roles[0].name = f"trial-{number}"
+        roles += app.roles
+    return AppDef(name=name, roles=roles)

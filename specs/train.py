@@ -48,21 +48,25 @@ def train(
         rdzv_port: port of the first host on which the others find it
         rdzv_conf: options of the rendezvous (join_timeout=1200,last_call_timeout=60)
     """
-    host = jobs.Host(
+    shape, options = jobs.JobShape.parse(j), list(args)
+    if not jobs.option_given(args, "out_dir"):
+        options.append(f"--out_dir=runs/{macros.app_id}")
+    if len(shape.world_sizes) > 1 and not jobs.option_given(args, "data.num_canonical_shards"):
+        options.append(f"--data.num_canonical_shards={shape.num_canonical_shards}")
+    return jobs.ddp(
+        *options,
+        script="apps/train.py",
+        j=j,
+        name=name,
         image=image,
         h=h,
         cpu=cpu,
         gpu=gpu,
         memMB=memMB,
         env=env,
-        mounts=mounts or (),
+        mounts=mounts,
         max_retries=max_retries,
+        max_restarts=max_restarts,
+        rdzv_port=rdzv_port,
+        rdzv_conf=rdzv_conf,
     )
-    meeting = jobs.Meeting(j=j, rdzv_port=rdzv_port, rdzv_conf=rdzv_conf, max_restarts=max_restarts)
-    options = list(args)
-    if not jobs.option_given(args, "out_dir"):
-        options.append(f"--out_dir=runs/{macros.app_id}")
-    if len(meeting.world_sizes) > 1 and not jobs.option_given(args, "data.lanes"):
-        options.append(f"--data.lanes={meeting.lanes}")
-    program = ["apps/train.py", *options]
-    return jobs.job(name, jobs.torchrun_role("train", program, host, meeting))

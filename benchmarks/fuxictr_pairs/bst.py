@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn, Tensor
 
 from benchmarks.fuxictr_pairs.pair import mlp_weights, padded, Pair, Weights
-from benchmarks.fuxictr_pairs.size import ITEM, Size
+from benchmarks.fuxictr_pairs.size import ITEM, PLAIN, Size
 from tests.helpers.fuxictr import fuxictr_features
 from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig, RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
@@ -42,7 +42,7 @@ class BSTPair(Pair):
             )
         super().__init__(size)
 
-    def config(self, hilomoe: InjectionConfig | None = None) -> RunConfig:
+    def config(self, hilomoe: InjectionConfig = PLAIN) -> RunConfig:
         """Return ours of the same widths."""
         return self.size.run(
             ModelConfig(

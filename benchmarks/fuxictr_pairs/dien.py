@@ -5,6 +5,7 @@ from typing import Any, cast
 from torch import nn
 
 from benchmarks.fuxictr_pairs.pair import Pair, Weights
+from benchmarks.fuxictr_pairs.size import PLAIN
 from tests.helpers.fuxictr import build_fuxictr
 from tests.helpers.fuxictr_dien import dien_weights
 from torchrec_hilomoe.backbones.dien import DIEN
@@ -18,7 +19,7 @@ class DIENPair(Pair):
 
     PADS_BEHIND = True  # it packs as many events as there are, from the first
 
-    def config(self, hilomoe: InjectionConfig | None = None) -> RunConfig:
+    def config(self, hilomoe: InjectionConfig = PLAIN) -> RunConfig:
         """Return ours of the same widths."""
         return self.size.run(
             ModelConfig(

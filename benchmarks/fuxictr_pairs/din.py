@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.fuxictr_pairs.pair import mlp_weights, Pair, Weights
+from benchmarks.fuxictr_pairs.size import PLAIN
 from tests.helpers.fuxictr import build_fuxictr
 from torchrec_hilomoe.config import DINConfig, InjectionConfig, ModelConfig, RunConfig
 
@@ -14,7 +15,7 @@ __all__ = ["DINPair"]
 class DINPair(Pair):
     """See :class:`Pair`."""
 
-    def config(self, hilomoe: InjectionConfig | None = None) -> RunConfig:
+    def config(self, hilomoe: InjectionConfig = PLAIN) -> RunConfig:
         """Return ours of the same widths."""
         return self.size.run(
             ModelConfig(

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from benchmarks.random_batches import Stream
-from torchrec_hilomoe.config import ModelConfig, RunConfig, TrainConfig
+from torchrec_hilomoe.config import InjectionConfig, ModelConfig, RunConfig, TrainConfig
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
-__all__ = ["CATEGORIES", "CLIP", "ITEM", "Size"]
+__all__ = ["CATEGORIES", "CLIP", "ITEM", "PLAIN", "Size"]
 
 CATEGORIES = 1000
 CLIP = 10.0  # of the gradients' norm, as FuxiCTR does it
+PLAIN = InjectionConfig(enabled=False)
 ITEM = ("item", "category")  # an item's fields
 
 
@@ -54,4 +55,6 @@ class Size:
 
     def run(self, model: ModelConfig) -> RunConfig:
         """How ours is trained."""
-        return RunConfig(model=model, train=TrainConfig(batch_size=self.batch_size, clip_norm=CLIP))
+        return RunConfig(
+            model=model, train=TrainConfig(batch_size=self.batch_size, max_grad_norm=CLIP)
+        )

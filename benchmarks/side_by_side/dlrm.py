@@ -47,9 +47,8 @@ from torchrec_hilomoe.embeddings.features import SequenceFeatures
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.hilomoe.inject import inject_hilomoe
 from torchrec_hilomoe.models.build import site_patterns
-from torchrec_hilomoe.models.ctr_model import CTRModel
-from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
+from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 
 __all__ = ["DLRMSize", "TheirLoop", "assemble_dlrm", "copy_weights"]
@@ -195,7 +194,9 @@ class TheirLoop:
         return loss
 
 
-def assemble_dlrm(size: DLRMSize, hilomoe: InjectionConfig | None, job: Job) -> Assembly:
+def assemble_dlrm(
+    size: DLRMSize, hilomoe: InjectionConfig, context: DistributedContext
+) -> Assembly:
     """Return ours, sharded; a collective call."""
     config = RunConfig(
         model=ModelConfig(embedding_dim=size.embedding, hilomoe=hilomoe),
@@ -208,10 +209,10 @@ def assemble_dlrm(size: DLRMSize, hilomoe: InjectionConfig | None, job: Job) -> 
     )
     torch.manual_seed(config.seed)
     backbone = DLRMBackbone(size)
-    if hilomoe is not None:
+    if hilomoe.enabled:
         inject_hilomoe(backbone, hilomoe, sites=site_patterns(backbone, hilomoe))
     sparse = SparseArch(size.stream.schema, size.embedding, torch.device("meta"))
-    return assemble(config, TrainTask(CTRModel(sparse, backbone)), job)
+    return assemble(config, TrainTask(CTRModel(sparse, backbone)), context)
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from benchmarks.driving import ALL, Driven, LONG
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.assemble import Assembly
-from torchrec_hilomoe.training.log.run_log import RunLog
-from torchrec_hilomoe.training.log.step_log import StepLog
+from torchrec_hilomoe.training.log.run_log import RunLog, StepLog
 from torchrec_hilomoe.training.stages import StageSpan
 
 __all__ = ["Trained"]
@@ -31,21 +30,21 @@ class Trained:
         task = assembly.model.module
         assert isinstance(task, TrainTask)
         self._driven = Driven(assembly, batches)
-        self._learners = assembly.learners
+        self._optimizers = assembly.optimizers
         self._span = StageSpan(stage=ALL, start=0, stop=LONG)
         self._log = StepLog(task, RunLog(Path("unused"), LONG, 0, enabled=False))
         self._steps = 0
 
     def step(self) -> Tensor:
         """Train one step and return its loss; a collective call."""
-        self._learners.set_rates(self._span, self._steps, 1.0)
+        self._optimizers.set_rates(self._span, self._steps, 1.0)
         begin = time.perf_counter()
         output = self._driven.step()
         seconds = time.perf_counter() - begin
         self._steps += 1
         self._log.add(self._steps, ALL.name, output, seconds)
         if self._steps % LOG_EVERY == 0:
-            self._log.tell(self._steps, ALL.name, self._learners.rate)
+            self._log.log_step(self._steps, ALL.name, self._optimizers.rate)
         return output.loss
 
     def detach(self) -> None:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from benchmarks.random_batches import click_log, Stream
-from torchrec_hilomoe.config import InjectionConfig, RunConfig
+from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["SWEEPS", "Base", "Case", "cases_of", "parse_sweeps"]
@@ -91,17 +91,17 @@ class Base:
         """The case that varies nothing."""
         model, train = self.config.model, self.config.train
         schema = self.schema or click_log(self.rows, self.max_length)
-        longest = max((group.max_length for group in schema.sequences), default=1)
+        max_seqlen = max((group.max_length for group in schema.sequences), default=1)
         return Case(
             backbone=model.backbone,
-            layers=model.hilomoe.num_layers if model.hilomoe else 0,
-            experts=model.hilomoe.num_experts if model.hilomoe else 0,
-            sites=",".join(model.hilomoe.sites) if model.hilomoe else "",
+            layers=model.hilomoe.num_layers if model.hilomoe.enabled else 0,
+            experts=model.hilomoe.num_experts if model.hilomoe.enabled else 0,
+            sites=",".join(model.hilomoe.sites) if model.hilomoe.enabled else "",
             pipeline="none" if train.debug else train.pipeline,
             feed="ready",
             batch_size=train.batch_size,
-            length=min(self.length, longest),
-            max_length=longest,
+            length=min(self.length, max_seqlen),
+            max_length=max_seqlen,
             rows=max(schema.tables.values()),
             width=model.embedding_dim,
             precision=train.precision,
@@ -119,16 +119,15 @@ class Base:
 
     def config_of(self, case: Case) -> RunConfig:
         """The run that a case is."""
-        hilomoe = self.config.model.hilomoe or InjectionConfig()
         train = {"batch_size": case.batch_size, "debug": case.pipeline == "none"}
         if case.pipeline != "none":
             train["pipeline"] = case.pipeline
-        experts = {"num_layers": case.layers, "num_experts": case.experts}
+        hilomoe = replace(self.config.model.hilomoe, enabled=case.layers > 0)
+        if case.layers:
+            hilomoe = replace(hilomoe, num_layers=case.layers, num_experts=case.experts)
         return replace(
             self.config,
-            model=replace(
-                self.config.model, hilomoe=replace(hilomoe, **experts) if case.layers else None
-            ),
+            model=replace(self.config.model, hilomoe=hilomoe),
             train=replace(self.config.train, **train),
         )
 
@@ -242,7 +241,7 @@ def cases_of(base: Base, sweeps: Mapping[str, list[int] | None], ranks: int) -> 
 
 
 def _check_sweep(name: str, base: Base) -> None:
-    if name in ("layers", "experts") and base.config.model.hilomoe is None:
+    if name in ("layers", "experts") and not base.config.model.hilomoe.enabled:
         raise ValueError(f"--sweep {name}: the model has no experts. Leave out model.hilomoe null.")
     if name in ("rows", "length") and base.schema is not None:
         raise ValueError(

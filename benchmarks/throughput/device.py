@@ -18,7 +18,7 @@ from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.flops import count_cost
-from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.training.assemble import Assembly
 from torchrec_hilomoe.training.trainer import training_state
 
@@ -102,18 +102,20 @@ def fresh_peak(device: torch.device) -> None:
         reset.write_text("5")
 
 
-def memory_of(assembly: Assembly, step: Callable[[], object], job: Job) -> Memory:
+def memory_of(
+    assembly: Assembly, step: Callable[[], object], context: DistributedContext
+) -> Memory:
     """Return what was needed since :func:`fresh_peak`; a collective call.
 
     Args:
         assembly: The model.
         step: Trains one step, without a pipeline.
-        job: Its ranks.
+        context: Its ranks.
     """
     state = state_bytes(assembly)
     process = _high_water()
-    if job.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(job.device)
+    if context.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(context.device)
         step()
     else:
         peak = state + peak_bytes(step, "cpu")
@@ -139,7 +141,7 @@ def state_bytes(assembly: Assembly) -> int:
                 storage = part.untyped_storage()
                 storages[storage._cdata] = storage.nbytes()
 
-    add(dict(training_state(assembly.model, assembly.learners)))
+    add(dict(training_state(assembly.model, assembly.optimizers)))
     return sum(storages.values())
 
 

@@ -16,7 +16,7 @@ from benchmarks.random_batches import draw, draw_batches, Stream
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.prepare.folder import prepared_folder
-from torchrec_hilomoe.runtime.distributed import broadcast_text, Job
+from torchrec_hilomoe.runtime.distributed import broadcast_text, DistributedContext
 from torchrec_hilomoe.training.inputs import loader_of
 
 __all__ = ["READY", "loaded", "ready", "table_of", "write_folder"]
@@ -25,9 +25,9 @@ READY = 8  # batches that lie ready: a round of steps is a multiple of it
 FEWEST_ROWS = 65_536  # of files
 
 
-def ready(stream: Stream, batch_size: int, job: Job) -> Iterator[CTRBatch]:
+def ready(stream: Stream, batch_size: int, context: DistributedContext) -> Iterator[CTRBatch]:
     """Batches on the device, the same few again and again."""
-    world = job.world
+    world = context.world
     return cycle(
         draw_batches(
             stream,
@@ -35,41 +35,43 @@ def ready(stream: Stream, batch_size: int, job: Job) -> Iterator[CTRBatch]:
             batch_size=batch_size,
             rank=world.rank,
             ranks=world.size,
-            device=job.device,
+            device=context.device,
         )
     )
 
 
 @contextmanager
 def loaded(
-    config: RunConfig, stream: Stream, job: Job, scratch: Path | None
+    config: RunConfig, stream: Stream, context: DistributedContext, scratch: Path | None
 ) -> Iterator[Iterator[CTRBatch]]:
     """The product's loader: over the folder of a run, or else over files of random rows.
 
     Args:
         config: The run.
         stream: What random rows are like.
-        job: Its ranks, all of which read the same files.
+        context: Its ranks, all of which read the same files.
         scratch: Where files are written, for as long as they are read; None is a folder for what
             is temporary on this host.
     """
-    with _folder_of(config, stream, job, scratch) as folder:
+    with _folder_of(config, stream, context, scratch) as folder:
         own = replace(config, data=replace(config.data, path=folder, data_schema=None))
-        with closing(iter(loader_of(own, "train", job.world))) as batches:
+        with closing(iter(loader_of(own, "train", context.world))) as batches:
             yield batches
 
 
 @contextmanager
-def _folder_of(config: RunConfig, stream: Stream, job: Job, scratch: Path | None) -> Iterator[str]:
+def _folder_of(
+    config: RunConfig, stream: Stream, context: DistributedContext, scratch: Path | None
+) -> Iterator[str]:
     if config.data.path is not None:
         yield config.data.path
         return
-    if scratch is not None and job.is_main:
+    if scratch is not None and context.is_main:
         scratch.mkdir(parents=True, exist_ok=True)
-    holder = tempfile.TemporaryDirectory(dir=scratch) if job.is_main else None
+    holder = tempfile.TemporaryDirectory(dir=scratch) if context.is_main else None
     try:
         folder = broadcast_text(f"{holder.name}/random" if holder else None)
-        if job.is_main:
+        if context.is_main:
             write_folder(folder, stream, max(FEWEST_ROWS, 4 * config.train.batch_size))
         dist.barrier()
         yield folder
@@ -111,7 +113,7 @@ def table_of(stream: Stream, batch: CTRBatch) -> pa.Table:
     dense = zip(schema.dense, batch.dense.numpy().T, strict=True)
     columns |= {name: pa.array(values) for name, values in dense}
     if schema.group not in columns:
-        columns[schema.group] = pa.array(batch.groups.numpy())
+        columns[schema.group] = pa.array(batch.grouping_keys.numpy())
     if schema.time is not None and batch.time is not None:
         columns[schema.time] = pa.array(batch.time.numpy())
     if schema.weight is not None:

@@ -27,7 +27,7 @@ from benchmarks.throughput.timing import time_steps
 from benchmarks.throughput.traffic import sent_bytes
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import Schema
-from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.training.inputs import pipelining_of
 
 __all__ = ["Effort", "measure_case", "say"]
@@ -54,18 +54,20 @@ class Effort:
     scratch: Path | None
 
 
-def measure_case(base: Base, case: Case, job: Job, effort: Effort) -> dict[str, Any]:
+def measure_case(
+    base: Base, case: Case, context: DistributedContext, effort: Effort
+) -> dict[str, Any]:
     """Return the line of a case; a collective call, of which the first rank's line counts.
 
     Raises:
         AssertionError: If the loop would train something else than it should.
     """
     config, schema, stream = base.config_of(case), base.schema_of(case), base.stream_of(case)
-    check_case(config, stream, job)
-    fresh_peak(job.device)
+    check_case(config, stream, context)
+    fresh_peak(context.device)
     rates = {"learning_rate": STILL, "table_learning_rate": STILL}
-    assembly = assembled(replace(config, train=replace(config.train, **rates)), schema, job)
-    with _feed(base, case, job, effort) as batches:
+    assembly = assembled(replace(config, train=replace(config.train, **rates)), schema, context)
+    with _feed(base, case, context, effort) as batches:
         first = list(islice(batches, READY))
         batches = chain(first, batches)
         driven = Driven(assembly, batches, options=pipelining_of(config, schema))
@@ -73,26 +75,26 @@ def measure_case(base: Base, case: Case, job: Job, effort: Effort) -> dict[str, 
             lambda: len(driven.step().labels),
             cycle=READY,
             seconds=effort.seconds,
-            device=job.device,
+            device=context.device,
         )
         driven.detach()
-        optimizer = assembly.learners.stepping
+        optimizer = assembly.optimizers.stage_optimizer
         # What the pipeline had read ahead is not trained; the rest goes on from there.
         phases = time_phases(driven.model, optimizer, batches, effort.phase_steps)
 
         def step() -> None:
-            timed_step(driven.model, optimizer, batches, PhaseClock(job.device))
+            timed_step(driven.model, optimizer, batches, PhaseClock(context.device))
 
         sent = sent_bytes(step)
-        memory = memory_of(assembly, step, job)
+        memory = memory_of(assembly, step, context)
     lengths = [length for batch in first for length in _lengths(batch, schema)]
     flops = training_flops(config, schema, lengths)
-    peak = peak_flops(job.device, case.precision, width=effort.matrix)
+    peak = peak_flops(context.device, case.precision, width=effort.matrix)
     events = sum_over_ranks(sum(lengths)) / sum_over_ranks(len(lengths))
     return {
         "bench": "train_throughput",
         **asdict(case),
-        "world_size": job.world.size,
+        "world_size": context.world.size,
         **asdict(timing),
         "phase_ms": phases,
         "unpipelined_ms": sum(phases.values()),
@@ -104,7 +106,7 @@ def measure_case(base: Base, case: Case, job: Job, effort: Effort) -> dict[str, 
         "model_flops_per_second": flops * timing.samples_per_second,
         "peak_flops_per_second": peak,
         "flops_share": flops * timing.samples_per_second / peak,
-        **environment(job.device.type),
+        **environment(context.device.type),
     }
 
 
@@ -127,12 +129,14 @@ def say(line: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _feed(base: Base, case: Case, job: Job, effort: Effort) -> Iterator[Iterator[CTRBatch]]:
+def _feed(
+    base: Base, case: Case, context: DistributedContext, effort: Effort
+) -> Iterator[Iterator[CTRBatch]]:
     stream = base.stream_of(case)
     if case.feed == "ready":
-        yield ready(stream, case.batch_size, job)
+        yield ready(stream, case.batch_size, context)
         return
-    with loaded(base.config_of(case), stream, job, effort.scratch) as batches:
+    with loaded(base.config_of(case), stream, context, effort.scratch) as batches:
         yield batches
 
 

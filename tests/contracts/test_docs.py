@@ -5,17 +5,21 @@ extras and flags that they name must exist.
 """
 
 import importlib.util
+import io
 import re
+import runpy
 import shlex
 import sys
 import tomllib
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 
 import pytest
 
-from tests.helpers.processes import ROOT, run_command
+from tests.helpers.processes import ROOT
 from tests.helpers.torchx_jobs import render, SCHEDULERS
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
@@ -51,7 +55,8 @@ def commands() -> list[tuple[str, list[str]]]:
     lines = []
     for block in blocks("bash", "sh", "console"):
         for line in block.text.replace("\\\n", " ").splitlines():
-            lines.append((block.place, line.removeprefix("$ ")))
+            if block.language != "console" or line.startswith("$ "):  # the rest is output
+                lines.append((block.place, line.removeprefix("$ ")))
     for path in DOCUMENTS:
         for inline in re.findall(rf"`((?:{'|'.join(CHECKS)}) [^`]+)`", path.read_text()):
             lines.append((path.name, inline))
@@ -100,9 +105,24 @@ def check_flags(program: Sequence[str], words: Sequence[str]) -> None:
 
 @cache
 def help_flags(program: Sequence[str]) -> set[str]:
-    result = run_command([sys.executable, *program, "--help"])
-    assert result.returncode == 0, result.stderr
-    return set(re.findall(r"--[\w.-]+", result.stdout))
+    """The flags of a program's help, printed in this process: it has torch imported already."""
+    path, *rest = program[1:] if program[0] == "-m" else program
+    run = runpy.run_module if program[0] == "-m" else runpy.run_path
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(io.StringIO()) as shown,
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", ".*found in sys.modules.*", RuntimeWarning)
+        patch.setattr(sys, "argv", [path, *rest, "--help"])
+        try:
+            run(path, run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code
+        else:
+            code = 0  # it has no options
+    assert not code
+    return set(re.findall(r"--[\w.-]+", shown.getvalue()))
 
 
 def check_torchx(words: Sequence[str]) -> None:
@@ -128,7 +148,8 @@ def check_torchx(words: Sequence[str]) -> None:
 
 def check_pip(words: Sequence[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = (ROOT / "requirements" / "cuda.txt").read_text().splitlines()
+    sets = (ROOT / "requirements").glob("c*.txt")
+    pins = [line for path in sets for line in path.read_text().splitlines()]
     assert [word for word in words if "==" in word and word not in pins] == []
     for before, word in zip(words, words[1:], strict=False):
         if before in ("-r", "--requirement"):
@@ -138,11 +159,18 @@ def check_pip(words: Sequence[str]) -> None:
             assert extra in project["optional-dependencies"]
 
 
+def check_srun(words: Sequence[str]) -> None:
+    """Slurm's own options come first, then the command."""
+    rest = [word for word in words if not re.match(r"--gpus=\d", word)]
+    CHECKS[rest[0]](rest[1:])
+
+
 CHECKS = {
     "make": check_make,
     "pip": check_pip,
     "python": check_python,
     "python3.11": check_python,
+    "srun": check_srun,
     "torchx": check_torchx,
 }
 OF_THE_SYSTEM = {"cd", "docker", "git", "kubectl", "source", "tail", "tensorboard"}
@@ -167,9 +195,3 @@ def test_the_readme_shows_the_two_commands_and_some_python():
     assert "make train" in shown
     assert "torchx run -s local_cwd dist.ddp -j 1x8 apps/train.py" in shown
     assert any(block.place.startswith("README.md") for block in blocks("python"))
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_a_document_links_to_exist(document):
-    linked = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
-    assert [name for name in linked if not (document.parent / name).exists()] == []

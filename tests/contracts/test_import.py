@@ -10,7 +10,7 @@ OPTIONAL = ["hypothesis", "matplotlib", "optuna", "pytest", "sklearn", "tensorbo
 
 IMPORT_ALL = """
 import json, logging, os, pkgutil, random, signal, sys, threading, warnings
-import numpy, pyarrow.parquet, torch, torchrec, torch.distributed.checkpoint
+import numpy, polars, pyarrow.parquet, torch, torchrec, torch.distributed.checkpoint
 
 def state():
     return {
@@ -67,3 +67,12 @@ def test_the_package_itself_needs_no_torch():
     )
     result = run_command([sys.executable, "-c", code])
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_only_preparing_imports_polars():
+    """It is an extra, and sets variables of the environment where it is imported."""
+    modules = "sys, torchrec_hilomoe.apps.train, torchrec_hilomoe.apps.prepare"
+    code = f"import {modules}; print('polars' in sys.modules)"
+    result = run_command([sys.executable, "-c", code])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "False\n"

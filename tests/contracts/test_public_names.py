@@ -8,14 +8,23 @@ import pytest
 import torch
 
 import torchrec_hilomoe
-from torchrec_hilomoe import HiLoMoEConfig, HiLoMoELinear, inject_hilomoe, routing_report
+from torchrec_hilomoe import (
+    HiLoMoEConfig,
+    HiLoMoELinear,
+    inject_hilomoe,
+    inject_shared_router,
+    routing_report,
+)
 
 NAMES = [
     "HiLoMoEConfig",
     "HiLoMoELinear",
+    "InteractionProbe",
     "Stage",
     "StageSchedule",
     "inject_hilomoe",
+    "inject_shared_router",
+    "load_base_checkpoint",
     "reference",
     "routing_report",
 ]
@@ -77,9 +86,13 @@ def test_signatures():
         "bias": True,
         "device": None,
         "dtype": None,
+        "router": None,
     }
     assert list(arguments(inject_hilomoe)) == ["model", "config", "sites"]
     assert arguments(inject_hilomoe)["config"] is ...
+    shared = ["model", "config", "sites", "query_module", "query_width", "tokens", "views", "name"]
+    shared += ["query_entry"]
+    assert list(arguments(inject_shared_router)) == shared
     assert list(arguments(routing_report))[0] == "model"
 
 
@@ -118,4 +131,4 @@ def test_active_layers_counts_from_none_to_all():
     site.active_layers = 0
     x = torch.randn(3, 5)
     expected = torch.nn.functional.linear(x, site.weight, site.bias)
-    torch.testing.assert_close(site(x), expected, rtol=0, atol=0)
+    assert torch.equal(site(x), expected)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from torchrec_hilomoe.data.batch import Position
+from torchrec_hilomoe.data.batch import LoaderState
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import Best, Progress, Saver
 
@@ -30,7 +30,7 @@ def progress(step: int = 1, best: int | None = None) -> Progress:
     return Progress(
         step=step,
         stage="expert_warmup[2]",
-        position=Position(epoch=2, lane_rows=30, lanes=8),
+        position=LoaderState(epoch=2, lane_rows=30, num_canonical_shards=8),
         total_steps=20,
         best=None if best is None else Best(metric="auc", value=0.625, step=best),
         schedule={"ended": {"backbone_warmup": 3}, "waited": 1},

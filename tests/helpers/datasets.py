@@ -72,6 +72,28 @@ class TableSource(BlockSource):
         return self.blocks[block]
 
 
+# BARS's AmazonElectronics_x1, with its vocabularies: what published sizes are of.
+AMAZON = Schema(
+    dataset="AmazonElectronics_x1",
+    tables={"item": 63_003, "category": 803},
+    candidate=(
+        IdFeature(name="item_id", table="item"),
+        IdFeature(name="cate_id", table="category"),
+    ),
+    sequences=(
+        SequenceGroup(
+            name="history",
+            fields=(
+                IdFeature(name="item_history", table="item"),
+                IdFeature(name="cate_history", table="category"),
+            ),
+            max_length=100,
+        ),
+    ),
+    group="user_id",
+)
+
+
 def toy_table(rows: int, *, seed: int = 0, first: int = 0) -> pa.Table:
     """``rows`` good rows; the column ``user`` numbers them from ``first``."""
     rng = np.random.default_rng(seed)
@@ -140,7 +162,7 @@ def write_folder(
 
 def row_ids(batch: CTRBatch) -> list[int]:
     """Which rows a batch has, by the numbers that :func:`toy_table` gave them."""
-    return batch.groups[batch.weights > 0].tolist()
+    return batch.grouping_keys[batch.weights > 0].tolist()
 
 
 def without(schema: Schema, *parts: str) -> Schema:

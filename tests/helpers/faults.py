@@ -16,7 +16,7 @@ import torch
 from tests.helpers.processes import RankFailed, ROOT, run_ranks
 from tests.helpers.runs import Ended, read_lines, read_tensors, run_app_here
 from torchrec_hilomoe.training import checkpoint
-from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
+from torchrec_hilomoe.training.log.reading import METRICS_FILE, ROUTING_FILE
 
 __all__ = ["FAST", "Kill", "assert_same_run", "fail_with", "run_with"]
 
@@ -93,7 +93,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     """Two runs ended with the same bits, and wrote the same lines of metrics."""
     ends = [checkpoint.latest(run / "checkpoints") for run in (ours, theirs)]
     assert None not in ends
-    progress = [checkpoint.read_progress(str(end)) for end in ends]
+    progress = [checkpoint.open(str(end)).progress for end in ends]
     assert progress[0] == progress[1]
     tensors = [read_tensors(Path(str(end))) for end in ends]
     assert tensors[0].keys() == tensors[1].keys()

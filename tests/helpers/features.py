@@ -34,7 +34,7 @@ def make_features(widths: FeatureWidths, lengths: Sequence[Sequence[int]]) -> Se
         candidate=torch.randn(rows, widths.candidate),
         context=torch.randn(rows, widths.context),
         histories=histories,
-        longest=max([1, *(length for of_rows in lengths for length in of_rows)]),
+        max_seqlen=max([1, *(length for of_rows in lengths for length in of_rows)]),
         time=torch.full((rows,), NOW) if widths.timed else None,
     )
 
@@ -57,7 +57,7 @@ def select(features: SequenceFeatures, rows: list[int]) -> SequenceFeatures:
         candidate=features.candidate[rows],
         context=features.context[rows],
         histories=tuple(histories),
-        longest=max(1, *(int(history.lengths.max()) for history in histories)),
+        max_seqlen=max(1, *(int(history.lengths.max()) for history in histories)),
         time=None if features.time is None else features.time[rows],
     )
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tests.helpers.loops import layer_norm, linear, mix
 from torchrec_hilomoe.backbones.interformer import InterFormer
 from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
 
@@ -64,8 +65,8 @@ def _logit(
             history = _attend(case, history, context_summary, params, layer)
     x = torch.cat([*context_summary, *history_summary])
     for hidden in (0, 2):
-        x = _swish(_linear(x, params, f"head.hidden.{hidden}"))
-    return _linear(x, params, "head.output")[0]
+        x = _swish(linear(x, params, f"head.hidden.{hidden}"))
+    return linear(x, params, "head.output")[0]
 
 
 def _context(
@@ -76,7 +77,7 @@ def _context(
     fields = torch.cat([features.candidate[row], context[: len(context) - widths.dense]])
     tokens = [fields[i : i + width] for i in range(0, len(fields), width)]
     if widths.dense:
-        tokens.append(_linear(context[len(context) - widths.dense :], params, "dense"))
+        tokens.append(linear(context[len(context) - widths.dense :], params, "dense"))
     return tokens
 
 
@@ -90,7 +91,7 @@ def _events(features: SequenceFeatures, params: Params, row: int) -> list[Tensor
             for group, history in zip(groups, features.histories, strict=True)
         ]
         s = torch.cat(parts)
-        events.append(_linear(s * _mlp(s, params, "merge.mask"), params, "merge.compress"))
+        events.append(linear(s * _mlp(s, params, "merge.mask"), params, "merge.compress"))
     return events
 
 
@@ -109,12 +110,12 @@ def _history_summary(case: Case, history: list[Tensor], params: Params, layer: i
     """Gating([CLS, PMA, the latest events])."""
     name = f"history_summaries.{layer}"
     cls, events = history[: case.cls_tokens], history[case.cls_tokens :]
-    keys = [_linear(token, params, f"{name}.pool.key") for token in history]
-    values = [_linear(token, params, f"{name}.pool.value") for token in history]
+    keys = [linear(token, params, f"{name}.pool.key") for token in history]
+    values = [linear(token, params, f"{name}.pool.value") for token in history]
     queries = list(params[f"{name}.pool.queries"])
     pooled = [
-        _linear(token, params, f"{name}.pool.output")
-        for token in _mix(queries, keys, values, case.num_heads)
+        linear(token, params, f"{name}.pool.output")
+        for token in mix(queries, keys, values, case.num_heads)
     ]
     recent = [
         events[-ago] if ago <= len(events) else torch.zeros_like(history[0])
@@ -134,10 +135,10 @@ def _interact(
         products = torch.stack(
             [tokens[i] @ tokens[j] for i in range(len(tokens)) for j in range(i + 1, len(tokens))]
         )
-        dot = _linear(products, params, f"{name}.dot")
-        cross = flat * _linear(flat, params, f"{name}.cross.layers.0") + flat
+        dot = linear(products, params, f"{name}.dot")
+        cross = flat * linear(flat, params, f"{name}.cross.layers.0") + flat
         joined = (dot + cross + flat).split(width)
-        tokens = [_norm(token, params, f"{name}.norm") for token in joined]
+        tokens = [layer_norm(token, params, f"{name}.norm") for token in joined]
     return list(_mlp(torch.cat(tokens), params, f"interactions.{layer}.update").split(width)[:keep])
 
 
@@ -151,14 +152,14 @@ def _attend(
     if case.residual:
         mapped = [x + y for x, y in zip(history, mapped, strict=True)]
     query, key, value = (
-        [_linear(x, params, f"{name}.attention.{part}") for x in mapped]
+        [linear(x, params, f"{name}.attention.{part}") for x in mapped]
         for part in ("query", "key", "value")
     )
     query = [_turn(x, position, case.num_heads) for position, x in enumerate(query)]
     key = [_turn(x, position, case.num_heads) for position, x in enumerate(key)]
     attended = [
-        _linear(x, params, f"{name}.attention.output")
-        for x in _mix(query, key, value, case.num_heads)
+        linear(x, params, f"{name}.attention.output")
+        for x in mix(query, key, value, case.num_heads)
     ]
     if case.residual:
         return [x + y for x, y in zip(mapped, attended, strict=True)]
@@ -179,40 +180,13 @@ def _turn(x: Tensor, position: int, heads: int) -> Tensor:
     return torch.stack(turned)
 
 
-def _mix(
-    queries: list[Tensor], keys: list[Tensor], values: list[Tensor], heads: int
-) -> list[Tensor]:
-    """Softmax attention, head by head."""
-    width = len(keys[0]) // heads
-    mixed = []
-    for query in queries:
-        parts = []
-        for head in range(heads):
-            at = slice(head * width, (head + 1) * width)
-            logits = torch.stack([query[at] @ key[at] / math.sqrt(width) for key in keys])
-            weights = torch.exp(logits - logits.max())
-            weights = weights / weights.sum()
-            parts.append(sum(w * value[at] for w, value in zip(weights, values, strict=True)))
-        mixed.append(torch.cat(parts))
-    return mixed
-
-
 def _gate(case: Case, x: Tensor, params: Params, name: str) -> Tensor:
     mlp = _mlp(x, params, f"{name}.mlp")
     return _sigmoid(x * mlp) if case.gating == "printed" else x * _sigmoid(mlp)
 
 
 def _mlp(x: Tensor, params: Params, name: str) -> Tensor:
-    return _linear(_swish(_linear(x, params, f"{name}.0")), params, f"{name}.2")
-
-
-def _linear(x: Tensor, params: Params, name: str) -> Tensor:
-    return params[f"{name}.weight"] @ x + params[f"{name}.bias"]
-
-
-def _norm(x: Tensor, params: Params, name: str) -> Tensor:
-    x = (x - x.mean()) / torch.sqrt(x.var(correction=0) + 1e-5)
-    return x * params[f"{name}.weight"] + params[f"{name}.bias"]
+    return linear(_swish(linear(x, params, f"{name}.0")), params, f"{name}.2")
 
 
 def _swish(x: Tensor) -> Tensor:

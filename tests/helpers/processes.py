@@ -1,11 +1,13 @@
 """Real processes for tests: the ranks of a job, and whole commands.
 
 Ranks find each other through the variables and the store that ``torchrun`` gives its workers, and
-join through the package's own :func:`~torchrec_hilomoe.runtime.distributed.join`. They are forked
-from a server that has torchrec loaded, so that a rank starts in a moment instead of seconds.
+join through the package's own
+:func:`~torchrec_hilomoe.runtime.distributed.init_distributed`. They are forked from a server that
+has torchrec loaded, so that a rank starts in a moment instead of seconds.
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from torchrec_hilomoe.runtime.distributed import join
+from torchrec_hilomoe.runtime.distributed import init_distributed
 
 __all__ = ["ROOT", "RankFailed", "run_command", "run_ranks"]
 
@@ -141,9 +143,10 @@ def _rank_main(
     with desk.with_suffix(".log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    faulthandler.enable()  # a rank that crashes in foreign code writes where
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with join(device="cpu") if joined else contextlib.nullcontext():
+    with init_distributed(device="cpu") if joined else contextlib.nullcontext():
         if joined:  # a rank that needs no other could be gone before the others have reached it
             dist.barrier()
         result = function(*args)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 
 from tests.helpers.processes import ROOT, run_ranks
+from tests.helpers.rounding import rounded
 from tests.helpers.sharded import joined, Part, parts
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.models.build import build_task
-from torchrec_hilomoe.runtime.distributed import Job, join
+from torchrec_hilomoe.runtime.distributed import DistributedContext, init_distributed
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
@@ -34,6 +36,7 @@ from torchrec_hilomoe.training.trainer import training_state
 __all__ = [
     "SMALL",
     "Ended",
+    "assert_same_metrics",
     "load",
     "read_lines",
     "read_tensors",
@@ -100,6 +103,23 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def assert_same_metrics(
+    got: Mapping[str, float], want: Mapping[str, float], checkpoint: Path
+) -> None:
+    """Check what two evaluations of a checkpoint found, on other ranks and so in other batches.
+
+    Logits are of float32, of as many terms as the model has weights. Two rows that differ by less
+    than that may change places, which is a share of a pair in a row's rank.
+    """
+    terms = sum(tensor.numel() for tensor in read_tensors(checkpoint).values())
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        if name.endswith("auc"):
+            assert abs(got[name] - value) <= 1 / want["rows"], name
+        else:
+            assert got[name] == rounded(value, terms, torch.float32), name
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole, by name."""
     reader = dcp.FileSystemReader(folder)
@@ -126,8 +146,8 @@ def run_app_here(argv: list[str]) -> Ended:
 
 def _train(argv: list[str]) -> None:
     parsed = parse_run(argv)
-    with join("cpu") as job:
-        run_training(parsed, job)
+    with init_distributed("cpu") as context:
+        run_training(parsed, context)
 
 
 def _train_and_signal(argv: list[str], rank: int, number: signal.Signals, seen: Path) -> None:
@@ -145,7 +165,7 @@ def _load(argv: list[str], folder: Path) -> dict[str, list[Part]]:
     config = parse_run(argv).config
     world = World(rank=dist.get_rank(), size=dist.get_world_size())
     task = build_task(config.model, schema_of(config))
-    assembly = assemble(config, task, Job(world=world, device=torch.device("cpu")))
-    state = training_state(assembly.model, assembly.learners)
-    checkpoint.load(folder, state)
+    assembly = assemble(config, task, DistributedContext(world=world, device=torch.device("cpu")))
+    state = training_state(assembly.model, assembly.optimizers)
+    checkpoint.open(folder).load(state)
     return parts(state)

@@ -13,7 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from tests.helpers.datasets import SCHEMA
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.models.build import build_task
-from torchrec_hilomoe.runtime.distributed import Job
+from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 
@@ -38,8 +38,8 @@ class Part:
 def assembled(config: RunConfig) -> Assembly:
     """The toy model on the ranks of the job that this process has joined."""
     world = World(rank=dist.get_rank(), size=dist.get_world_size())
-    job = Job(world=world, device=torch.device("cpu"))
-    return assemble(config, build_task(config.model, SCHEMA), job)
+    context = DistributedContext(world=world, device=torch.device("cpu"))
+    return assemble(config, build_task(config.model, SCHEMA), context)
 
 
 def flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import torch
 from torch.func import functional_call
 
-from tests.helpers.rounding import assert_as_exact_as, value_and_grads
+from tests.helpers.rounding import assert_as_exact_as, of_sums, value_and_grads
 from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear, reference
 
 __all__ = ["OPTIONS", "check", "chosen_by", "config_of", "make_case"]
@@ -48,8 +48,10 @@ def make_case(sizes, config, dtype, seed=0, bias=True):
     return site, tensors, torch.randn(N, width, generator=rng).to(dtype)
 
 
-def check(sizes, config, dtype, seed=0, bias=True, active_layers=None):
+def check(sizes, config, dtype, seed=0, bias=True, active_layers=None, device="cpu"):
+    """Compare a site on ``device`` with the loops on the CPU: the output and every gradient."""
     site, tensors, cotangent = make_case(sizes, config, dtype, seed, bias)
+    site.to(device)
     if active_layers is not None:
         site.active_layers = active_layers
     chosen_NLE = chosen_by(site, tensors) if site.active_layers else None
@@ -65,18 +67,21 @@ def check(sizes, config, dtype, seed=0, bias=True, active_layers=None):
     plain = {name: t.float() for name, t in tensors.items()} if dtype.itemsize == 8 else tensors
     want = value_and_grads(slow, exact, cotangent.double())
     near = value_and_grads(slow, plain, cotangent.to(plain["x"].dtype))
-    assert_as_exact_as(value_and_grads(fast, tensors, cotangent), near, want, dtype, sum(sizes))
+    there = {name: t.to(device) for name, t in tensors.items()}
+    got = value_and_grads(fast, there, cotangent.to(device))
+    here = {name: t.cpu() for name, t in got.items()}
+    assert_as_exact_as(here, near, want, dtype, sum(sizes))
 
 
 def chosen_by(site, tensors):
     """The experts that the site chooses; each must be among the best to within rounding."""
     params = {name: t for name, t in tensors.items() if name != "x"}
+    there = {f"site.{name}": p.to(site.weight.device) for name, p in params.items()}
     with torch.no_grad():
-        routing = functional_call(
-            _Routing(site), {f"site.{n}": p for n, p in params.items()}, (tensors["x"],)
-        )
+        x = tensors["x"].to(site.weight.device)
+        routing = functional_call(_Routing(site), there, (x,))
     chosen_LEN = torch.zeros_like(routing.scores_LEN, dtype=torch.bool)
-    chosen_NLE = chosen_LEN.scatter(1, routing.chosen_LkN, True).permute(2, 0, 1)
+    chosen_NLE = chosen_LEN.scatter(1, routing.chosen_LkN, True).permute(2, 0, 1).cpu()
     config, dtype = site.config, tensors["x"].dtype
     exact = {name: t.double() for name, t in params.items()}
     out = reference.hilomoe_linear(
@@ -85,9 +90,8 @@ def chosen_by(site, tensors):
     plain = reference.hilomoe_linear(tensors["x"], params, config, site.active_layers, chosen_NLE)
     unit = 1 if dtype.itemsize < 8 else 4
     slack = 2 * (plain.logits_NLE.double() - out.logits_NLE).abs().max() * unit
-    slack += (
-        4 * torch.finfo(dtype).eps * out.logits_NLE.abs().max() * sum(tensors["x"].shape) ** 0.5
-    )
+    largest = out.logits_NLE.abs().max()
+    slack += of_sums(sum(tensors["x"].shape)) * torch.finfo(dtype).eps * largest
     worst_chosen = out.logits_NLE.masked_fill(~chosen_NLE, torch.inf).amin(dim=2)
     best_other = out.logits_NLE.masked_fill(chosen_NLE, -torch.inf).amax(dim=2)
     assert (chosen_NLE.sum(dim=2) == config.top_k).all()

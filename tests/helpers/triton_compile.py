@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from torchrec_hilomoe.hilomoe.triton_kernels import backward_kernel, forward_kernel
+from torchrec_hilomoe.hilomoe.fused import backward_kernel, forward_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SIZES = {"L": 3, "E": 8, "R": 2, "K": 2, "EP": 16, "MP": 32, "HP": 64, "BN": 64, "BD": 64, "BO": 64}

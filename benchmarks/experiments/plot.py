@@ -14,14 +14,21 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from benchmarks.evidence_lines import differences, flops, Line, of_base, variants_of
+from benchmarks.experiments.report import (
+    differences,
+    flops,
+    grouped,
+    Line,
+    of_base,
+    variants_of,
+)
 
 __all__ = ["draw"]
 
-COLUMNS = 3
+COLUMNS = 2
 WIDE = 3  # costs that differ by more than this factor are drawn on a logarithmic axis, with
 TICKS = (0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
-LABEL_WIDTH, LABEL_HEIGHT = 110, 9  # points that a label keeps for itself
+LABEL_WIDTH, LABEL_HEIGHT = 150, 9  # points that a label keeps for itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,42 +76,44 @@ KINDS = (
 
 
 def draw(runs: Sequence[Line], picture: Path) -> None:
-    """Draw to a file whose suffix says the format."""
+    """Draw what was tested to a file whose suffix says the format; tuning is left out."""
+    runs = [run for own in grouped(runs).values() for run in own]
     data = list(dict.fromkeys(run["data"] for run in runs))
     backbones = list(dict.fromkeys(run["backbone"] for run in runs))
-    columns = min(COLUMNS, len(data))
+    labelled = len(backbones) == 1
+    columns = 1 if labelled else min(COLUMNS, len(data))  # labels need the width
     rows = -(-len(data) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.6 * rows), squeeze=False, layout="constrained"
-    )
+    size = (6.4, 3.8 * rows + 0.6) if labelled else (3.4 * columns, 3.0 * rows + 1.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, data, strict=False):
         panel(axis, name, [run for run in runs if run["data"] == name], backbones)
     for axis in axes.flat[len(data) :]:
         axis.axis("off")
     kinds = [kind for kind in KINDS if any(kind_of(run["variant"]) is kind for run in runs)]
-    figure.legend(handles=_handles(kinds, backbones), loc="outside lower center", ncols=4)
-    figure.savefig(picture, dpi=110)
+    figure.legend(handles=_handles(kinds, backbones), loc="outside lower center", ncols=2)
+    figure.suptitle("AUC against FLOPs: experts and wider dense models")
+    figure.savefig(picture, dpi=150)
     plt.close(figure)
 
 
 def panel(axis: Axes, name: str, runs: Sequence[Line], backbones: Sequence[str]) -> None:
     """One data set; marks are labelled where a single backbone leaves them room."""
+    costs, named = [], []
     for backbone in dict.fromkeys(run["backbone"] for run in runs):
         marks = marks_of([run for run in runs if run["backbone"] == backbone])
+        costs += [mark.cost for mark in marks]
         color = f"C{backbones.index(backbone)}"
         for mark in marks:
             _put(axis, mark, color)
         joined = sorted((mark.cost, mark.mean) for mark in marks if mark.kind.joined)
         axis.plot(*zip(*joined, strict=True), color=color, linewidth=1)
-        if len(backbones) == 1:
-            _label(axis, [mark for mark in marks if not mark.kind.joined])
+        named += [mark for mark in marks if not mark.kind.joined]
     axis.axhline(0, color="grey", linewidth=0.6)
     axis.set(
         title=name,
         xlabel="FLOPs a sample, plain model = 1",
         ylabel="AUC against plain, 1e-4",
     )
-    costs = [run["flops"] for run in runs]
     if max(costs) > WIDE * min(costs):
         axis.set_xscale("log")
         axis.xaxis.set(
@@ -115,6 +124,8 @@ def panel(axis: Axes, name: str, runs: Sequence[Line], backbones: Sequence[str])
     axis.margins(x=0.08, y=0.08)
     axis.autoscale_view()
     axis.grid(alpha=0.3)
+    if len(backbones) == 1:
+        _label(axis, named)  # at last, since the scale moves the marks
 
 
 @dataclass(frozen=True, kw_only=True)

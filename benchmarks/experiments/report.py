@@ -1,22 +1,34 @@
-"""Paired differences with their intervals, from the lines of `evidence`."""
+"""Runs paired by seed with the plain model: differences, their intervals, Markdown tables."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as students_t
 
-from benchmarks.evidence_lines import BASE, differences, flops, Line, of_base, SCORES, variants_of
+__all__ = [
+    "BASE",
+    "SCORES",
+    "Line",
+    "compare",
+    "differences",
+    "flops",
+    "grouped",
+    "of_base",
+    "report",
+    "variants_of",
+]
 
-__all__ = ["compare", "report"]
+Line = dict[str, Any]
+BASE = "plain"
+SCORES = ("auc", "gauc", "logloss")
 
 
-def report(lines: Sequence[Line], plot: Path | None, compared: Sequence[str] = ()) -> None:
-    """Print a Markdown table for each data set and backbone, and draw them all.
+def report(lines: Sequence[Line], compared: Sequence[str] = ()) -> None:
+    """Print a Markdown table for each data set and backbone.
 
     Args:
         lines: Those of tuning are left out.
-        plot: The picture's file.
         compared: Variants of which a table over all data sets and backbones comes first.
     """
     groups = grouped(lines)
@@ -25,10 +37,6 @@ def report(lines: Sequence[Line], plot: Path | None, compared: Sequence[str] = (
     for (data, backbone), own in groups.items():
         print(f"\n### {data}, {backbone}\n")
         print(table(own))
-    if plot is not None:
-        from benchmarks.evidence_plot import draw  # wants matplotlib, an extra
-
-        draw([run for runs in groups.values() for run in runs], plot)
 
 
 def compare(lines: Sequence[Line], variant: str, against: str) -> None:
@@ -114,3 +122,38 @@ def difference(paired: Sequence[float]) -> str:
     spread = float(np.std(paired, ddof=1)) / len(paired) ** 0.5
     half = float(students_t.ppf(0.975, len(paired) - 1)) * spread
     return f"{np.mean(paired):+.1f} ± {half:.1f} ({each})"
+
+
+def of_base(runs: Iterable[Line]) -> list[Line]:
+    """Those of the plain model."""
+    return [run for run in runs if run["variant"] == BASE]
+
+
+def variants_of(runs: Sequence[Line]) -> list[str]:
+    """The variants, cheapest first."""
+    costs = {run["variant"]: run["flops"] for run in runs}
+    return sorted(costs, key=lambda variant: (costs[variant], variant))
+
+
+def flops(runs: Iterable[Line]) -> int:
+    """Of a sample, forward; the same for every seed of a variant."""
+    return next(iter(runs))["flops"]
+
+
+def differences(
+    runs: Sequence[Line], variant: str, against: str = BASE, score: str = "auc"
+) -> list[float]:
+    """A score on the test split less another variant's of the same seed, in 1e-4, seed by seed.
+
+    Args:
+        runs: Of one backbone on one data set.
+        variant: Whose.
+        against: The other.
+        score: One of :data:`SCORES`.
+    """
+    base = {run["seed"]: run["test"][score] for run in runs if run["variant"] == against}
+    return [
+        (run["test"][score] - base[run["seed"]]) * 1e4
+        for run in sorted(runs, key=lambda run: run["seed"])
+        if run["variant"] == variant and run["seed"] in base
+    ]

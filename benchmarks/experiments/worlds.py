@@ -1,6 +1,6 @@
 """What the generated worlds ask of a model: test AUC by width of a dense head, beside the best.
 
-    python -m benchmarks.bench_worlds --out benchmarks/results/worlds.jsonl
+    python -m benchmarks.experiments.worlds --out benchmarks/results/worlds.jsonl
 
 Each case trains BST without experts for one pass, in one process and unsharded, once for every
 width and once more with every history emptied. ``reach`` is the share of the way from chance to
@@ -8,9 +8,6 @@ the best AUC. A world binds capacity if wider heads keep gaining.
 """
 
 import argparse
-import json
-import platform
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +18,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.harness import append, environment
 from torchrec_hilomoe.backbones.bst import BST
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.data.source import BlockSource
 from torchrec_hilomoe.data.synthetic import SyntheticSource, WorldName, WORLDS
+from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
-from torchrec_hilomoe.models.ctr_model import CTRModel
+from torchrec_hilomoe.models.train_task import CTRModel
 from torchrec_hilomoe.training.metrics import auc
-from torchrec_hilomoe.training.metrics.best_auc import best_auc
+from torchrec_hilomoe.training.metrics.definitions import best_auc
 
 BATCH = 1024
 TEST_ROWS = 131_072
@@ -98,7 +97,7 @@ def build(schema: Schema, width: int) -> CTRModel:
 
 def logits_of(model: CTRModel, batch: CTRBatch) -> torch.Tensor:
     """Predict a batch."""
-    return model(batch.pooled, batch.unpooled, batch.dense, batch.longest)
+    return model(ModelInputs.of(batch))
 
 
 def train(model: CTRModel, source: BlockSource, seed: int) -> None:
@@ -154,16 +153,6 @@ def measure(case: Case, best: float) -> dict[str, float]:
     }
 
 
-def environment() -> dict[str, str]:
-    """What a reader must know before comparing two result files."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "commit": commit.stdout.strip() or "none",
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-
-
 def main() -> None:
     """Measure every case, print and append one line each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -173,9 +162,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="append JSON lines to this file")
     args = parser.parse_args()
-    stamp = environment()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
+    stamp = environment("cpu")
     for world in args.worlds:
         best = best_auc(SyntheticSource(world, "test", TEST_ROWS, args.seed))
         heads = [(width, True) for width in args.widths] + [(NO_HISTORY_WIDTH, False)]
@@ -188,8 +175,7 @@ def main() -> None:
                 f"head {found['head_kflop']:.0f} kFLOP, {found['rows_per_second']} rows/s",
                 flush=True,
             )
-            with args.out.open("a") as sink:
-                sink.write(json.dumps({**asdict(case), **found, **stamp}) + "\n")
+            append(args.out, [{**asdict(case), **found, **stamp}])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Do routed experts pay where capacity binds? A stream without tables, histories or repeats.
 
-    python -m benchmarks.bench_capacity --out benchmarks/results/capacity.jsonl
-    python -m benchmarks.bench_capacity report --out benchmarks/results/capacity.jsonl --plot FILE
+    python -m benchmarks.experiments.capacity --out FILE
+    python -m benchmarks.experiments.capacity report --out FILE --plot PICTURE
 
 Each row is fresh: 48 numbers, of which a random rotation has mixed three codes of hidden attributes
 with noise and with 24 plain inputs. The true logit is an MLP whose first map is changed, by two
@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.evidence_report import report
+from benchmarks.experiments.report import report
 from benchmarks.harness import append, environment, read_lines
 from torchrec_hilomoe import HiLoMoEConfig, inject_hilomoe, routing_report
 from torchrec_hilomoe.data.synthetic.worlds import expected_auc
-from torchrec_hilomoe.hilomoe.controls import fix_random_routing
+from torchrec_hilomoe.hilomoe.fixed_routing import fix_random_routing
+from torchrec_hilomoe.hilomoe.inject import expert_parameters
 from torchrec_hilomoe.hilomoe.report import record_routing
-from torchrec_hilomoe.hilomoe.sites import expert_parameters, sites_of
-from torchrec_hilomoe.models.flops import site_flops
 from torchrec_hilomoe.training.metrics import auc
 
 WORLDS = ("composed", "tree")
@@ -191,8 +191,9 @@ class Learner:
         self.flops = self.activated = 2 * (INPUTS * wide + wide * narrow + narrow)
         if model.experts is not None:
             inject_hilomoe(self.net, model.experts, sites=("0",))
-            batch = sum(site_flops(site, BATCH) for site in sites_of(self.net).values())
-            self.flops += batch // BATCH
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                self.net(torch.zeros(BATCH, INPUTS))
+            self.flops = counter.get_total_flops() // BATCH
             vectors = model.experts.num_layers * model.experts.top_k * model.experts.rank
             self.activated += 2 * model.experts.num_layers * model.experts.num_experts * INPUTS
             self.activated += 2 * vectors * (INPUTS + wide)
@@ -310,7 +311,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="with report: draw AUC over FLOPs to this file")
     args = parser.parse_args()
     if args.action == "report":
-        report(read_lines(args.out), args.plot)
+        found = read_lines(args.out)
+        report(found)
+        if args.plot:
+            from benchmarks.experiments.plot import draw  # needs matplotlib, an extra
+
+            draw(found, args.plot)
         return
     stamp = environment("cpu")
     for seed, name in itertools.product(args.seeds, args.worlds):

@@ -1,8 +1,8 @@
 """Do experts pay? A grid of data, backbones, model variants and seeds, trained alike and compared.
 
-    python -m benchmarks.evidence tune --data composed --backbones din bst
-    python -m benchmarks.evidence run --data composed --backbones din bst --seeds 0 1 2
-    python -m benchmarks.evidence report --plot evidence.png
+    python -m benchmarks.experiments.evidence tune --data composed --backbones din bst
+    python -m benchmarks.experiments.evidence run --data composed --backbones din bst --seeds 0 1 2
+    python -m benchmarks.experiments.evidence report --plot evidence.png
 
 A run is ``apps/train.py`` in a process of its own, and one line in the results file. What is there
 already is not run again, so a grid can be stopped and gone on with. Seeds are paired: the variants
@@ -28,11 +28,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from benchmarks.evidence_lines import Line
-from benchmarks.evidence_report import compare, report
+from benchmarks.experiments.report import compare, Line, report
 from benchmarks.harness import append, environment, read_lines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TUNING_SEED = 1000
 BACKBONES = ("din", "dien", "bst", "transact", "interformer")
 
@@ -76,7 +75,7 @@ DATA = {
         world: Data(
             recipe="bst-synthetic",
             options={
-                "data.world": world,
+                "data.synthetic": world,
                 "data.train_rows": "768000",
                 "data.eval_rows": "65536",
             },
@@ -91,7 +90,7 @@ DATA = {
         f"{world}-long": Data(
             recipe="bst-synthetic",
             options={
-                "data.world": world,
+                "data.synthetic": world,
                 "data.train_rows": "6144000",
                 "data.eval_rows": "65536",
                 "checkpoint.every_steps": "6000",
@@ -202,12 +201,12 @@ def tuning_cases(lines: list[Line], data: str, backbone: str, given: Mapping) ->
     best = chosen(lines, data, backbone, "plain")
     if best is None:
         return
-    for expert_rate, frozen in product(EXPERT_RATES, FROZEN_SHARES):
+    for expert_lr_scale, frozen in product(EXPERT_RATES, FROZEN_SHARES):
         options = {
             **given,
             **models[TUNED_VARIANT],
             **rates(best["train.learning_rate"]),
-            "train.expert_rate": expert_rate,
+            "train.expert_lr_scale": expert_lr_scale,
             "train.frozen_share": frozen,
         }
         yield Case(
@@ -378,7 +377,11 @@ def main() -> None:
         if args.pair:
             compare(lines, *args.pair)
         else:
-            report(lines, args.plot, COMPARED)
+            report(lines, COMPARED)
+            if args.plot:
+                from benchmarks.experiments.plot import draw  # needs matplotlib, an extra
+
+                draw(lines, args.plot)
     elif args.action == "run":
         run_missing(grid(read(args.out), args), args)
     else:

@@ -1,0 +1,9 @@
+"""Find out whether experts will pay: ``python -m torchrec_hilomoe probe``, from a clone."""
+
+import sys
+
+from torchrec_hilomoe.__main__ import main
+from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
+
+if __name__ == "__main__":
+    sys.exit(main(["probe", *drop_launcher_residue(sys.argv[1:], __file__)]))

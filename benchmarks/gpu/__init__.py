@@ -1,0 +1,1 @@
+"""What ``benchmarks.on_gpu`` checks and measures, one part a file."""
