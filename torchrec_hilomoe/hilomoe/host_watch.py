@@ -4,7 +4,7 @@ import warnings
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -51,11 +51,10 @@ class HostWatch:
         self._handles: list[RemovableHandle] = []
         self._stepped: set[Hashable] = set()  # storages that optimizers that have stepped write to
         self._steps = self._passes = 0
-        self._listener: RemovableHandle | None = None
 
     def __getstate__(self) -> dict:
         """Copies and pickles listen to optimizers of their own."""
-        return {**vars(self), "_stepped": set(), "_steps": 0, "_listener": None}
+        return {**vars(self), "_stepped": set(), "_steps": 0}
 
     def attach(self, model: nn.Module) -> None:
         """Listen to the passes of the model that was injected into."""
@@ -81,7 +80,8 @@ class HostWatch:
         if (model.training, torch.is_grad_enabled()) == LEARNING:
             _refuse_unused(sites)
             if not self._settled:
-                self._listen()
+                _LISTENING.add(self)
+                _listen_to_optimizers()
                 self._look_at_optimizers(model, sites)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -108,17 +108,9 @@ class HostWatch:
         modules = set(model.modules())
         return {name: site for name, site in self._sites.items() if site in modules}
 
-    def _listen(self) -> None:
-        """To the steps of all optimizers, as long as this is not settled."""
-        if self._listener is None:
-            hook = partial(_stepped, weakref.ref(self))
-            self._listener = register_optimizer_step_post_hook(hook)
-            weakref.finalize(self, self._listener.remove)
-
     def _settle(self) -> None:
         self._settled = True
-        if self._listener is not None:
-            self._listener.remove()
+        _LISTENING.discard(self)
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook of all optimizers, after a step."""
@@ -199,11 +191,18 @@ def _storage_of(parameter: torch.Tensor) -> Hashable:
         return id(parameter)
 
 
-def _stepped(
-    watch: weakref.ref[HostWatch], optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
-) -> None:
-    if (found := watch()) is not None:
-        found.stepped(optimizer)
+_LISTENING: weakref.WeakSet[HostWatch] = weakref.WeakSet()
+
+
+@cache
+def _listen_to_optimizers() -> None:
+    """Once a process and for good: a hook that goes while another's step calls them breaks it."""
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for watch in list(_LISTENING):
+        watch.stepped(optimizer)
 
 
 def stop_watching(model: nn.Module) -> None:

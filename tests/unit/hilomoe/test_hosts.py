@@ -1,6 +1,7 @@
 """Hosts in which experts would be skipped, lost or left untrained: refused, or told by name."""
 
 import copy
+import gc
 import io
 import warnings
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.helpers.towers import CONFIG, tower
 from torchrec_hilomoe.hilomoe import (
@@ -300,6 +302,24 @@ class TestOptimizers:
         for _ in range(3):
             model(x).sum().backward()
             optimizer.step()
+
+    def test_a_model_may_go_in_the_middle_of_another_optimizers_step(self):
+        hosts, x = [tower()], torch.randn(9, 6)
+        inject_hilomoe(hosts[0], CONFIG, ["0"])
+        hosts[0](x)
+        other = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+
+        def drop(*_: object) -> None:
+            hosts.clear()
+            gc.collect()
+
+        handles = [register_optimizer_step_post_hook(hook) for hook in (drop, lambda *_: None)]
+        try:
+            optimizer.step()
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def test_a_forward_without_numbers_is_watched_in_silence(self):
         """As memory is planned: the parameters that stand in have no address."""
