@@ -64,6 +64,7 @@ def test_time_that_is_up_is_told(tmp_path):
     assert {line["status"] for line in read_lines(out)} == {"left out"}
 
 
+@pytest.mark.slow
 def test_what_runs_at_the_end_of_the_time_is_ended_and_told(tmp_path):
     out = tmp_path / "lines.jsonl"
     assert rehearse(out, "--only", "training", minutes=0.15).returncode == 0
@@ -97,6 +98,7 @@ def test_a_case_that_fails_is_a_line_and_the_next_one_runs(tmp_path):
     assert json.dumps(first)
 
 
+@pytest.mark.slow
 def test_stopped_it_leaves_no_process_behind(tmp_path):
     command = [sys.executable, "-m", "benchmarks.on_gpu", "--rehearse", "--minutes", "4"]
     command += ["--only", "training", "--out", str(tmp_path / "lines.jsonl")]

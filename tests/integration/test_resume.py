@@ -72,6 +72,7 @@ def test_resumed_equals_uninterrupted(whole, step, tmp_path):
     assert_same_lines(out, tmp_path, after=step)
 
 
+@pytest.mark.slow
 def test_a_resume_reads_the_manifest_once(tmp_path):
     train(tmp_path, "--train.max_steps=2")
     manifest = tmp_path / "checkpoints" / "step_2" / "progress.json"

@@ -15,6 +15,7 @@ from torchrec_hilomoe.hilomoe.router import SampleRouter
 
 # Beyond a tile in every direction, and odd; degenerate; narrow.
 SIZES = [(70, 67, 71, 3, 5), (1, 1, 1, 1, 1), (3, 5, 2, 2, 4)]  # N, D, O, L, E
+SIZES_TO_CHECK = [*SIZES[:2], pytest.param(SIZES[2], marks=pytest.mark.slow)]
 # The interpreter multiplies bfloat16 as if it were integers.
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 DTYPES = [torch.float32, pytest.param(HALF, marks=pytest.mark.slow)]
@@ -30,7 +31,7 @@ INTERPRETED = pytest.mark.skipif(
 @INTERPRETED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "N{}-D{}-O{}-L{}-E{}".format(*s))
+@pytest.mark.parametrize("sizes", SIZES_TO_CHECK, ids=lambda s: "N{}-D{}-O{}-L{}-E{}".format(*s))
 def test_matches_float64_reference(sizes, options, dtype):
     check(sizes, config_of(*sizes[3:], backend="triton", **options), dtype)
 

@@ -1,8 +1,11 @@
 """The recipes that are shipped: each one builds, and the public sets' have the published sizes."""
 
+from functools import cache
+
 import pytest
 
 from torchrec_hilomoe.command_line import parse_run, recipe_names
+from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.hilomoe.inject import sites_of
 from torchrec_hilomoe.models.build import BACKBONES, build_task
 from torchrec_hilomoe.models.flops import count_cost
@@ -44,11 +47,16 @@ RUNS = {
 }
 
 
+@cache
+def recipe(name: str, *overrides: str) -> RunConfig:
+    return parse_run(["--config", name, *overrides]).config
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_has_the_tuned_settings(name):
     run, din, bst = RUNS[name]
     for backbone in ("din", "dien", "bst"):
-        config = parse_run(["--config", f"{backbone}-{name}"]).config
+        config = recipe(f"{backbone}-{name}")
         train, model = config.train, config.model
         assert (train.learning_rate, train.batch_size, model.batch_norm) == run
         assert train.max_grad_norm == 10
@@ -56,7 +64,7 @@ def test_a_recipe_has_the_tuned_settings(name):
             assert (model.din.attention_dropout, model.din.softmax) == din
         if backbone == "bst":
             assert (model.bst.num_heads, model.bst.residual, model.bst.pooling) == bst
-    config = parse_run(["--config", f"interformer-{name}"]).config
+    config = recipe(f"interformer-{name}")
     assert (config.model.head, config.train.batch_size) == ((1024, 512, 256, 128), 2048)
 
 
@@ -66,7 +74,7 @@ def test_every_backbone_has_a_recipe_for_every_set():
 
 @pytest.mark.parametrize("name", [f"{backbone}-{name}" for backbone in BACKBONES for name in SETS])
 def test_a_recipe_builds_without_files(name):
-    config = parse_run(["--config", name]).config
+    config = recipe(name)
     assert config.model.backbone == name.partition("-")[0]
     assert config.data.data_schema is not None
     task = build_task(config.model, config.data.data_schema)
@@ -75,7 +83,7 @@ def test_a_recipe_builds_without_files(name):
 
 @pytest.mark.parametrize(("name", "published"), PUBLISHED.items(), ids=PUBLISHED)
 def test_a_recipe_has_the_published_number_of_parameters(name, published):
-    config = parse_run(["--config", name, "--model.hilomoe", "null"]).config
+    config = recipe(name, "--model.hilomoe", "null")
     schema = config.data.data_schema
     assert schema is not None
     cost = count_cost(build_task(config.model, schema), schema, config.model.embedding_dim)
