@@ -7,7 +7,16 @@ from typing import Any
 import h5py
 import numpy as np
 
-__all__ = ["alimama_rows", "write_csv", "write_vectors", "x1_rows"]
+from torchrec_hilomoe.data.prepare.criteo import FIELDS, NUMBERS
+
+__all__ = [
+    "alimama_rows",
+    "criteo_rows",
+    "write_criteo",
+    "write_csv",
+    "write_vectors",
+    "x1_rows",
+]
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
@@ -77,3 +86,21 @@ def alimama_rows(rows: Sequence[Mapping[str, object]], places: Mapping[str, int]
             fields[place] = str(row[name])
         lines.append(",".join(fields))
     return lines
+
+
+def criteo_rows(count: int = 200, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows of Criteo's 13 counts and 26 texts, each of which may be missing."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        numbers = [None if rng.random() < 0.2 else int(rng.integers(-3, 900)) for _ in NUMBERS]
+        texts = [None if rng.random() < 0.1 else f"{rng.zipf(1.6) % 50:08x}" for _ in FIELDS]
+        row = {"label": int(rng.random() < 0.25)}
+        found.append({**row, **dict(zip((*NUMBERS, *FIELDS), (*numbers, *texts), strict=True))})
+    return found
+
+
+def write_criteo(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows as the challenge's train.txt has them."""
+    lines = ["\t".join("" if v is None else str(v) for v in row.values()) for row in rows]
+    path.write_text("\n".join(lines) + "\n")

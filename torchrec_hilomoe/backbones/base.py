@@ -9,9 +9,9 @@ import torch
 from torch import nn, Tensor
 
 from torchrec_hilomoe.backbones.layers.jagged import mean_rows
-from torchrec_hilomoe.embeddings.features import SequenceFeatures
+from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
 
-__all__ = ["Backbone", "HookPoint"]
+__all__ = ["Backbone", "HookPoint", "check_histories"]
 
 
 class HookPoint(nn.Module):
@@ -63,3 +63,16 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: SequenceFeatures) -> Tensor:
         """Return logits ``(B,)``."""
+
+
+def check_histories(backbone: str, widths: FeatureWidths) -> None:
+    """Refuse a schema without a history for a model of histories.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not widths.histories:
+        raise ValueError(
+            f"{backbone} needs a behaviour sequence, but the schema has none. Add one to "
+            "Schema.sequences, or take model.backbone dlrm or dcn, which need none."
+        )

@@ -18,7 +18,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from torchrec_hilomoe.backbones.base import Backbone, HookPoint
+from torchrec_hilomoe.backbones.base import Backbone, check_histories, HookPoint
 from torchrec_hilomoe.backbones.layers.attention import SelfAttention
 from torchrec_hilomoe.backbones.layers.jagged import Tokens, tokens_of
 from torchrec_hilomoe.backbones.layers.mlp import MLP
@@ -132,11 +132,7 @@ class BST(Backbone):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        if not widths.histories:
-            raise ValueError(
-                "BST needs a behaviour sequence, but the schema has none. "
-                "Add one to Schema.sequences."
-            )
+        check_histories("BST", widths)
         if num_layers < 1:
             raise ValueError(f"BST.num_layers must be at least 1, got {num_layers}.")
         position_dim = widths.embedding if position_dim is None else position_dim

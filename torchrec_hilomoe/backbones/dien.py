@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn, Tensor
 
-from torchrec_hilomoe.backbones.base import Backbone, HookPoint
+from torchrec_hilomoe.backbones.base import Backbone, check_histories, HookPoint
 from torchrec_hilomoe.backbones.layers.gru import GRU
 from torchrec_hilomoe.backbones.layers.jagged import Layout, layout_of
 from torchrec_hilomoe.backbones.layers.mlp import Activation, MLP
@@ -162,10 +162,7 @@ def _check(
     auxiliary_weight: float,
     auxiliary_units: Sequence[int],
 ) -> None:
-    if not widths.histories:
-        raise ValueError(
-            "DIEN needs a behaviour sequence, but the schema has none. Add one to Schema.sequences."
-        )
+    check_histories("DIEN", widths)
     if attention not in ("mlp", "bilinear", "dot"):
         raise ValueError(
             f"DIEN.attention is {attention!r}, which is not known. Use mlp, bilinear or dot in "

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn, Tensor
 
-from torchrec_hilomoe.backbones.base import Backbone, HookPoint
+from torchrec_hilomoe.backbones.base import Backbone, check_histories, HookPoint
 from torchrec_hilomoe.backbones.layers.jagged import Layout, layout_of
 from torchrec_hilomoe.backbones.layers.mlp import Activation, MLP
 from torchrec_hilomoe.backbones.layers.target_attention import TargetAttention
@@ -59,11 +59,7 @@ class DIN(Backbone):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        if not widths.histories:
-            raise ValueError(
-                "DIN needs a behaviour sequence, but the schema has none. "
-                "Add one to Schema.sequences."
-            )
+        check_histories("DIN", widths)
         if not attention_units or min(attention_units) < 1:
             raise ValueError(
                 "DIN.attention_units must be widths of at least 1, and one of them at least, got "

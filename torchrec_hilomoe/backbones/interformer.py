@@ -33,7 +33,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from torchrec_hilomoe.backbones.base import Backbone, HookPoint
+from torchrec_hilomoe.backbones.base import Backbone, check_histories, HookPoint
 from torchrec_hilomoe.backbones.layers.attention import SelfAttention
 from torchrec_hilomoe.backbones.layers.cls_tokens import Places, places_of, prepend, TokenCounts
 from torchrec_hilomoe.backbones.layers.dhen import Interaction
@@ -101,11 +101,7 @@ class InterFormer(Backbone):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        if not widths.histories:
-            raise ValueError(
-                "InterFormer needs a behaviour sequence, but the schema has none. "
-                "Add one to Schema.sequences."
-            )
+        check_histories("InterFormer", widths)
         _check_heads(num_heads, widths.embedding)
         _check_at_least(1, num_layers=num_layers, interaction_layers=interaction_layers)
         _check_at_least(1, cls_tokens=cls_tokens)

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import nn, Tensor
 
-from torchrec_hilomoe.backbones.base import Backbone, HookPoint
+from torchrec_hilomoe.backbones.base import Backbone, check_histories, HookPoint
 from torchrec_hilomoe.backbones.layers.attention import EncoderLayer
 from torchrec_hilomoe.backbones.layers.cross import CrossHead
 from torchrec_hilomoe.backbones.layers.jagged import max_rows, pad, tokens_of
@@ -155,11 +155,7 @@ class TransAct(Backbone):
         batch_norm: bool = False,
     ) -> None:
         super().__init__()
-        if not widths.histories:
-            raise ValueError(
-                "TransAct needs a behaviour sequence, but the schema has none. "
-                "Add one to Schema.sequences."
-            )
+        check_histories("TransAct", widths)
         for name, value in (("num_layers", num_layers), ("ffn_width", ffn_width)):
             if value < 1:
                 raise ValueError(f"TransAct.{name} must be at least 1, got {value}.")

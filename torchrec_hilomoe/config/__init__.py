@@ -5,8 +5,10 @@ Modules take plain arguments; only ``models/build.py``, ``training/`` and the ap
 
 from torchrec_hilomoe.config.model import (
     BSTConfig,
+    DCNConfig,
     DIENConfig,
     DINConfig,
+    DLRMConfig,
     InjectionConfig,
     InterFormerConfig,
     ModelConfig,
@@ -19,8 +21,10 @@ from torchrec_hilomoe.config.train import TrainConfig
 __all__ = [
     "BSTConfig",
     "CheckpointConfig",
+    "DCNConfig",
     "DIENConfig",
     "DINConfig",
+    "DLRMConfig",
     "DataConfig",
     "InjectionConfig",
     "InterFormerConfig",

@@ -9,8 +9,10 @@ from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 
 __all__ = [
     "BSTConfig",
+    "DCNConfig",
     "DIENConfig",
     "DINConfig",
+    "DLRMConfig",
     "InjectionConfig",
     "InterFormerConfig",
     "ModelConfig",
@@ -143,6 +145,38 @@ class InterFormerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DLRMConfig:
+    """Options of :class:`torchrec_hilomoe.backbones.dlrm.DLRM`.
+
+    Attributes:
+        dense_units: Hidden widths of the map of the dense features, in units; one of
+            ``model.embedding_dim`` follows.
+        head_activation: Activation of the head's hidden units.
+    """
+
+    dense_units: tuple[int, ...] = (512, 256)
+    head_activation: Activation = "relu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCNConfig:
+    """Options of :class:`torchrec_hilomoe.backbones.dcn.DCN`.
+
+    Attributes:
+        dense_units: Hidden widths of the map of the dense features, in units; one of
+            ``model.embedding_dim`` follows.
+        cross_layers: Number of layers of the cross network.
+        low_rank: Rank of the matrix of a cross layer; null gives it a full one.
+        head_activation: Activation of the head's hidden units.
+    """
+
+    dense_units: tuple[int, ...] = (512, 256)
+    cross_layers: int = 3
+    low_rank: int | None = None
+    head_activation: Activation = "relu"
+
+
+@dataclass(frozen=True, kw_only=True)
 class InjectionConfig(HiLoMoEConfig):
     """HiLoMoE's experts: their options, and which linear maps carry them.
 
@@ -202,7 +236,8 @@ class ModelConfig:
     """The ranker: embeddings, a backbone, a head, and experts.
 
     Attributes:
-        backbone: Name of the model: ``bst``, ``dien``, ``din``, ``interformer`` or ``transact``.
+        backbone: Name of the model: ``bst``, ``dien``, ``din``, ``interformer`` or ``transact``,
+            which read histories; ``dlrm`` or ``dcn``, which need none.
         embedding_dim: Width of every embedding, in features; a multiple of 4.
         embed_dense: Whether each dense feature becomes an embedding, itself times a learned
             vector, instead of a number.
@@ -214,6 +249,8 @@ class ModelConfig:
         dien: Options of DIEN.
         transact: Options of TransAct.
         interformer: Options of InterFormer.
+        dlrm: Options of DLRM.
+        dcn: Options of DCN-v2.
         hilomoe: Options of the experts; null is the plain backbone.
     """
 
@@ -228,4 +265,6 @@ class ModelConfig:
     dien: DIENConfig = field(default_factory=DIENConfig)
     transact: TransActConfig = field(default_factory=TransActConfig)
     interformer: InterFormerConfig = field(default_factory=InterFormerConfig)
+    dlrm: DLRMConfig = field(default_factory=DLRMConfig)
+    dcn: DCNConfig = field(default_factory=DCNConfig)
     hilomoe: InjectionConfig = field(default_factory=InjectionConfig)

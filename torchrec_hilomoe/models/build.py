@@ -10,8 +10,10 @@ import torch
 
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.backbones.bst import BST
+from torchrec_hilomoe.backbones.dcn import DCN
 from torchrec_hilomoe.backbones.dien import DIEN
 from torchrec_hilomoe.backbones.din import DIN
+from torchrec_hilomoe.backbones.dlrm import DLRM
 from torchrec_hilomoe.backbones.interformer import InterFormer
 from torchrec_hilomoe.backbones.transact import TransAct
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig
@@ -24,6 +26,7 @@ from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
 
 __all__ = [
     "BACKBONES",
+    "READS_NO_TARGET",
     "build_backbone",
     "build_task",
     "inject_experts",
@@ -167,16 +170,25 @@ def _check_targets(backbone: str, schema: Schema) -> None:
     raise ValueError(
         f"{backbone} compares events with the candidate, but no field of Schema.sequences shares a "
         f"table with one of Schema.candidate: {events} against {candidates}. Give fields that mean "
-        "the same one table, or take model.backbone interformer, which does not compare them."
+        "the same one table, or take a model.backbone that does not compare them: "
+        f"{', '.join(READS_NO_TARGET)}."
     )
 
 
 BACKBONES: Mapping[str, Callable[..., Backbone]] = MappingProxyType(
-    {"bst": BST, "dien": DIEN, "din": DIN, "transact": TransAct, "interformer": InterFormer}
+    {
+        "bst": BST,
+        "dien": DIEN,
+        "din": DIN,
+        "transact": TransAct,
+        "interformer": InterFormer,
+        "dlrm": DLRM,
+        "dcn": DCN,
+    }
 )
 
 
-READS_NO_TARGET = ("interformer",)
+READS_NO_TARGET = ("interformer", "dlrm", "dcn")
 
 
 def build_backbone(config: ModelConfig, widths: FeatureWidths) -> Backbone:

@@ -39,7 +39,8 @@ def schema_of(config: RunConfig) -> Schema:
         return SyntheticSource(world=data.synthetic, split="train", rows=1, seed=config.seed).schema
     check_folder(data.path, None if data.data_schema is None else data.data_schema.dataset)
     schema = load_schema(data.path)
-    if data.data_schema is not None and (found := data.data_schema.differences(schema)):
+    recipe = None if data.data_schema is None else _with_counted_sizes(data.data_schema, schema)
+    if recipe is not None and (found := recipe.differences(schema)):
         shown = "\n  ".join(found[:SHOWN_DIFFERENCES])
         raise ValueError(
             f"data.data_schema differs from the schema of {data.path} in {len(found)} places (here "
@@ -55,6 +56,13 @@ def schema_of(config: RunConfig) -> Schema:
             for group in schema.sequences
         ),
     )
+
+
+def _with_counted_sizes(recipe: Schema, folder: Schema) -> Schema:
+    """The recipe's columns, with the folder's sizes of the tables whose values its rows decide."""
+    counted = (t for t, rule in recipe.vocabularies.items() if rule.kind == "counted")
+    sizes = {table: folder.tables[table] for table in counted if table in folder.tables}
+    return replace(recipe, tables={**recipe.tables, **sizes})
 
 
 def loader_of(

@@ -18,6 +18,7 @@ from torchrec_hilomoe.hilomoe import inject_shared_router, sites_of
 from torchrec_hilomoe.models.build import BACKBONES, build_backbone, build_task, site_patterns
 
 EMBEDDING = 4
+NEEDS_NO_HISTORY = ("dlrm", "dcn")
 # Histories of two fields and of one, each of them also the candidate's.
 HISTORIES = (
     HistoryWidths(event=2 * EMBEDDING, max_length=4),
@@ -279,9 +280,12 @@ def test_declared_groups_are_linear_maps_each_in_one_of_them(name):
     assert not outputs & set(found)
 
 
-@every_backbone
+@pytest.mark.parametrize("name", sorted(set(BACKBONES) - set(NEEDS_NO_HISTORY)))
 def test_a_schema_without_a_history_is_refused(name):
-    message = "needs a behaviour sequence, but the schema has none. Add one to Schema.sequences."
+    message = (
+        "needs a behaviour sequence, but the schema has none. Add one to Schema.sequences, or take "
+        "model.backbone dlrm or dcn, which need none."
+    )
     config = ModelConfig(backbone=name, hilomoe=InjectionConfig(enabled=False))
     with pytest.raises(ValueError, match=re.escape(message)):
         build_task(config, without(SCHEMA, "sequences"))

@@ -7,10 +7,21 @@ import pytest
 
 from tests.helpers.datasets import SCHEMA, without
 from tests.helpers.models import MODEL
-from torchrec_hilomoe.config import BSTConfig, DIENConfig, InjectionConfig
+from torchrec_hilomoe.config import (
+    BSTConfig,
+    DCNConfig,
+    DIENConfig,
+    DLRMConfig,
+    InjectionConfig,
+)
 from torchrec_hilomoe.data.schema import IdFeature, SequenceGroup
 from torchrec_hilomoe.hilomoe.inject import sites_of
-from torchrec_hilomoe.models.build import BACKBONES, build_task, with_widest_views
+from torchrec_hilomoe.models.build import (
+    BACKBONES,
+    build_task,
+    READS_NO_TARGET,
+    with_widest_views,
+)
 
 HEAD = {"head.hidden.0", "head.hidden.2"}
 FFN = {f"transformers.{i}.layers.0.{name}" for i in (0, 1) for name in ("ffn_in", "ffn_out")}
@@ -150,6 +161,26 @@ def test_tables_wait_on_meta_and_the_rest_is_real():
         ({"bst": BSTConfig(num_layers=0)}, "BST.num_layers must be at least 1, got 0"),
         ({"dropout": 1.5}, "dropout"),
         (
+            {"backbone": "dlrm", "dlrm": DLRMConfig(dense_units=(8, 0))},
+            "model.dlrm.dense_units must be widths of at least 1, got (8, 0). Correct them, or",
+        ),
+        (
+            {"backbone": "dcn", "dcn": DCNConfig(dense_units=(-1,))},
+            "model.dcn.dense_units must be widths of at least 1, got (-1,). Correct them, or",
+        ),
+        (
+            {"backbone": "dcn", "dcn": DCNConfig(cross_layers=0)},
+            "CrossNetwork.num_layers must be at least 1, got 0",
+        ),
+        (
+            {"backbone": "dcn", "dcn": DCNConfig(low_rank=0)},
+            "CrossNetwork.low_rank must be at least 1, or null for full matrices, got 0",
+        ),
+        (
+            {"backbone": "dcn", "hilomoe": InjectionConfig(sites=("ffn",))},
+            "or a group: DCN has the groups head, cross, dense, all.",
+        ),
+        (
             {"head": (8, 0)},
             "MLP.hidden must be widths of at least 1, got (8, 0). Correct",
         ),
@@ -204,12 +235,14 @@ def test_histories_that_no_target_can_be_compared_with_are_refused(backbone):
         sequences=(SequenceGroup(name="seen", fields=(events,), max_length=4),),
     )
     config = replace(MODEL, backbone=backbone, hilomoe=InjectionConfig(enabled=False))
-    if backbone == "interformer":
+    if backbone in READS_NO_TARGET:
         build_task(config, schema)
         return
     message = (
         f"{backbone} compares events with the candidate, but no field of Schema.sequences shares "
-        "a table with one of Schema.candidate: seen (seen_item) against item (item), kind (kind)."
+        "a table with one of Schema.candidate: seen (seen_item) against item (item), kind (kind). "
+        "Give fields that mean the same one table, or take a model.backbone that does not compare "
+        "them: interformer, dlrm, dcn."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         build_task(config, schema)

@@ -128,7 +128,7 @@ def test_all_of_a_model_with_experts_is_what_pytorch_counts(backbone: str, routi
     config = replace(MODEL, backbone=backbone, hilomoe=experts)
     task = build_task(config, SCHEMA)
     model, widths = task.model.backbone.eval(), task.model.sparse.widths
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(full_features(widths, BATCH))
     cost = count_cost(task, SCHEMA, config.embedding_dim)
     # Each component is rounded by itself to whole FLOPs a sample.

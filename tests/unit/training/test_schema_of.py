@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers.datasets import SCHEMA, toy_table, write_folder
 from torchrec_hilomoe.config import DataConfig, RunConfig
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE, VocabularyRule
 from torchrec_hilomoe.training.inputs import schema_of
 
 
@@ -25,6 +25,19 @@ def test_a_recipe_for_another_folder_lists_the_differences(tmp_path):
         r"Set data\.data_schema to null"
     )
     with pytest.raises(ValueError, match=want):
+        schema_of(config(tmp_path / "d", other))
+
+
+def test_counted_tables_have_the_sizes_that_their_rows_decide(tmp_path):
+    """A recipe's are of one preparation: other shares of held-out rows count other values."""
+    write_folder(tmp_path / "d", {"train": [toy_table(9)]})
+    counted = {"item": VocabularyRule(kind="counted")}
+    folder = replace(SCHEMA, vocabularies=counted)
+    folder.save(str(tmp_path / "d" / SCHEMA_FILE))
+    other = replace(folder, tables={**SCHEMA.tables, "item": 21})
+    assert schema_of(config(tmp_path / "d", other)) == folder
+    other = replace(folder, tables={**SCHEMA.tables, "item": 21, "kind": 6})
+    with pytest.raises(ValueError, match=r"in 1 places .*\n  tables\['kind'\]: 6 here, 5 there"):
         schema_of(config(tmp_path / "d", other))
 
 

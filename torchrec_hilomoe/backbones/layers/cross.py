@@ -1,10 +1,11 @@
 """DCN-v2 (Wang et al., 2021, arXiv 2008.13535): explicit crosses of features.
 
-A layer's full matrix is an ``nn.Linear``, so that it can carry experts.
+A layer's matrices are ``nn.Linear``, so that they can carry experts.
 
 Shape legend:
     B  rows
     D  width
+    R  rank of a layer's matrix
 """
 
 from collections.abc import Sequence
@@ -22,26 +23,35 @@ class CrossNetwork(nn.Module):
 
     .. math:: x_{l+1} = x_l + x_0 \odot (W_l x_l + b_l)
 
+    With a low rank, ``W_l`` is a product of two narrow matrices, as in TorchRec's
+    ``LowRankCrossNet``, whose parameters are no ``nn.Linear``.
+
     Args:
         width: ``D``.
         num_layers: At least 1; the last one's output has degree ``num_layers + 1``.
+        low_rank: ``R``, the rank of each ``W_l``; None gives it a full matrix.
 
     Shape:
         - input ``(B, D)``, output ``(B, D)``
 
     Raises:
-        ValueError: If there is no layer.
+        ValueError: If there is no layer, or no rank.
 
     Example:
         >>> CrossNetwork(6, 2)(torch.randn(3, 6)).shape
         torch.Size([3, 6])
     """
 
-    def __init__(self, width: int, num_layers: int) -> None:
+    def __init__(self, width: int, num_layers: int, *, low_rank: int | None = None) -> None:
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"CrossNetwork.num_layers must be at least 1, got {num_layers}.")
-        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(num_layers))
+        if low_rank is not None and low_rank < 1:
+            raise ValueError(
+                f"CrossNetwork.low_rank must be at least 1, or null for full matrices, got "
+                f"{low_rank}."
+            )
+        self.layers = nn.ModuleList(_square_map(width, low_rank) for _ in range(num_layers))
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return ``(B, D)``."""
@@ -49,6 +59,12 @@ class CrossNetwork(nn.Module):
         for layer in self.layers:
             crossed_BD = torch.addcmul(crossed_BD, x_BD, layer(crossed_BD))
         return crossed_BD
+
+
+def _square_map(width: int, low_rank: int | None) -> nn.Module:
+    if low_rank is None:
+        return nn.Linear(width, width)
+    return nn.Sequential(nn.Linear(width, low_rank, bias=False), nn.Linear(low_rank, width))
 
 
 class CrossHead(nn.Module):

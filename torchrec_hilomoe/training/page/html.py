@@ -21,6 +21,8 @@ BACKBONES = {
     "bst": "BST",
     "transact": "TransAct",
     "interformer": "InterFormer",
+    "dlrm": "DLRM",
+    "dcn": "DCN-v2",
 }
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 90rem;

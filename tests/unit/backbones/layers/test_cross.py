@@ -103,6 +103,20 @@ def test_the_head_has_the_options_of_hidden_layers():
     assert kinds[2:] == [nn.SiLU, nn.Dropout]
 
 
+@pytest.mark.parametrize("rank", [1, 3, 9])
+def test_a_low_rank_is_a_product_of_two_narrow_matrices(rank):
+    low, full = CrossNetwork(7, 2, low_rank=rank).double(), CrossNetwork(7, 2).double()
+    state = dict(low.named_parameters())
+    with torch.no_grad():
+        for layer, parameters in enumerate(full.layers):
+            up, down = state[f"layers.{layer}.1.weight"], state[f"layers.{layer}.0.weight"]
+            assert up.shape[1] == down.shape[0] == rank
+            parameters.weight.copy_(up @ down)
+            parameters.bias.copy_(state[f"layers.{layer}.1.bias"])
+    x = torch.randn(5, 7).double()
+    assert_within(low(x), full(x), float64_rounding(low, x, full(x)))
+
+
 def test_layers_can_carry_experts():
     head = CrossHead(7, (5,), cross_layers=2)
     x = torch.randn(3, 7)

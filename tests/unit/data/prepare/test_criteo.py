@@ -1,48 +1,28 @@
 """Criteo's two layouts: texts counted, counts squeezed, rows split in the order of the file."""
 
 from math import log1p
-from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.helpers.raw_logs import write_csv
+from tests.helpers.raw_logs import criteo_rows, write_criteo, write_csv
 from tests.helpers.rounding import rounded
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.parquet import load_schema
-from torchrec_hilomoe.data.prepare.criteo import criteo_schema, FIELDS, NUMBERS, prepare_criteo
-
-ROWS = 200
-
-
-def rows(count: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        numbers = [None if rng.random() < 0.2 else int(rng.integers(-3, 900)) for _ in NUMBERS]
-        texts = [None if rng.random() < 0.1 else f"{rng.zipf(1.6) % 50:08x}" for _ in FIELDS]
-        row = {"label": int(rng.random() < 0.25)}
-        found.append({**row, **dict(zip((*NUMBERS, *FIELDS), (*numbers, *texts), strict=True))})
-    return found
+from torchrec_hilomoe.data.prepare.criteo import criteo_schema, FIELDS, prepare_criteo
 
 
 def read(out, split):
     return pq.read_table(out / split).to_pylist()
 
 
-def write_raw(path, found):
-    lines = ["\t".join("" if v is None else str(v) for v in row.values()) for row in found]
-    path.write_text("\n".join(lines) + "\n")
-
-
 def test_the_challenges_file_is_cut_in_its_order(tmp_path):
-    write_raw(tmp_path / "train.txt", rows())
+    write_criteo(tmp_path / "train.txt", criteo_rows())
     report = prepare_criteo(raw=str(tmp_path), out=str(tmp_path / "out"), min_count=3)
     assert [split.rows for split in report.splits.values()] == [160, 20, 20]
     assert report.options["held_out_by"] == "tail"
-    source = rows()
+    source = criteo_rows()
     tables = load_schema(str(tmp_path / "out")).tables
     for name in FIELDS:
         values = [row[name] for row in source[:160] if row[name] is not None]
@@ -63,17 +43,17 @@ def test_the_challenges_file_is_cut_in_its_order(tmp_path):
 
 def test_files_that_are_split_already_stay_so(tmp_path):
     for split, count, seed in (("train", 90, 0), ("valid", 30, 1), ("test", 20, 2)):
-        write_csv(tmp_path / f"{split}.csv", rows(count, seed))
+        write_csv(tmp_path / f"{split}.csv", criteo_rows(count, seed))
     report = prepare_criteo(raw=str(tmp_path), out=str(tmp_path / "out"))
     assert [split.rows for split in report.splits.values()] == [90, 30, 20]
     labels = [row["label"] for row in read(tmp_path / "out", "valid")]
-    assert labels == [row["label"] for row in rows(30, 1)]
+    assert labels == [row["label"] for row in criteo_rows(30, 1)]
 
 
 def test_missing_files_and_rows_are_named(tmp_path):
     with pytest.raises(DataError, match=r"neither train\.txt nor train\.txt\.gz.*name its folder"):
         prepare_criteo(raw=str(tmp_path), out=str(tmp_path / "out"))
-    write_raw(tmp_path / "train.txt", rows(3))
+    write_criteo(tmp_path / "train.txt", criteo_rows(3))
     with (tmp_path / "train.txt").open("a") as sink:
         sink.write("1\t2\n")
     with pytest.raises(DataError, match=r"more than max_bad_rows 0 .*train\.txt line 4: malformed"):

@@ -8,6 +8,7 @@ import yaml
 
 from torchrec_hilomoe.config import DINConfig, InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.prepare.amazon_electronics import amazon_electronics_schema
+from torchrec_hilomoe.data.prepare.criteo import criteo_schema
 from torchrec_hilomoe.data.prepare.kuaivideo import kuaivideo_schema
 from torchrec_hilomoe.data.prepare.microvideo import microvideo_schema
 from torchrec_hilomoe.data.prepare.taobao_ad import taobao_ad_schema
@@ -28,6 +29,12 @@ from torchrec_hilomoe.models.flops import Cost, count_cost
 def test_recipes_carry_the_schemas_that_prepare_makes(name, schema):
     text = files("torchrec_hilomoe").joinpath(f"recipes/schemas/{name}.yaml").read_text()
     assert Schema.from_dict(yaml.safe_load(text)).differences(schema) == ()
+
+
+def test_the_recipe_of_criteo_has_its_columns_and_sizes_of_its_own():
+    text = files("torchrec_hilomoe").joinpath("recipes/schemas/criteo.yaml").read_text()
+    recipe = Schema.from_dict(yaml.safe_load(text))
+    assert recipe.differences(criteo_schema(dict(recipe.tables))) == ()
 
 
 def din(schema: Schema, *, dim=64, head=(1024, 512, 256), norm=False, attention, hidden) -> Cost:
