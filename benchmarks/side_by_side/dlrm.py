@@ -1,6 +1,6 @@
 """DLRM twice: in the product's runtime, and in the loop of TorchRec's own example.
 
-Both have TorchRec's dense parts, module for module, so that what differs is what drives them. Ours
+Both have TorchRec's dense parts, so that what differs is what drives them. Ours
 looks one feature up as a candidate, in a collection of its own, because that is how the product is
 fed; theirs looks all of them up in one collection. The example's loop: a meta-device collection,
 row-wise Adagrad in its backward pass, ``DistributedModelParallel`` with the plan that it makes,
@@ -14,11 +14,10 @@ Shape legend:
     D  embedding width
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from types import MappingProxyType
-from typing import cast, ClassVar, final
+from typing import cast
 
 import torch
 from torch import nn, Tensor
@@ -29,7 +28,7 @@ from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ModuleSharder
-from torchrec.models.dlrm import DenseArch, DLRM, DLRMTrain, InteractionArch, OverArch
+from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizerWrapper
@@ -39,21 +38,18 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.driving import fill_table
 from benchmarks.random_batches import Stream
-from torchrec_hilomoe.backbones.base import Backbone
-from torchrec_hilomoe.config import InjectionConfig, ModelConfig, RunConfig, TrainConfig
+from torchrec_hilomoe.config import DLRMConfig, InjectionConfig, ModelConfig, RunConfig, TrainConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
-from torchrec_hilomoe.embeddings.features import SequenceFeatures
-from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
-from torchrec_hilomoe.hilomoe.inject import inject_hilomoe
-from torchrec_hilomoe.models.build import site_patterns
-from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
+from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 
 __all__ = ["DLRMSize", "TheirLoop", "assemble_dlrm", "copy_weights"]
 
 RATE = 0.01  # of everything, in both
+KINDS = ("weight", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,37 +102,6 @@ class DLRMSize:
     def top_widths(self) -> list[int]:
         """As TorchRec wants them."""
         return [*self.top, 1]
-
-
-@final
-class DLRMBackbone(Backbone):
-    """TorchRec's dense parts of a DLRM behind the product's interface.
-
-    Args:
-        size: Widths.
-    """
-
-    SITES: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-        {"bottom": ("bottom.*",), "head": ("top.*",)}
-    )
-
-    def __init__(self, size: DLRMSize) -> None:
-        super().__init__()
-        self.bottom = DenseArch(size.dense, size.bottom_widths)
-        self.interaction = InteractionArch(size.sparse)
-        pairs = size.sparse * (size.sparse + 1) // 2
-        self.top = OverArch(size.embedding + pairs, size.top_widths)
-        self._size = size
-
-    def forward(self, features: SequenceFeatures) -> Tensor:
-        """Return logits ``(B,)``."""
-        size = self._size
-        widths = [(size.sparse - 1) * size.embedding, size.dense]
-        pooled, dense = features.context.split(widths, dim=1)
-        sparse_BFD = torch.cat([features.candidate, pooled], dim=1).reshape(
-            -1, size.sparse, size.embedding
-        )
-        return self.top(self.interaction(self.bottom(dense), sparse_BFD)).squeeze(-1)
 
 
 class TheirLoop:
@@ -199,7 +164,13 @@ def assemble_dlrm(
 ) -> Assembly:
     """Return ours, sharded; a collective call."""
     config = RunConfig(
-        model=ModelConfig(embedding_dim=size.embedding, hilomoe=hilomoe),
+        model=ModelConfig(
+            backbone="dlrm",
+            embedding_dim=size.embedding,
+            head=size.top,
+            dlrm=DLRMConfig(dense_units=size.bottom),
+            hilomoe=hilomoe,
+        ),
         train=TrainConfig(
             batch_size=size.batch_size,
             optimizer="adagrad",
@@ -208,24 +179,24 @@ def assemble_dlrm(
         ),
     )
     torch.manual_seed(config.seed)
-    backbone = DLRMBackbone(size)
-    if hilomoe.enabled:
-        inject_hilomoe(backbone, hilomoe, sites=site_patterns(backbone, hilomoe))
-    sparse = SparseArch(size.stream.schema, size.embedding, torch.device("meta"))
-    return assemble(config, TrainTask(CTRModel(sparse, backbone)), context)
+    return assemble(config, build_task(config.model, size.stream.schema), context)
 
 
 @torch.no_grad()
 def copy_weights(size: DLRMSize, theirs: TheirLoop, ours: Sequence[Assembly]) -> None:
     """Give all the same tables, drawn anew, and ours the dense parts of theirs."""
-    parts = {"bottom": theirs.dlrm.dense_arch, "top": theirs.dlrm.over_arch}
+    dense, over = theirs.dlrm.dense_arch.state_dict(), theirs.dlrm.over_arch.state_dict()
+    # Ours has an activation between two linear maps, and names its last map.
+    layers = {f"model.0._mlp.{i}._linear": f"hidden.{2 * i}" for i in range(len(size.top))}
+    layers["model.1"] = "output"
+    head = {f"{layers[at]}.{kind}": over[f"{at}.{kind}"] for at in layers for kind in KINDS}
     for assembly in ours:
         task = assembly.model.module
         assert isinstance(task, TrainTask)
-        for name, part in parts.items():
+        for name, part in {"fields.dense": dense, "head": head}.items():
             # Experts are not among theirs, and start at zero.
             mine = task.model.backbone.get_submodule(name)
-            assert not mine.load_state_dict(part.state_dict(), strict=False).unexpected_keys
+            assert not mine.load_state_dict(part, strict=False).unexpected_keys
     models = [theirs.model, *(assembly.model for assembly in ours)]
     tables = [_tables(model) for model in models]
     for index, name in enumerate(size.names):

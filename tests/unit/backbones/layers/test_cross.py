@@ -109,6 +109,7 @@ def test_a_low_rank_is_a_product_of_two_narrow_matrices(rank):
     state = dict(low.named_parameters())
     with torch.no_grad():
         for layer, parameters in enumerate(full.layers):
+            assert isinstance(parameters, nn.Linear)
             up, down = state[f"layers.{layer}.1.weight"], state[f"layers.{layer}.0.weight"]
             assert up.shape[1] == down.shape[0] == rank
             parameters.weight.copy_(up @ down)
