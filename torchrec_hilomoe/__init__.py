@@ -31,12 +31,14 @@ if TYPE_CHECKING:
         routing_report,
     )
     from torchrec_hilomoe.training.stages import Stage, StageSchedule
+    from torchrec_hilomoe.training.stages.driver import StageDriver
 
 __all__ = [
     "HiLoMoEConfig",
     "HiLoMoELinear",
     "InteractionProbe",
     "Stage",
+    "StageDriver",
     "StageSchedule",
     "inject_hilomoe",
     "inject_shared_router",
@@ -52,6 +54,7 @@ _HOMES = {
     "HiLoMoELinear": "torchrec_hilomoe.hilomoe",
     "InteractionProbe": "torchrec_hilomoe.hilomoe",
     "Stage": "torchrec_hilomoe.training.stages",
+    "StageDriver": "torchrec_hilomoe.training.stages.driver",
     "StageSchedule": "torchrec_hilomoe.training.stages",
     "inject_hilomoe": "torchrec_hilomoe.hilomoe",
     "inject_shared_router": "torchrec_hilomoe.hilomoe",

@@ -21,6 +21,7 @@ NAMES = [
     "HiLoMoELinear",
     "InteractionProbe",
     "Stage",
+    "StageDriver",
     "StageSchedule",
     "inject_hilomoe",
     "inject_shared_router",

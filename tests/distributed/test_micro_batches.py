@@ -46,7 +46,7 @@ def train(
     )
     assembly = assembled(config)
     load_whole(assembly.model, whole)
-    model = enter_stage(assembly.model, DENSE, static_graph=micro_batches == 1)
+    model = enter_stage(assembly.model, DENSE)
     assembly.optimizers.enter(DENSE)
     assembly.optimizers.set_rates(StageSpan(stage=DENSE, start=0, stop=STEPS), 0, decay=1.0)
     how = PipelineOptions(gradient_accumulation_steps=micro_batches)

@@ -50,11 +50,6 @@ class SparseArch(nn.Module):
         embed_dense: Whether each dense feature becomes an embedding, itself times a learned
             vector, instead of a number.
 
-    Attributes:
-        frozen: When true the vectors are detached, so that neither a table nor its fused
-            optimizer's state changes. (A learning rate of zero would not do: row-wise Adagrad
-            would go on adding up squared gradients.)
-
     Raises:
         ValueError: If every table of the candidate and the histories is frozen.
     """
@@ -68,7 +63,6 @@ class SparseArch(nn.Module):
         embed_dense: bool = False,
     ) -> None:
         super().__init__()
-        self.frozen = False
         self._schema = schema
         self._embedding_dim = embedding_dim
         self.unpooled = unpooled_collection(schema, embedding_dim, device)
@@ -246,7 +240,7 @@ class SparseArch(nn.Module):
         """Turn what was looked up for a feature into its embeddings."""
         if feature in self.projections:
             return self.projections[feature](found.detach())
-        return found.detach() if self.frozen else found
+        return found
 
 
 def first(rows: int | None, x: Tensor) -> Tensor:

@@ -64,7 +64,13 @@ def assemble(
     logger.info("%s", planned.report.text())
     # Tables are drawn on each rank for itself, so ranks must not draw the same numbers.
     torch.manual_seed(config.seed * 100_003 + context.world.rank + 1)
-    model = shard(task, planned.plan, context.device, sharders=sharders_of(train))
+    model = shard(
+        task,
+        planned.plan,
+        context.device,
+        sharders=sharders_of(train),
+        static_graph=train.gradient_accumulation_steps == 1,
+    )
     assert isinstance(task.model.sparse.unpooled, ShardedEmbeddingCollection)
     look_up_unpooled_as_pooled(task.model.sparse.unpooled)
     if config.data.path is not None:

@@ -9,6 +9,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.config import InjectionConfig
 from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.embeddings.freezing import frozen_lookups
 from torchrec_hilomoe.hilomoe import InteractionProbe, LossTerms
 from torchrec_hilomoe.models.build import site_patterns
 from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
@@ -66,11 +67,10 @@ def run_unchanged(
 def _unchanged(task: TrainTask) -> Iterator[None]:
     """Let no table learn, and put running statistics back."""
     kept = [(buffer, buffer.clone()) for buffer in task.model.backbone.buffers()]
-    frozen, task.model.sparse.frozen = task.model.sparse.frozen, True
     try:
-        yield
+        with frozen_lookups(task.model.sparse):
+            yield
     finally:
-        task.model.sparse.frozen = frozen
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.copy_(before)

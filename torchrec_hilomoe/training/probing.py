@@ -131,8 +131,7 @@ def _train(
     """Train as a run does, and return the model in its wrapper."""
     timeline = timeline_of(config, steps_per_epoch)
     span, optimizers = timeline.spans[0], assembly.optimizers
-    averaged_once = config.train.gradient_accumulation_steps == 1
-    model = enter_stage(assembly.model, span.stage, static_graph=averaged_once)
+    model = enter_stage(assembly.model, span.stage)
     optimizers.enter(span.stage)
     pipeline = Pipeline(
         model,

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -32,20 +31,10 @@ from torchrec_hilomoe.training.metrics import Metrics
 from torchrec_hilomoe.training.non_finite import find_non_finite, listed, NonFiniteError
 from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
 from torchrec_hilomoe.training.pipelines.pipeline import evaluate, Pipeline, PipelineOptions
-from torchrec_hilomoe.training.stages import (
-    PlateauConfig,
-    StageSpan,
-    StageTimeline,
-    StageTimelineState,
-)
+from torchrec_hilomoe.training.stages import PlateauConfig, StageTimeline, StageTimelineState
+from torchrec_hilomoe.training.stages.driver import StageDriver
 from torchrec_hilomoe.training.stages.schedule import MetricTracker
-from torchrec_hilomoe.training.stages.staging import (
-    activate_layers,
-    check_stages,
-    enter_stage,
-    set_training_mode,
-    share_statistics,
-)
+from torchrec_hilomoe.training.stages.staging import share_statistics
 
 __all__ = ["Intervals", "Trainer", "training_state"]
 
@@ -87,8 +76,6 @@ class Trainer:
         ValueError: If the model cannot follow a stage.
 
     Attributes:
-        model: The sharded model under the wrapper of the current stage.
-        step: Number of optimizer steps done.
         position: Position in the training data, from which it goes on.
         samples_per_second: Rows of all ranks over the seconds spent in training steps.
     """
@@ -109,9 +96,7 @@ class Trainer:
         task = model.module
         assert isinstance(task, TrainTask)
         later = auto.num_layers if auto is not None and auto.decision is None else 0
-        check_stages(task, [span.stage for span in timeline.spans], later=later)
-        self.model = model
-        self.step = 0
+        self._driver = StageDriver(model, timeline, optimizers, layers_to_come=later)
         self.position: LoaderState | None = None
         self._optimizers = optimizers
         self._timeline = timeline
@@ -124,11 +109,20 @@ class Trainer:
         self._pipelining = pipelining or PipelineOptions()
         self._auto = auto
         self._steps = StepLog(task, log)
-        self._span = timeline.spans[0]
         self._pipeline: Pipeline | None = None
         self._ahead: Iterator[CTRBatch] = iter(())
         self._sure = 0  # the step up to which it reads
         self._saved_step: int | None = None
+
+    @property
+    def model(self) -> DistributedModelParallel:
+        """The sharded model under the wrapper of the current stage."""
+        return self._driver.model
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps done."""
+        return self._driver.step
 
     @property
     def samples_per_second(self) -> float:
@@ -155,14 +149,14 @@ class Trainer:
             self._steps.load_state_dict(loaded.rank_state)
         if self._auto is not None:
             self._auto.load_state_dict(loaded.rank_state.get("probe", {}))
-        self.step, self.position = progress.step, progress.position
-        if progress.schedule:
-            if problem := misfit(progress.schedule, StageTimelineState, "schedule"):
-                raise CheckpointError(f"checkpoint {saved.path} is damaged: {problem}.")
-            self._timeline.load_state_dict(progress.schedule)
+        self.position = progress.position
+        if progress.schedule and (
+            problem := misfit(progress.schedule, StageTimelineState, "schedule")
+        ):
+            raise CheckpointError(f"checkpoint {saved.path} is damaged: {problem}.")
+        self._driver.go_on_from(progress.step, progress.schedule)
         self._best.load_state_dict({"best": progress.best})
         self._stopping.load_state_dict({"best": progress.stopping})
-        self._span = self._timeline.at(self.step)
 
     def load_best(self) -> None:
         """Go back to the weights of the best validation, to test them; a collective call."""
@@ -176,9 +170,7 @@ class Trainer:
             late = [f"model.{name}" for name in expert_parameters(self.model.module)]
             late.append("optimizer.state.experts*")
         saved.load(state, allow_missing=late, restore_random=False)
-        self.step = best.step
-        self._span = self._timeline.at(best.step - 1)
-        activate_layers(self.model.module, self._span.stage)
+        self._driver.compute_as_after(best.step)
         self._log.say(f"testing {path}: {best.metric} {best.value:.4f}, the best validation")
 
     def fit(self, loader: Loader, validation: Loader) -> bool:
@@ -213,17 +205,17 @@ class Trainer:
 
         No batch is read for a step that might belong to another stage.
         """
-        if self.step < self._sure:
-            return
-        if self._auto is not None and self._auto.is_due(self.step):
+        if self.step >= self._sure and self._auto is not None and self._auto.is_due(self.step):
             self._decide(self._auto, validation)
-        span = self._timeline.at(self.step)
-        if self._pipeline is None or span != self._span:
-            self._enter(span)
-        self._sure = self._timeline.sure_until(self.step)
-        self._ahead = islice(batches, self._sure - self.step)
+        if self._driver.at_boundary:
+            self._detach()
+        if self._driver.begin_step():
+            self._make_pipeline()
         assert self._pipeline is not None
-        self._pipeline.take(self._ahead)
+        if self.step >= self._sure:
+            self._sure = self._driver.sure_until
+            self._ahead = self._driver.take(batches)
+            self._pipeline.take(self._ahead)
 
     def _decide(self, auto: AutoRouting, validation: Loader) -> None:
         """Give the model experts that are routed by what was found to decide, or none."""
@@ -237,39 +229,34 @@ class Trainer:
             self._steps.watch_routers()
         self._log.decided(decision, report)
 
-    def _enter(self, span: StageSpan) -> None:
-        self._detach()
-        self._span = span
-        averaged_once = self._pipelining.gradient_accumulation_steps == 1
-        self.model = enter_stage(self.model, span.stage, static_graph=averaged_once)
-        self._optimizers.enter(span.stage)
+    def _make_pipeline(self) -> None:
         self._pipeline = Pipeline(
             self.model, self._optimizers.stage_optimizer, self.model.device, self._pipelining
         )
+        span = self._driver.span
         self._log.enter(span.stage.name, span.start, span.stop)
 
     def _train(self) -> None:
         assert self._pipeline is not None
-        self._optimizers.set_rates(self._span, self.step, self._timeline.decay(self.step))
         started = time.perf_counter()
         with self._auto.listening(self.step) if self._auto is not None else nullcontext():
             output = self._pipeline.step(self._ahead)
         seconds = time.perf_counter() - started
-        self.step += 1
+        self._driver.end_step()
         self.position = output.position
         self._watchdog.beat()
         norm = self._optimizers.gradient_norm
-        self._steps.add(self.step, self._span.stage.name, output, seconds, norm)
+        self._steps.add(self.step, self._driver.stage.name, output, seconds, norm)
 
     def _log_evaluate_save(self, validation: Loader) -> None:
         """Log, evaluate and save, where it is time to."""
-        if self._due(self._intervals.log_every) or self.step == self._span.stop:
+        if self._due(self._intervals.log_every) or self.step == self._driver.span.stop:
             self._log_step()
         if self._due(self._intervals.evaluate_every) or self.step == self._timeline.total_steps:
             metrics = self.validate("valid", validation)
-            if self._timeline.observe(self.step, asdict(metrics)):
+            if self._driver.observe(asdict(metrics)):
                 self._log_step(
-                    f"stage {self._span.stage.name}: a plateau, it ends at step {self.step}"
+                    f"stage {self._driver.stage.name}: a plateau, it ends at step {self.step}"
                 )
             self._track_best(metrics)
         if self._due(self._intervals.save_every) or self.is_complete:
@@ -280,14 +267,16 @@ class Trainer:
         self._detach()
         share_statistics(self.model.module)
         metrics = evaluate(self.model, self._optimizers, loader, lambda _: self._watchdog.beat())
-        set_training_mode(self.model, self._span.stage)
+        self._driver.train()
         if metrics.rows and not math.isfinite(metrics.logloss):
             raise NonFiniteError(
                 f"after step {self.step} predictions of the {split} split are no numbers: its "
                 f"logloss is {metrics.logloss}. Lower train.learning_rate or "
                 "train.table_learning_rate, or set train.max_grad_norm."
             )
-        self._log.record(step=self.step, stage=self._span.stage.name, split=split, metrics=metrics)
+        self._log.record(
+            step=self.step, stage=self._driver.stage.name, split=split, metrics=metrics
+        )
         return metrics
 
     def save(self) -> None:
@@ -299,7 +288,7 @@ class Trainer:
         share_statistics(self.model.module)
         progress = Progress(
             step=self.step,
-            stage=self._span.stage.name,
+            stage=self._driver.stage.name,
             position=self.position,
             total_steps=self._timeline.total_steps,
             best=self._best.best,
@@ -345,7 +334,7 @@ class Trainer:
         return every is not None and self.step % every == 0
 
     def _log_step(self, remark: str | None = None) -> None:
-        self._steps.log_step(self.step, self._span.stage.name, self._optimizers.rate)
+        self._steps.log_step(self.step, self._driver.stage.name, self._optimizers.rate)
         if remark is not None:
             self._log.say(remark)
 

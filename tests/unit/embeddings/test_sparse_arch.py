@@ -15,6 +15,7 @@ from torchrec_hilomoe.backbones.layers.jagged import mean_rows
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 from torchrec_hilomoe.embeddings.features import HistoryWidths, ModelInputs, SequenceFeatures
+from torchrec_hilomoe.embeddings.freezing import freeze_lookups
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 
 DIM = 4
@@ -165,7 +166,7 @@ def test_candidate_and_history_learn_into_one_table():
 def test_frozen_lookups_are_the_same_numbers_without_a_gradient():
     sparse, batch = arch(), next(batches(ROWS, ROWS))
     learning = run(sparse, batch)
-    sparse.frozen = True
+    freeze_lookups(sparse, True)
     frozen = run(sparse, batch)
     for features, learns in ((learning, True), (frozen, False)):
         events, targets = zip(*((h.events, h.target) for h in features.histories), strict=True)

@@ -6,20 +6,27 @@ step together, after their gradients were unscaled and clipped as one vector.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, OptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_hilomoe.hilomoe.inject import expert_parameters
 from torchrec_hilomoe.training.optimizers.dense import DenseOptimizer, ExpertLayers, family_of
 from torchrec_hilomoe.training.optimizers.precision import LossScale
+from torchrec_hilomoe.training.optimizers.stage_optimizers import (
+    groups_of,
+    load_states,
+    StageOptimizer,
+    StageOptimizers,
+    states_of,
+)
 from torchrec_hilomoe.training.stages import OptimizerName, Stage, StageSpan
 
-__all__ = ["OptimizerOptions", "OptimizersContainer", "StageOptimizer"]
+__all__ = ["OptimizerOptions", "OptimizersContainer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,7 @@ class OptimizerOptions:
     max_grad_norm: float | None = None
 
 
-class OptimizersContainer:
+class OptimizersContainer(StageOptimizers):
     """Every optimizer of a run.
 
     The state of each parameter exists from the start, so that a checkpoint always has the same
@@ -130,25 +137,12 @@ class OptimizersContainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Every tensor that training changes beside the model: views, not copies."""
-        # One by one: of optimizers that share a parameter, TorchRec's union has only one's state.
-        state = {
-            f"{name}.{key}": tensors
-            for name, optimizer in self.combined.optimizers
-            for key, tensors in optimizer.state_dict()["state"].items()
-        }
         scale = {} if self._loss_scale is None else {"loss_scale": self._loss_scale.state_dict()}
-        return {"optimizer": {"state": state}, **scale}
+        return {"optimizer": {"state": states_of(self.combined)}, **scale}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, be it its own tensors, filled by a checkpoint."""
-        states = state_dict["optimizer"]["state"]
-        for name, optimizer in self.combined.optimizers:
-            own = {
-                key.removeprefix(f"{name}."): tensors
-                for key, tensors in states.items()
-                if key.startswith(f"{name}.")
-            }
-            optimizer.load_state_dict({"state": own})
+        load_states(self.combined, state_dict["optimizer"]["state"])
         if self._loss_scale is not None:
             self._loss_scale.load_state_dict(state_dict["loss_scale"])
 
@@ -162,9 +156,8 @@ class OptimizersContainer:
         """
         options, factor = self._options, decay * span.warmup(step)
         self.rate = options.learning_rate * span.stage.lr_scale * factor
-        for group in self._tables.param_groups:
-            rate = options.table_learning_rate * span.stage.lr_scale * factor
-            cast(dict[str, Any], group)["lr"] = rate  # TorchRec types its groups as read-only
+        for group in groups_of(self._tables):
+            group["lr"] = options.table_learning_rate * span.stage.lr_scale * factor
         if self._backbones:
             self._backbones[self._family].set_rate(self.rate)
         if self._experts:
@@ -194,55 +187,3 @@ class OptimizersContainer:
 
     def _dense(self) -> list[DenseOptimizer]:
         return [built[self._family] for built in (self._backbones, self._experts) if built]
-
-
-class StageOptimizer(OptimizerWrapper):
-    """What a pipeline steps in one stage; TorchRec's base for optimizers that do more than step.
-
-    Args:
-        tables: The fused optimizers: a step is done by the backward pass, this one sets rates.
-        layers: The expert layers, which get their gradients here.
-        dense: What learns beside the tables.
-        max_grad_norm: Largest norm of all its gradients, as one vector.
-        loss_scale: By which the loss was multiplied.
-
-    Attributes:
-        gradient_norm: Norm of the dense gradients of the last step, before clipping; None if
-            nothing clips.
-    """
-
-    def __init__(
-        self,
-        tables: KeyedOptimizer,
-        layers: ExpertLayers,
-        dense: Sequence[DenseOptimizer],
-        *,
-        max_grad_norm: float | None = None,
-        loss_scale: LossScale | None = None,
-    ) -> None:
-        keyed = [(str(index), optimizer.keyed) for index, optimizer in enumerate(dense)]
-        super().__init__(CombinedOptimizer([("tables", tables), *keyed]))
-        self.gradient_norm: torch.Tensor | None = None
-        self._tables = tables
-        self._layers = layers
-        self._dense = dense
-        self._together = CombinedOptimizer(list(keyed))
-        self._max_grad_norm = max_grad_norm
-        self._loss_scale = loss_scale
-
-    def step(self, closure: Any = None) -> None:
-        """Unscale, clip, step, and forget the experts' gradients."""
-        self._layers.give_gradients()
-        self.gradient_norm = None
-        held = [parameter for optimizer in self._dense for parameter in optimizer.gradients()]
-        scale = self._loss_scale if held else None
-        if scale is not None:
-            scale.unscale(self._together)
-        if self._max_grad_norm is not None and held:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(held, self._max_grad_norm)
-        if scale is not None:
-            scale.step(self._together)
-        else:
-            self._together.step()
-        self._tables.step()
-        self._layers.drop_gradients()

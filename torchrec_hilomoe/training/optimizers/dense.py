@@ -15,7 +15,7 @@ from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 
 from torchrec_hilomoe.training.stages import OptimizerName, Stage
 
-__all__ = ["DenseOptimizer", "ExpertLayers", "family_of"]
+__all__ = ["DenseOptimizer", "ExpertLayers", "begin_state", "family_of"]
 
 FAMILIES: Mapping[OptimizerName, str] = {
     "adam": "adam",
@@ -23,6 +23,10 @@ FAMILIES: Mapping[OptimizerName, str] = {
     "sgd": "sgd",
     "adagrad": "adagrad",
 }
+
+
+# What would move a parameter though its gradient is zero.
+STILL = ("lr", "weight_decay")
 
 
 def family_of(name: OptimizerName) -> str:
@@ -58,11 +62,8 @@ class DenseOptimizer:
         keyed = KeyedOptimizerWrapper(
             dict(parameters), lambda tensors: _optimizer(tensors, family, rate, momentum)
         )
-        keyed.init_state()
-        keyed.zero_grad()
-        for state in keyed.state.values():
-            if "step" in state:
-                state["step"].zero_()
+        begun = begin_state(keyed)
+        assert begun, f"{family} has no state before its first step"
         return cls(keyed)
 
     def set_decay(self, name: OptimizerName, weight_decay: float) -> None:
@@ -85,6 +86,37 @@ class DenseOptimizer:
 
     def _groups(self) -> list[dict[str, Any]]:
         return cast(list[dict[str, Any]], self.keyed.param_groups)  # TorchRec: read-only
+
+
+def begin_state(keyed: KeyedOptimizer) -> bool:
+    """Make the state that says that no step was made, and return whether there is one.
+
+    It is what a step without gradients leaves of an optimizer whose state begins at zero. Of
+    another one nothing is kept: its state then begins with its first step.
+    """
+    groups = cast(list[dict[str, Any]], keyed.param_groups)
+    before = {parameter: set(state) for parameter, state in keyed.state.items()}
+    values = {parameter: parameter.detach().clone() for parameter in keyed.params.values()}
+    still = [{name: group[name] for name in STILL if name in group} for group in groups]
+    for group, kept in zip(groups, still, strict=True):
+        group.update(dict.fromkeys(kept, 0.0))
+    keyed.init_state()
+    for group, kept in zip(groups, still, strict=True):
+        group.update(kept)
+    with torch.no_grad():
+        for parameter, value in values.items():
+            parameter.copy_(value)
+            parameter.grad = None
+    begun = True
+    for parameter, state in keyed.state.items():
+        for name, value in state.items():
+            if name == "step":
+                state[name] = torch.zeros_like(value) if isinstance(value, Tensor) else 0
+            elif name not in before.get(parameter, ()) and isinstance(value, Tensor):
+                begun = begun and not value.any()
+    if not begun:
+        cast(dict, keyed.state).clear()
+    return begun
 
 
 def _optimizer(tensors: list, family: str, rate: float, momentum: float) -> torch.optim.Optimizer:
@@ -145,6 +177,11 @@ class ExpertLayers:
         self.views: dict[str, Tensor] = {
             piece.key: piece.of(piece.parameter.detach()).requires_grad_() for piece in self._slices
         }
+
+    def views_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The views that stand for an expert parameter; none for another one."""
+        own = [piece.key for piece in self._slices if piece.parameter is parameter]
+        return {key: self.views[key] for key in own}
 
     def learn(self, stage: Stage) -> None:
         """Let the layers of a stage learn."""

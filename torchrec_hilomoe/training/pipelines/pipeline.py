@@ -23,6 +23,7 @@ from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import SequenceGroup
+from torchrec_hilomoe.embeddings.freezing import frozen_lookups
 from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
 from torchrec_hilomoe.training.metrics import Metrics, Predictions
 from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
@@ -58,12 +59,10 @@ def warm_up_buckets(model: DistributedModelParallel, batch: CTRBatch) -> None:
         return
     on_gpu = [model.device] if model.device.type == "cuda" else []
     statistics = [(buffer, buffer.clone()) for buffer in task.model.backbone.buffers()]
-    frozen, task.model.sparse.frozen = task.model.sparse.frozen, True
-    with torch.random.fork_rng(devices=on_gpu):
+    with torch.random.fork_rng(devices=on_gpu), frozen_lookups(task.model.sparse):
         for _ in range(PASSES):
             loss, _ = model(batch.to(model.device))
             loss.backward()
-    task.model.sparse.frozen = frozen
     with torch.no_grad():
         for buffer, before in statistics:
             buffer.copy_(before)

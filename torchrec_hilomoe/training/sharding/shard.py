@@ -30,6 +30,7 @@ from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.sharding.capabilities import Machine
 from torchrec_hilomoe.training.sharding.plan_report import PlanReport
 from torchrec_hilomoe.training.sharding.planner import make_plan
+from torchrec_hilomoe.training.stages.wrapping import dense_learns
 
 __all__ = [
     "PlannedTables",
@@ -148,23 +149,21 @@ def shard(
 ) -> DistributedModelParallel:
     """Shard the tables by ``plan`` and replicate the rest with gradients averaged over ranks.
 
-    A task whose tables are already sharded is only wrapped anew: which parameters are
-    averaged is decided here, by ``requires_grad``, once. With none, nothing is averaged.
+    Which parameters are averaged is decided here, by ``requires_grad``, once; a stage wraps anew
+    what is inside. With none, nothing is averaged.
 
     Args:
         task: The model.
         plan: Where its tables go.
         device: What this rank computes on.
-        sharders: As :func:`sharders_of` gives them; TorchRec's own if the tables are sharded.
+        sharders: As :func:`sharders_of` gives them; None takes TorchRec's own.
         static_graph: Whether every backward averages; false lets some only add up.
     """
-    tables = set(task.model.sparse.tables)
-    dense_learns = any(p.requires_grad for p in task.parameters() if p not in tables)
     return DistributedModelParallel(
         task,
         device=device,
         plan=plan,
         sharders=sharders,
-        init_data_parallel=dense_learns,
+        init_data_parallel=dense_learns(task),
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=static_graph),
     )

@@ -4,17 +4,18 @@ A parameter that is frozen when data parallelism wraps the model and unfrozen la
 without all-reduce. So a boundary first sets ``requires_grad`` and then wraps the model anew.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import cast, TypeVar
 
 from torch import distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardedModule
 
+from torchrec_hilomoe.embeddings.freezing import freeze_lookups, lookups_of, table_parameters
 from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
-from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.sharding.shard import shard
 from torchrec_hilomoe.training.stages import Stage
+from torchrec_hilomoe.training.stages.wrapping import unwrapped, Wrap, wrapped_like
 
 __all__ = [
     "activate_layers",
@@ -24,12 +25,14 @@ __all__ = [
     "share_statistics",
 ]
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def check_stages(task: TrainTask, stages: Iterable[Stage], *, later: int = 0) -> None:
+
+def check_stages(model: nn.Module, stages: Iterable[Stage], *, later: int = 0) -> None:
     """Refuse, before the first step, stages that the model cannot follow.
 
     Args:
-        task: The model.
+        model: The model, not its wrapper.
         stages: The stages.
         later: Layers of the experts that a plain model may get later.
 
@@ -37,14 +40,14 @@ def check_stages(task: TrainTask, stages: Iterable[Stage], *, later: int = 0) ->
         ValueError: If a stage names more layers than a site has, or trains experts alone and
             there are none.
     """
-    layers = {name: site.config.num_layers for name, site in sites_of(task).items()}
+    layers = {name: site.config.num_layers for name, site in sites_of(model).items()}
     if not layers and later:
         layers = {"(yet to come)": later}
     for stage in stages:
         if not layers and not (stage.train_backbone or stage.train_tables):
             raise ValueError(
                 f"Stage {stage.name!r} trains experts alone, but the model has none. "
-                "Set model.hilomoe or drop the stage."
+                "Inject them (model.hilomoe of a configuration) or drop the stage."
             )
         named = {
             "active_layers": stage.active_layers or 0,
@@ -55,37 +58,47 @@ def check_stages(task: TrainTask, stages: Iterable[Stage], *, later: int = 0) ->
                 if layer > most:
                     raise ValueError(
                         f"Stage {stage.name!r}: {option} names layer {layer}, but site {name!r} "
-                        f"has {most}. Lower it or raise model.hilomoe.num_layers."
+                        f"has {most}. Lower it or raise num_layers (model.hilomoe.num_layers)."
                     )
 
 
 def enter_stage(
-    model: DistributedModelParallel, stage: Stage, *, static_graph: bool = True
-) -> DistributedModelParallel:
-    """Prepare the model for a stage and wrap it anew.
+    model: Model, stage: Stage, *, fixed: Collection[nn.Parameter] = (), wrap: Wrap | None = None
+) -> Model:
+    """Prepare the model for a stage and wrap it anew; a collective call.
 
     Args:
-        model: The sharded model, detached from any pipeline.
+        model: Detached from any pipeline; in its wrapper, if it has one.
         stage: What follows.
-        static_graph: As in :func:`torchrec_hilomoe.training.sharding.shard`.
+        fixed: Parameters that learn in no stage.
+        wrap: What wraps the model, in place of a wrapper like the one that it is in.
 
     Returns:
         The same tables and parameters under a new wrapper.
     """
-    task = model.module
-    assert isinstance(task, TrainTask)
-    share_statistics(task)
-    activate_layers(task, stage)
-    task.model.sparse.frozen = not stage.train_tables
-    tables = set(task.model.sparse.tables)
-    experts = set(expert_parameters(task).values())
-    for parameter in task.parameters():
+    module = unwrapped(model)
+    share_statistics(module)
+    activate_layers(module, stage)
+    freeze_lookups(module, not stage.train_tables)
+    # What of sharded tables learns was decided when they were sharded.
+    sharded = {
+        table
+        for lookup in lookups_of(module).values()
+        if isinstance(lookup, ShardedModule)
+        for table in lookup.parameters()
+    }
+    tables, experts = table_parameters(module), set(expert_parameters(module).values())
+    fixed = set(fixed)
+    for parameter in module.parameters():
         if parameter in experts:
-            parameter.requires_grad_(stage.experts_learn)
-        elif parameter not in tables:
-            parameter.requires_grad_(stage.train_backbone)
-    set_training_mode(task, stage)
-    return shard(task, model.plan, model.device, static_graph=static_graph)
+            learns = stage.experts_learn
+        else:
+            learns = stage.train_tables if parameter in tables else stage.train_backbone
+        if parameter not in sharded:
+            parameter.requires_grad_(learns and parameter not in fixed)
+    wrapped = wrapped_like(model, wrap)
+    set_training_mode(wrapped, stage)
+    return cast(Model, wrapped)
 
 
 def activate_layers(model: nn.Module, stage: Stage) -> None:
@@ -96,11 +109,13 @@ def activate_layers(model: nn.Module, stage: Stage) -> None:
 
 
 def share_statistics(task: nn.Module) -> None:
-    """Give every rank the first one's running statistics; a collective call.
+    """Give every rank the first one's running statistics; a collective call, if there are ranks.
 
     Each rank gathers them over its own rows. The first rank's stay as they are, so a run does not
     depend on when, and how often, they are shared.
     """
+    if not dist.is_initialized():
+        return
     for module in task.modules():
         if isinstance(module, _BatchNorm):
             for buffer in module.buffers(recurse=False):

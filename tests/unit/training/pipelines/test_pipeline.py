@@ -73,7 +73,7 @@ def train(
     source, outputs, trained = batches(ROWS, BATCH, epochs=None), [], assembly.model
     torch.manual_seed(1)  # for dropout
     for stage in stages:
-        trained = enter_stage(trained, stage, static_graph=how.gradient_accumulation_steps == 1)
+        trained = enter_stage(trained, stage)
         assembly.optimizers.enter(stage)
         assembly.optimizers.set_rates(StageSpan(stage=stage, start=0, stop=99), 0, decay=1.0)
         pipeline = Pipeline(trained, assembly.optimizers.stage_optimizer, trained.device, how)

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.helpers.models import batches, dense_parameters, in_memory, MODEL, task_of
 from torchrec_hilomoe.config import InjectionConfig
+from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
 from torchrec_hilomoe.training.stages import Stage
 from torchrec_hilomoe.training.stages.staging import check_stages, enter_stage, set_training_mode
@@ -31,7 +32,8 @@ EXPERTS = Stage(name="experts alone", active_layers=1, train_backbone=False, tra
 def test_what_computes_and_what_may_change(assembly, stage, active, backbone, experts):
     task = task_of(enter_stage(assembly.model, stage))
     assert {site.active_layers for site in sites_of(task).values()} == {active}
-    assert task.model.sparse.frozen != stage.train_tables
+    features = task.model.sparse(ModelInputs.of(next(batches(16, 16))))
+    assert features.candidate.requires_grad == stage.train_tables
     expert = set(expert_parameters(task).values())
     for name, parameter in dense_parameters(task).items():
         assert parameter.requires_grad == (experts if parameter in expert else backbone), name
@@ -65,7 +67,7 @@ def test_a_boundary_keeps_parameters_and_tables_where_they_are(assembly):
 def test_more_layers_than_a_site_has_are_refused(options, message):
     message = (
         f"Stage 'odd': {message}, but site 'model.backbone.head.hidden.0' has 2. "
-        "Lower it or raise model.hilomoe.num_layers."
+        "Lower it or raise num_layers (model.hilomoe.num_layers)."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         check_stages(in_memory(), [Stage(name="fine"), Stage(name="odd", **options)])

@@ -1,0 +1,417 @@
+"""Stages in a loop of the host's own, in one process."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+from torch.nn.parallel import DistributedDataParallel
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+
+from tests.helpers.staged_hosts import (
+    assert_only_what_learns_changes,
+    batches,
+    BOUNDARIES,
+    digests,
+    distributed,
+    driver_of,
+    host,
+    Looks,
+    SCHEDULE,
+    STEPS,
+)
+from tests.helpers.towers import CONFIG, tower
+from torchrec_hilomoe import inject_hilomoe, Stage, StageDriver, StageSchedule
+from torchrec_hilomoe.hilomoe.inject import expert_parameters
+from torchrec_hilomoe.training.stages import Decay, PlateauConfig, StageTimeline
+
+CPU = torch.device("cpu")
+ONE = StageSchedule(stages=(Stage(name="all", expert_lr_scale=1.0),))
+
+
+def site(norm: bool = False) -> nn.Sequential:
+    """The smallest host with experts, and with batch norm."""
+    model = tower()
+    if norm:
+        model.insert(1, nn.BatchNorm1d(5))
+    inject_hilomoe(model, CONFIG, sites=["0"])
+    return model
+
+
+def adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, lr=0.01)
+
+
+def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(step)
+    return torch.randn(8, 6, generator=rng), torch.rand(8, 1, generator=rng)
+
+
+def train(driver: StageDriver, until: int | None = None) -> Looks:
+    """Train a DLRM with a loop, and look at every boundary and at the end."""
+    looks: Looks = []
+    source = batches(driver.step)
+    while driver.step < (until or STEPS):
+        if driver.begin_step():
+            looks.append((driver.stage.name, digests(driver)))
+        loss, _ = driver.model(next(source))
+        loss.backward()
+        driver.optimizer.step()
+        driver.optimizer.zero_grad()
+        driver.end_step()
+    return [*looks, ("", digests(driver))]
+
+
+def steps(driver: StageDriver, count: int) -> Iterator[int]:
+    """Train a tower for some steps; yields each, once it is begun."""
+    for _ in range(count):
+        driver.begin_step()
+        yield driver.step
+        x, y = rows(driver.step)
+        driver.optimizer.zero_grad()
+        bce(driver.model(x), y).backward()
+        driver.optimizer.step()
+        driver.end_step()
+
+
+def run(driver: StageDriver, count: int) -> dict[str, torch.Tensor]:
+    for _ in steps(driver, count):
+        pass
+    return copy.deepcopy(dict(driver.model.state_dict()))
+
+
+def assert_same(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+WRAPS: dict[str, Callable[[], nn.Module]] = {
+    "bare": host,
+    "dmp": lambda: distributed(host(), "table_wise"),
+    "ddp": lambda: DistributedDataParallel(host()),
+}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_is_frozen_keeps_every_bit_and_what_learns_changes(wrap):
+    """Parameters, tables and the state of every optimizer, whatever the model is wrapped in."""
+    looks = train(driver_of(WRAPS[wrap]()))
+    assert [stage for stage, _ in looks] == [*(stage.name for stage in SCHEDULE.stages), ""]
+    assert_only_what_learns_changes(looks)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(wrap, step):
+    whole = driver_of(WRAPS[wrap]())
+    train(whole)
+    first = driver_of(WRAPS[wrap]())
+    train(first, step)
+    second = driver_of(WRAPS[wrap]())
+    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.step == step
+    train(second)
+    assert digests(second) == digests(whole)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("pipeline", [TrainPipelineBase, TrainPipelineSparseDist])
+def test_pipelines_of_the_driver_train_as_a_loop_does(pipeline):
+    want = driver_of(distributed(host(), "table_wise"))
+    train(want)
+    got = driver_of(
+        distributed(host(), "table_wise"), pipeline=lambda m, o: pipeline(m, o, device=CPU)
+    )
+    source = batches()
+    while not got.is_complete:
+        got.progress(source)
+        if got.step in (3, *BOUNDARIES):  # in a stage and between two
+            with got.evaluation() as model:
+                assert not model.training
+                model(next(batches(99)))
+    assert digests(got) == digests(want)
+
+
+def test_a_driver_with_one_stage_is_a_plain_loop():
+    """To the bit, though each expert layer is a tensor of its own to the optimizer."""
+    torch.manual_seed(1)
+    plain = site()
+    driven = copy.deepcopy(plain)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.01)
+    for step in range(5):
+        x, y = rows(step)
+        optimizer.zero_grad()
+        bce(plain(x), y).backward()
+        optimizer.step()
+    assert_same(run(StageDriver(driven, ONE, adam, total_steps=5), 5), plain.state_dict())
+
+
+def test_rates_are_the_hosts_times_the_stages_factors():
+    stage = Stage(name="all", lr_scale=0.5, expert_lr_scale=4.0, warmup_steps=2)
+    timeline = StageTimeline(
+        StageSchedule(stages=(stage,)), total_steps=4, decay=Decay(kind="linear")
+    )
+    driver = StageDriver(site(), timeline, adam)
+    seen = []
+    for _ in steps(driver, 4):
+        base, experts = driver.optimizer.param_groups
+        assert [base["experts"], experts["experts"]] == [False, True]
+        seen.append((base["lr"], experts["lr"]))
+    factors = [0.5, 0.75, 0.5, 0.25]  # of warm-up times decay
+    assert seen == [(0.01 * (0.5 * f), 0.01 * (4.0 * f)) for f in factors]
+
+
+def test_groups_of_the_host_keep_their_options_and_experts_get_groups_apart():
+    model = site()
+    base = {n: p for n, p in model.named_parameters() if n not in expert_parameters(model)}
+    decay = [p for p in base.values() if p.dim() > 1]
+    bias = [p for p in base.values() if p.dim() == 1]
+    groups = [{"params": decay, "weight_decay": 0.1, "lr": 0.1}, {"params": bias}]
+    driver = StageDriver(model, ONE, adam, total_steps=1, parameter_groups=groups)
+    driver.begin_step()
+    shown = [
+        (group["experts"], group["lr"], group["weight_decay"], len(group["params"]))
+        for group in driver.optimizer.param_groups
+    ]
+    # Two layers of expert_in, expert_out and expert_keys.
+    assert shown == [(False, 0.1, 0.1, 2), (False, 0.01, 0, 2), (True, 0.01, 0, 6)]
+
+
+def test_what_the_host_has_frozen_learns_in_no_stage():
+    model = site()
+    dict(model.named_parameters())["2.weight"].requires_grad_(False)
+    before = model.state_dict()["2.weight"].clone()
+    run(StageDriver(model, StageSchedule.three_stages(num_layers=2), adam, total_steps=50), 50)
+    assert torch.equal(model.state_dict()["2.weight"], before)
+
+
+def test_a_frozen_base_keeps_its_running_statistics_also_after_model_train():
+    stages = (Stage(name="layer 1", active_layers=1, train_backbone=False),)
+    driver = StageDriver(site(norm=True), StageSchedule(stages=stages), adam, total_steps=4)
+    before = dict(copy.deepcopy(driver.model[1].state_dict()))
+    run(driver, 2)
+    with driver.evaluation() as model:
+        model(rows(9)[0])
+    run(driver, 2)
+    assert_same(driver.model[1].state_dict(), before)
+
+
+def test_a_plateau_ends_a_stage():
+    stages = (
+        Stage(name="long", steps=8, active_layers=0, plateau=PlateauConfig(patience=1)),
+        Stage(name="all"),
+    )
+    timeline = StageTimeline(StageSchedule(stages=stages), total_steps=10, evaluate_every=2)
+    driver = StageDriver(site(), timeline, adam)
+    assert len(list(driver.take(iter(range(10))))) == 2  # what is read surely belongs to the stage
+    run(driver, 2)
+    assert not driver.observe({"auc": 0.7})
+    run(driver, 2)
+    assert driver.observe({"auc": 0.6})
+    assert driver.at_boundary
+    run(driver, 1)
+    assert driver.stage.name == "all"
+    again = StageDriver(
+        site(), StageTimeline(StageSchedule(stages=stages), total_steps=10, evaluate_every=2), adam
+    )
+    again.load_state_dict(driver.state_dict())
+    assert again.span == driver.span
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        torch.optim.NAdam,  # its state is no zero before its first step
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9),
+        lambda groups, lr: torch.optim.Adagrad(groups, lr, initial_accumulator_value=0.1),
+    ],
+)
+def test_any_optimizer_starts_and_goes_on_as_without_a_driver(kind):
+    def built() -> StageDriver:
+        torch.manual_seed(1)
+        return StageDriver(site(), ONE, lambda groups: kind(groups, lr=0.01), total_steps=6)
+
+    plain = built().model
+    optimizer = kind(plain.parameters(), lr=0.01)
+    for step in range(6):
+        x, y = rows(step)
+        optimizer.zero_grad()
+        bce(plain(x), y).backward()
+        optimizer.step()
+    first, second = built(), built()
+    second.model.load_state_dict(run(first, 3))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert_same(run(second, 3), plain.state_dict())
+
+
+@pytest.mark.usefixtures("alone")
+def test_wrappers_are_made_anew_with_the_options_that_they_had():
+    ddp = DistributedDataParallel(host(), bucket_cap_mb=7, find_unused_parameters=True)
+    driver = driver_of(ddp)
+    driver.begin_step()
+    new = driver.model
+    assert isinstance(new, DistributedDataParallel)
+    assert new is not ddp
+    assert new.module is ddp.module
+    assert (new.bucket_bytes_cap, new.find_unused_parameters) == (7 << 20, True)
+    with pytest.raises(ValueError, match="is of the time before stage 'plain' and would train"):
+        ddp(next(batches()))
+    wrapped = []
+    own = driver_of(host(), wrap=lambda model: wrapped.append(model) or nn.Sequential(model))
+    own.begin_step()
+    assert isinstance(own.model, nn.Sequential)
+    assert wrapped == [own.model[0]]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_pipeline_that_still_holds_the_model_is_refused():
+    driver = driver_of(distributed(host(), "table_wise"))
+    driver.begin_step()
+    pipeline = TrainPipelineSparseDist(driver.model, driver.optimizer, CPU)
+    ahead = driver.take(batches())
+    pipeline.progress(ahead)
+    driver.end_step()
+    assert not driver.begin_step()
+    pipeline.progress(ahead)
+    driver.end_step()
+    assert driver.at_boundary
+    with pytest.raises(
+        ValueError, match=r"stage 'layer 1' begins, but a pipeline of stage 'plain'"
+    ):
+        driver.begin_step()
+    pipeline.detach()
+    assert driver.begin_step()
+
+
+def test_gradients_of_the_layers_are_there_to_be_unscaled():
+    driver = StageDriver(site(), ONE, adam, total_steps=1)
+    driver.begin_step()
+    bce(driver.model(rows(0)[0]), rows(0)[1]).backward()
+    _, experts = driver.optimizer.param_groups
+    assert all(view.grad is None for view in experts["params"])
+    driver.optimizer.collect_gradients()
+    stack = expert_parameters(driver.model)["0.expert_keys"].grad
+    assert stack is not None
+    for view in experts["params"]:
+        view.grad.zero_()
+    assert not stack.any()
+
+
+def refusals() -> Iterator[tuple[str, Callable[[], Any]]]:
+    stage = Stage(name="odd", active_layers=3)
+    yield (
+        "Stage 'odd': active_layers names layer 3, but site '0' has 2",
+        lambda: StageDriver(site(), StageSchedule(stages=(stage,)), adam, total_steps=1),
+    )
+    yield (
+        "trains experts alone, but the model has none. Inject them",
+        lambda: StageDriver(
+            tower(), StageSchedule.three_stages(num_layers=2), adam, total_steps=50
+        ),
+    )
+    yield (
+        "total_steps is None, but the stages of a StageSchedule",
+        lambda: StageDriver(site(), ONE, adam),
+    )
+    yield (
+        "total_steps = 3, but the timeline has placed its stages in 9",
+        lambda: StageDriver(site(), StageTimeline(ONE, total_steps=9), adam, total_steps=3),
+    )
+    yield (
+        "optimizer is built already (Adam)",
+        lambda: StageDriver(
+            site(),
+            ONE,
+            cast(Any, torch.optim.Adam(site().parameters())),
+            total_steps=1,
+        ),
+    )
+    yield (
+        "optimizer has built Adam of other groups than the 2",
+        lambda: StageDriver(
+            site(), ONE, lambda _: torch.optim.Adam(tower().parameters()), total_steps=1
+        ),
+    )
+    yield (
+        "parameter_groups lacks 0.bias, 2.weight, 2.bias, which require",
+        lambda: (
+            lambda model: StageDriver(
+                model, ONE, adam, total_steps=1, parameter_groups=[{"params": [model[0].weight]}]
+            )
+        )(site()),
+    )
+    yield (
+        "parameter_groups[1] holds 0.weight again of shape (5, 6)",
+        lambda: (
+            lambda model: StageDriver(
+                model, ONE, adam, total_steps=1, parameter_groups=[{"params": model[0].weight}] * 2
+            )
+        )(site()),
+    )
+    yield (
+        "parameter_groups[0] holds a tensor of shape (2,)",
+        lambda: StageDriver(
+            site(), ONE, adam, total_steps=1, parameter_groups=[{"params": [torch.zeros(2)]}]
+        ),
+    )
+    yield (
+        "Stage 'own': optimizer = 'sgd', but StageDriver was given",
+        lambda: StageDriver(
+            site(), StageSchedule(stages=(Stage(name="own", optimizer="sgd"),)), adam, total_steps=1
+        ),
+    )
+    yield (
+        "its root of the model is a DataParallel",
+        lambda: StageDriver(nn.DataParallel(site()), ONE, adam, total_steps=1),
+    )
+    yield (
+        "model is compiled (a OptimizedModule)",
+        lambda: StageDriver(
+            cast(Any, torch.compile(site())),
+            ONE,
+            adam,
+            total_steps=1,
+        ),
+    )
+    yield (
+        "needs pipeline=, a function that builds one",
+        lambda: StageDriver(site(), ONE, adam, total_steps=1).progress(iter(())),
+    )
+
+
+@pytest.mark.parametrize(("message", "call"), [pytest.param(*r, id=r[0][:40]) for r in refusals()])
+def test_what_cannot_work_is_refused_by_name(message, call):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_steps_that_are_not_ended_and_runs_that_are_over_are_refused():
+    driver = StageDriver(site(), ONE, adam, total_steps=1)
+    driver.begin_step()
+    with pytest.raises(ValueError, match="step 0 was begun and not ended. Call end_step"):
+        driver.begin_step()
+    driver.end_step()
+    with pytest.raises(ValueError, match="step = 1 and the run has 1 steps. Ask is_complete"):
+        driver.begin_step()
+
+
+def test_the_state_of_another_run_is_refused():
+    driver = StageDriver(site(), StageSchedule.three_stages(num_layers=2), adam, total_steps=50)
+    run(driver, 20)
+    state = driver.state_dict()
+    with pytest.raises(ValueError, match="of step 20 in stage 'finetune', but this run has 10"):
+        StageDriver(site(), ONE, adam, total_steps=10).load_state_dict(state)
+    del state["optimizer"]["state"]["dense.2.bias"]
+    again = StageDriver(site(), StageSchedule.three_stages(num_layers=2), adam, total_steps=50)
+    with pytest.raises(ValueError, match=r"the state lacks \['2.bias'\] and has \[\]"):
+        again.load_state_dict(state)

@@ -1,0 +1,224 @@
+"""A host's own optimizer, of any kind, in stages: experts apart from base, layer by layer."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn, Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from torchrec_hilomoe.hilomoe.inject import expert_parameters
+from torchrec_hilomoe.training.optimizers.dense import begin_state, DenseOptimizer, ExpertLayers
+from torchrec_hilomoe.training.optimizers.stage_optimizers import (
+    groups_of,
+    StageOptimizer,
+    StageOptimizers,
+    states_of,
+)
+from torchrec_hilomoe.training.stages import Stage, StageSpan
+from torchrec_hilomoe.training.stages.wrapping import unwrapped
+
+__all__ = ["Factory", "HostOptimizers", "ParameterGroups"]
+
+Factory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+ParameterGroups = Sequence[Mapping[str, Any]]
+
+
+class HostOptimizers(StageOptimizers):
+    """One optimizer of the host's for base and experts, beside those fused into the tables.
+
+    It is built once, on the base's parameters and on views of the experts', one a layer, so that a
+    layer that joins late has a state of its own and a frozen one does not drift on its momentum.
+    What is frozen has no gradient, and so keeps its state. The rates that the host gave are what a
+    stage's factors multiply.
+
+    Args:
+        model: In its wrapper, if it has one.
+        factory: Builds the optimizer of groups, such as ``lambda groups: Adam(groups, lr=1e-3)``.
+        parameter_groups: The host's, with options of their own; None is one of all that learns.
+            Experts are taken out of them, with their group's options; those in none get a group.
+
+    Attributes:
+        learning: Every parameter that learns in some stage, by name.
+
+    Raises:
+        ValueError: If groups lack a parameter, hold one twice or a tensor that is none, or if the
+            optimizer does not hold what it was given.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        factory: Factory,
+        parameter_groups: ParameterGroups | None = None,
+    ) -> None:
+        module = unwrapped(model)
+        sharded = isinstance(model, DistributedModelParallel)
+        self._tables: KeyedOptimizer = model.fused_optimizer if sharded else CombinedOptimizer([])
+        named = (model if sharded else module).named_parameters()
+        self.learning = {
+            name: parameter
+            for name, parameter in in_backward_optimizer_filter(named)
+            if parameter.requires_grad
+        }
+        experts = {n: p for n, p in expert_parameters(module).items() if n in self.learning}
+        self._layers = ExpertLayers(experts)
+        given = [{"params": list(self.learning.values())}] if parameter_groups is None else []
+        groups = _split(parameter_groups or given, self.learning, self._layers)
+        optimizer = _built(factory, groups)
+        base = {n: p for n, p in self.learning.items() if n not in experts}
+        keyed = KeyedOptimizerWrapper({**base, **self._layers.views}, lambda _: optimizer)
+        self._begun = begin_state(keyed)
+        self._keyed: KeyedOptimizer = keyed
+        self._rates = _rates_of(keyed)
+        self._table_rates = [float(group["lr"]) for group in groups_of(self._tables)]
+        self._combined = CombinedOptimizer([("tables", self._tables), ("dense", keyed)])
+        self.stage_optimizer = StageOptimizer(self._tables, self._layers, [DenseOptimizer(keyed)])
+
+    def check(self, stages: Iterable[Stage]) -> None:
+        """Refuse stages that want of the host's optimizer what only its owner can change.
+
+        Raises:
+            ValueError: If a stage names an optimizer or a weight decay.
+        """
+        for stage in stages:
+            for option in ("optimizer", "weight_decay"):
+                if (value := getattr(stage, option)) is not None:
+                    raise ValueError(
+                        f"Stage {stage.name!r}: {option} = {value!r}, but StageDriver was given an "
+                        "optimizer of your own, whose kind and options are yours. Leave it None, "
+                        "and say it in parameter_groups or where the optimizer is built."
+                    )
+
+    def enter(self, stage: Stage) -> None:
+        """Let the base and the expert layers of a stage learn, and nothing else."""
+        self._layers.learn(stage)
+        for parameter in self.learning.values():
+            parameter.grad = None  # zero would be a gradient, which moves a frozen state
+        self._layers.drop_gradients()
+
+    def set_rates(self, span: StageSpan, step: int, decay: float) -> None:
+        """Multiply the host's rates by the stage's factors for ``step``."""
+        factor = decay * span.warmup(step)
+        base, experts = span.stage.lr_scale * factor, span.stage.expert_lr_scale * factor
+        for group, rate in zip(groups_of(self._keyed), self._rates, strict=True):
+            _set_rate(group, rate * (experts if group["experts"] else base))
+        for group, rate in zip(groups_of(self._tables), self._table_rates, strict=True):
+            group["lr"] = rate * base
+        self._tables.zero_grad()  # takes the rates over: the backward pass is the step of tables
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every parameter, by ``tables.`` or ``dense.`` and its name: views."""
+        return {"optimizer": {"state": states_of(self._combined)}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: If it is the state of other parameters.
+        """
+        states = state_dict["optimizer"]["state"]
+        own = {name: {} for name in ("tables", "dense")}
+        for key, state in states.items():
+            kind, _, name = key.partition(".")
+            own[kind][name] = state
+        wanted = {name for name, p in self._keyed.params.items() if p in self._keyed.state}
+        missing = sorted(wanted - own["dense"].keys()) if self._begun else []
+        unknown = sorted(own["dense"].keys() - self._keyed.params.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"StageDriver.load_state_dict: the state lacks {missing} and has {unknown}, which "
+                "the model has not. Load it into the model, sites and optimizer that it is of."
+            )
+        self._tables.load_state_dict({"state": own["tables"]})
+        held = cast(dict[Any, Any], self._keyed.state)
+        for name, parameter in self._keyed.params.items():
+            before = held.pop(parameter, {})
+            if name in own["dense"]:
+                held[parameter] = {
+                    key: _placed(key, value, before, cast(Tensor, parameter))
+                    for key, value in own["dense"][name].items()
+                }
+
+
+def _split(
+    given: ParameterGroups, learning: Mapping[str, nn.Parameter], layers: ExpertLayers
+) -> list[dict[str, Any]]:
+    """The host's groups, experts apart from base and layer by layer."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in learning.items()}
+    groups: list[dict[str, Any]] = []
+    seen: set[Tensor] = set()
+    for at, group in enumerate(given):
+        params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
+        base, views = [], []
+        for parameter in params:
+            if parameter not in names or parameter in seen:
+                what = f"{names[parameter]} again" if parameter in seen else "a tensor"
+                raise ValueError(
+                    f"StageDriver: parameter_groups[{at}] holds {what} of shape "
+                    f"{tuple(parameter.shape)}, which is no parameter of the model that learns and "
+                    "is in no group yet. Give each parameter that requires a gradient once, and "
+                    "none with an optimizer fused into its backward pass."
+                )
+            seen.add(parameter)
+            own = list(layers.views_of(parameter).values())
+            views += own
+            base += [] if own else [parameter]
+        for held, experts in ((base, False), (views, True)):
+            if held:
+                groups.append({**group, "params": held, "experts": experts})
+    left = [parameter for parameter in names if parameter not in seen]
+    views = [view for parameter in left for view in layers.views_of(parameter).values()]
+    if views:
+        groups.append({"params": views, "experts": True})
+    lost = [names[parameter] for parameter in left if not layers.views_of(parameter)]
+    if lost:
+        raise ValueError(
+            f"StageDriver: parameter_groups lacks {', '.join(lost)}, which require gradients that "
+            "no optimizer would use. Add them to a group, or call requires_grad_(False) on what "
+            "must not learn."
+        )
+    return groups
+
+
+def _built(factory: Factory, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    optimizer = factory(groups)
+    wanted = {id(tensor) for group in groups for tensor in group["params"]}
+    held = [group for group in optimizer.param_groups if "experts" in group]
+    if wanted != {id(tensor) for group in held for tensor in group["params"]}:
+        raise ValueError(
+            f"StageDriver: optimizer has built {type(optimizer).__name__} of other groups than the "
+            f"{len(groups)} that it was given, in which each expert layer is a tensor of its own. "
+            "Build it of these, as lambda groups: torch.optim.Adam(groups, lr=1e-3) does."
+        )
+    return optimizer
+
+
+def _rates_of(optimizer: KeyedOptimizer) -> list[float]:
+    for group in groups_of(optimizer):
+        if "lr" not in group:
+            raise ValueError(
+                "StageDriver: a group of the optimizer has no lr, which stages multiply. Give it "
+                "one, or an optimizer that has a learning rate."
+            )
+    return [float(group["lr"]) for group in groups_of(optimizer)]
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _placed(name: str, value: Any, before: Mapping[str, Any], parameter: Tensor) -> Any:
+    """A copy of a part of a parameter's state, where the optimizer wants it."""
+    if not isinstance(value, Tensor):
+        return value
+    old = before.get(name)
+    device = old.device if isinstance(old, Tensor) else parameter.device
+    if old is None and name == "step":  # on the host, unless the optimizer says otherwise
+        device = value.device
+    return value.detach().clone().to(device)
