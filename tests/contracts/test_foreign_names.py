@@ -53,6 +53,7 @@ USES = {
             "benchmarks/throughput/checks.py",
             "tests/distributed/test_plan.py",
             "tests/helpers/sharded.py",
+            "tests/helpers/staged_hosts.py",
             "torchrec_hilomoe/embeddings/frozen.py",
             "torchrec_hilomoe/training/checkpoint/reshard.py",
             "torchrec_hilomoe/training/checkpoint/state.py",
@@ -95,6 +96,7 @@ USES = {
         files=(
             "benchmarks/gpu/sharded.py",
             "benchmarks/side_by_side/dlrm.py",
+            "tests/helpers/staged_hosts.py",
             "torchrec_hilomoe/training/sharding/shard.py",
         ),
         there="torch.distributed.optim._apply_optimizer_in_backward",
@@ -233,6 +235,7 @@ USES = {
             "tests/unit/embeddings/test_unpooled_as_pooled.py",
             "tests/unit/hilomoe/test_hosts.py",
             "tests/unit/hilomoe/test_report.py",
+            "torchrec_hilomoe/embeddings/freezing.py",
             "torchrec_hilomoe/hilomoe/host_watch.py",
         ),
         there="tests/unit/embeddings/test_unpooled_as_pooled.py",
@@ -241,6 +244,16 @@ USES = {
         why="the same",
         files=("tests/numerics/test_sample_router.py", "tests/unit/hilomoe/test_hosts.py"),
         there="tests/numerics/test_sample_router.py",
+    ),
+    "_env": Use(
+        why="TorchRec's wrapper does not tell the ranks among which it shards",
+        files=("torchrec_hilomoe/training/stages/wrapping.py",),
+        there="tests/unit/training/stages/test_driver.py",
+    ),
+    "_data_parallel_wrapper": Use(
+        why="nor how it replicates the rest",
+        files=("torchrec_hilomoe/training/stages/wrapping.py",),
+        there="tests/unit/training/stages/test_driver.py",
     ),
     "_path_handlers": Use(
         why="tests take away a store that they registered with iopath",

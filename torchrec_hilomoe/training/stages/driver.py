@@ -1,5 +1,6 @@
 """The stages of a run, driven: in anyone's loop, and in the trainer's."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -285,13 +286,13 @@ class StageDriver(Generic[Model]):
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, and the state of every optimizer: views, not copies.
 
-        Save it between two steps beside the model's own ``state_dict``. A host starts its loader
-        again at batch ``step``, since pipelines read ahead.
+        Save it between two steps beside the model's own ``state_dict``, by DCP where tables are
+        sharded. A host starts its loader again at batch ``step``, since pipelines read ahead.
         """
         return {
             "step": self.step,
             "stage": self._span.stage.name,
-            "timeline": self._timeline.state_dict(),
+            "timeline": json.dumps(self._timeline.state_dict()),
             **self._optimizers.state_dict(),
         }
 
@@ -302,7 +303,7 @@ class StageDriver(Generic[Model]):
             ValueError: If it is the state of another schedule, run or model.
         """
         step, stage = state_dict["step"], state_dict["stage"]
-        self._timeline.load_state_dict(state_dict["timeline"])
+        self._timeline.load_state_dict(json.loads(state_dict["timeline"]))
         steps = self._timeline.total_steps
         here = self._timeline.at(max(0, step - 1)).stage.name
         if step > steps or stage != here:
