@@ -13,14 +13,14 @@ import torch
 from torch import nn, Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
+from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 from torchrec_hilomoe.embeddings.features import (
     FeatureWidths,
-    History,
     HistoryWidths,
     ModelInputs,
     SequenceFeatures,
 )
+from torchrec_hilomoe.embeddings.lay_out import lay_out, LookedUp
 from torchrec_hilomoe.embeddings.tables import (
     frozen_collections,
     pooled_collection,
@@ -158,29 +158,27 @@ class SparseArch(nn.Module):
 
     def forward(self, inputs: ModelInputs) -> SequenceFeatures:
         """Look up and lay out."""
+        schema, rows = self._schema, inputs.rows
         vectors = self._unpooled_vectors(inputs.unpooled)
-        fields = {
-            field.name: self._vectors(field.name, vectors[field.name].values())
-            for field in self._schema.candidate
-        }
-        moments = {name: inputs.times[place] for place, name in enumerate(self._schema.event_times)}
-        return SequenceFeatures(
-            candidate=torch.cat([fields[field.name] for field in self._schema.candidate], dim=1),
-            context=self._context(inputs.pooled, inputs.dense, inputs.rows),
-            histories=tuple(
-                self._history(
-                    group,
-                    vectors,
-                    fields,
-                    None if group.time is None else moments[group.time],
-                    inputs.rows,
-                )
-                for group in self._schema.sequences
+        pooled = self._pooled_vectors(inputs.pooled)
+        found = LookedUp(
+            unpooled={
+                field.name: vectors[field.name].values()
+                for field in (*schema.candidate, *schema.sequence_fields)
+            },
+            # By key: the order in which a sharded collection returns its features is the plan's.
+            pooled={it.name: first(rows, pooled[self._width(it)][it.name]) for it in schema.pooled},
+            lengths=tuple(
+                first(rows, vectors[group.fields[0].name].lengths().long())
+                for group in schema.sequences
             ),
+            dense=inputs.dense,
             max_seqlen=inputs.max_seqlen,
-            time=inputs.time if self._schema.time is not None else None,
             num_tokens=inputs.num_tokens,
+            time=inputs.time,
+            times=inputs.times,
         )
+        return lay_out(found, schema, self.projections, self.dense_embedding)
 
     def _unpooled_vectors(self, unpooled: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         found = {TRAINED: self.unpooled(unpooled)} | self._given("unpooled", unpooled)
@@ -190,19 +188,11 @@ class SparseArch(nn.Module):
             for field in (*self._schema.candidate, *self._schema.sequence_fields)
         }
 
-    def _context(self, pooled: KeyedJaggedTensor, dense_BF: Tensor, rows: int | None) -> Tensor:
+    def _pooled_vectors(self, pooled: KeyedJaggedTensor) -> dict[int, Any]:
         # Taken apart at once: picked one by one, each feature's gradient would be as wide as that
         # of all of them together.
         found = {} if self.pooled is None else {TRAINED: self.pooled(pooled).to_dict()}
-        found |= self._given("pooled", pooled)
-        # By key: the order in which a sharded collection returns its features is the plan's.
-        parts = [
-            first(rows, self._vectors(feature.name, found[self._width(feature)][feature.name]))
-            for feature in self._schema.pooled
-        ]
-        if self.dense_embedding is not None:
-            dense_BF = (dense_BF[:, :, None] * self.dense_embedding).flatten(1)
-        return torch.cat([*parts, dense_BF], dim=1)
+        return found | self._given("pooled", pooled)
 
     def _given(self, kind: str, ids: KeyedJaggedTensor) -> dict[int, Any]:
         """Look up in the frozen tables of a kind, by their width."""
@@ -215,32 +205,6 @@ class SparseArch(nn.Module):
     def _width(self, feature: IdFeature | PooledFeature) -> int:
         frozen = self._schema.frozen.get(feature.table)
         return TRAINED if frozen is None else frozen.width
-
-    def _history(
-        self,
-        group: SequenceGroup,
-        vectors: Mapping[str, JaggedTensor],
-        candidate: Mapping[str, Tensor],
-        times_T: Tensor | None,
-        rows: int | None,
-    ) -> History:
-        by_table = {field.table: candidate[field.name] for field in self._schema.candidate}
-        absent_BD = torch.zeros_like(next(iter(candidate.values())))
-        fields = [self._vectors(field.name, vectors[field.name].values()) for field in group.fields]
-        return History(
-            events=torch.cat(fields, dim=1),
-            lengths=first(rows, vectors[group.fields[0].name].lengths().long()),
-            target=torch.cat(
-                [by_table.get(field.table, absent_BD) for field in group.fields], dim=1
-            ),
-            times=times_T,
-        )
-
-    def _vectors(self, feature: str, found: Tensor) -> Tensor:
-        """Turn what was looked up for a feature into its embeddings."""
-        if feature in self.projections:
-            return self.projections[feature](found.detach())
-        return found
 
 
 def first(rows: int | None, x: Tensor) -> Tensor:
