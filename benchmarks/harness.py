@@ -8,9 +8,7 @@ rounds differ too much to conclude anything, that is said and recorded.
 import json
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +19,13 @@ from typing import Any
 
 import torch
 
+from torchrec_hilomoe.runtime.process import commit_of
+
 __all__ = [
     "FEWEST_ROUNDS",
     "TOO_WIDE",
     "Measurement",
     "append",
-    "commit_of",
     "environment",
     "measure",
     "peak_bytes",
@@ -39,7 +38,6 @@ __all__ = [
 
 FEWEST_ROUNDS = 5
 TOO_WIDE = 0.1  # of a figure: an interquartile range above it is of a machine that did other things
-CODE = ("torchrec_hilomoe", "benchmarks/*.py")  # what a measurement depends on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,22 +155,6 @@ def environment(device: str) -> dict[str, str | int]:
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
     }
-
-
-def commit_of(root: Path) -> str:
-    """Return the commit of a checkout; marked where the code that is measured is another."""
-    if shutil.which("git") is None:
-        return "none"
-
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
-    if not commit:
-        return "none"
-    changed = git("diff", "--quiet", "HEAD", "--", *CODE).returncode
-    return f"{commit}-dirty" if changed else commit
 
 
 def append(path: Path, rows: list[dict]) -> None:

@@ -17,6 +17,7 @@ MODULES = {
     "torchrec_hilomoe": "What most users need.",
     "torchrec_hilomoe.hilomoe": "Everything about sites and routers.",
     "torchrec_hilomoe.data.schema": "What the columns of a data set are.",
+    "torchrec_hilomoe.serving": "From a checkpoint to probabilities for raw rows.",
     "torchrec_hilomoe.hilomoe.reference": "The equations as plain loops, in any dtype.",
 }
 HEAD = """# API

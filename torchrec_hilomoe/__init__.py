@@ -8,6 +8,7 @@ The tree is the flow; read it in this order:
     4  backbones/   SEQUENCE FEATURES -> LOGITS: published models, sites declared
     5  models/      PARTS -> MODEL: what is exported, what is trained, what it costs
     6  training/    MODEL -> TRAINED MODEL: stages, optimizers, sharding, the loop, checkpoints
+    7  serving/     TRAINED MODEL -> PROBABILITIES: export, the artifact, the scorer
        planning/    what a run needs on machines that are not here;  sweep/: many runs, the best one
        apps/        the commands;  config/, options.py, command_line.py, recipes/: a run
        runtime/     processes, paths, console

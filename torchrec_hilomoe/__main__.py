@@ -19,6 +19,8 @@ COMMANDS = {
     "train": "train a model: one process, or one of many that a launcher starts",
     "prepare": "turn a data set's raw files into Parquet and a schema",
     "evaluate": "evaluate a checkpoint, on any number of ranks",
+    "export": "export a checkpoint as a folder that scores raw rows",
+    "score": "score files of raw rows by an exported model",
     "probe": "find out whether experts will pay, and routed by which features",
     "report": "show a run as one HTML page",
     "plan": "plan a run on machines that are not here",

@@ -260,6 +260,11 @@ USES = {
         files=("tests/unit/runtime/test_paths.py", "tests/unit/test_command_line.py"),
         there="tests/unit/runtime/test_paths.py",
     ),
+    "_inductor": Use(
+        why="AOTInductor's compiler and loader, which PyTorch documents under this name alone",
+        files=("torchrec_hilomoe/serving/package.py",),
+        there="torch._inductor.aoti_load_package",
+    ),
     "_app": Use(
         why="TorchX's dry run hands its scheduler's request out no other way",
         files=("tests/helpers/torchx_jobs.py",),

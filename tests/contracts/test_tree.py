@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 APPS = sorted((ROOT / "apps").glob("*.py"))
 TEXTS = [*MODULES, *APPS, *sorted(ROOT.glob("*.md"))]
 # Of the map in the package's docstring, in its order.
-FLOW = ("data", "embeddings", "hilomoe", "backbones", "models", "training")
+FLOW = ("data", "embeddings", "hilomoe", "backbones", "models", "training", "serving")
 
 
 def lines(path: Path) -> int:

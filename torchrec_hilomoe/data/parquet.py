@@ -23,6 +23,7 @@ __all__ = [
     "ParquetSource",
     "check_columns",
     "check_folder",
+    "column_faults",
     "is_list",
     "load_schema",
     "raw_values",
@@ -249,6 +250,19 @@ def check_columns(columns: pa.Schema, schema: Schema, where: str) -> None:
     Raises:
         DataError: Naming every fault.
     """
+    if faults := column_faults(columns, schema):
+        raise DataError(
+            f"{where}: {'; '.join(faults)}. Prepare the data again, or correct its schema.json."
+        )
+
+
+def column_faults(columns: pa.Schema, schema: Schema) -> list[str]:
+    """Say which columns are missing or of a type that cannot hold what the schema says.
+
+    Args:
+        columns: The Arrow schema of some rows.
+        schema: What is wanted.
+    """
     lists = {field.name for field in schema.sequence_fields} | set(schema.event_times)
     lists |= {feature.name for feature in schema.pooled if feature.max_length > 1}
     ids = {feature.name for feature in schema.id_features}
@@ -267,10 +281,7 @@ def check_columns(columns: pa.Schema, schema: Schema, where: str) -> None:
             fits, wanted = _is_number(stored), "a number"
         if not fits:
             faults.append(f"column {name!r} is {stored}, the schema wants {wanted}")
-    if faults:
-        raise DataError(
-            f"{where}: {'; '.join(faults)}. Prepare the data again, or correct its schema.json."
-        )
+    return faults
 
 
 def is_list(stored: pa.DataType) -> bool:

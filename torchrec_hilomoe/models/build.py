@@ -35,8 +35,16 @@ __all__ = [
 ]
 
 
-def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
-    """Build the model that is trained, its tables on the ``meta`` device until they are sharded.
+UNSHARDED = torch.device("meta")
+
+
+def build_task(config: ModelConfig, schema: Schema, tables: torch.device = UNSHARDED) -> TrainTask:
+    """Build the model that is trained.
+
+    Args:
+        config: Its options.
+        schema: Of the data.
+        tables: Where its tables are made: on ``meta`` until they are sharded, by default.
 
     Raises:
         ValueError: If the configuration is impossible, alone or with the schema.
@@ -46,9 +54,7 @@ def build_task(config: ModelConfig, schema: Schema) -> TrainTask:
             f"model.embedding_dim must be a multiple of 4, got {config.embedding_dim}; "
             "FBGEMM's kernels want aligned rows."
         )
-    sparse = SparseArch(
-        schema, config.embedding_dim, torch.device("meta"), embed_dense=config.embed_dense
-    )
+    sparse = SparseArch(schema, config.embedding_dim, tables, embed_dense=config.embed_dense)
     backbone = build_backbone(config, sparse.widths)
     _check_targets(config.backbone, schema)
     task = TrainTask(CTRModel(sparse, backbone))

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import harness
-from benchmarks.harness import append, commit_of, environment, measure, read_lines
+from benchmarks.harness import append, environment, measure, read_lines
+from torchrec_hilomoe.runtime.process import commit_of
 
 
 @pytest.fixture

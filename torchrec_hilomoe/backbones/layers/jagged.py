@@ -21,6 +21,7 @@ __all__ = [
     "Tokens",
     "layout_of",
     "max_rows",
+    "mean_of",
     "mean_rows",
     "offsets_of",
     "pad",
@@ -69,8 +70,13 @@ def sum_rows(values_TW: Tensor, offsets: Tensor) -> Tensor:
 
 def mean_rows(history: History) -> Tensor:
     """Return ``(B, W)``, the mean of each row's events; zero for a row without any."""
-    sums_BW = sum_rows(history.events, offsets_of(history.lengths))
-    return sums_BW / history.lengths.clamp(min=1).unsqueeze(1)
+    return mean_of(history.events, history.lengths)
+
+
+def mean_of(values_TW: Tensor, lengths_B: Tensor) -> Tensor:
+    """Return ``(B, W)``, the mean of each row's values; zero for a row without any."""
+    sums_BW = sum_rows(values_TW, offsets_of(lengths_B))
+    return sums_BW / lengths_B.clamp(min=1).unsqueeze(1)
 
 
 def max_rows(values_TW: Tensor, offsets: Tensor, row_T: Tensor) -> Tensor:

@@ -294,8 +294,11 @@ class Checkpoint:
                 f"{shown}{more}\n{_remedy(self.path, missing, extra)}"
             )
         if differing:
-            names = ", ".join(sorted(differing))
-            logger.info("allowed to differ from %s, and left as they are: %s", self.path, names)
+            logger.info(
+                "allowed to differ from %s, and left as they are: %s",
+                self.path,
+                listed(sorted(differing)),
+            )
         return frozenset(missing | reshaped)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Progress",
     "RoutingDecision",
     "cause_of",
+    "own_checksum",
     "read_manifest",
     "rewrite_manifest",
     "write_manifest",
@@ -164,7 +165,7 @@ def rewrite_manifest(old: str, new: str, files: Mapping[str, FileChecksum]) -> N
 
 def _write(folder: str, described: Mapping[str, Any]) -> None:
     with open_text(f"{folder}/{PROGRESS_FILE}", "w") as sink:
-        sink.write(to_json({**described, "crc32": _own_checksum(described)}) + "\n")
+        sink.write(to_json({**described, "crc32": own_checksum(described)}) + "\n")
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -189,7 +190,7 @@ def read_manifest(path: str | Path) -> Manifest:
             "Train again, or load it with the version of the package that wrote it."
         )
     try:
-        if raw.pop("crc32", None) != _own_checksum(raw):
+        if raw.pop("crc32", None) != own_checksum(raw):
             raise DocumentError("its own CRC-32 is another")
         needed = [part for part in PARTS if part != "decision"]  # which older runs do not have
         if problem := misfit_of_parts(raw, PARTS, needed):
@@ -209,7 +210,8 @@ def _read(folder: str | Path) -> dict[str, Any]:
     return parse_json(read_text(f"{folder}/{PROGRESS_FILE}"), "it")
 
 
-def _own_checksum(described: Mapping[str, Any]) -> int:
+def own_checksum(described: Mapping[str, Any]) -> int:
+    """Return the CRC-32 of what a manifest says, which stands in it as ``crc32``."""
     return zlib.crc32(json.dumps(described, sort_keys=True).encode())
 
 

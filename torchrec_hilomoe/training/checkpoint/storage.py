@@ -34,7 +34,15 @@ from torchrec_hilomoe.training.checkpoint.manifest import (
     PROGRESS_FILE,
 )
 
-__all__ = ["Folder", "IndexUnpickler", "Reader", "Store", "latest", "verify_checksums"]
+__all__ = [
+    "Folder",
+    "IndexUnpickler",
+    "Reader",
+    "Store",
+    "find_difference",
+    "latest",
+    "verify_checksums",
+]
 
 CHUNK = 2**22
 CHECKPOINT = r"step_(0|[1-9][0-9]*)"  # as :meth:`Folder.at` names it
@@ -187,7 +195,7 @@ def verify_checksums(path: str, files: Mapping[str, FileChecksum]) -> None:
     """
     mine = sorted(files)[dist.get_rank() :: dist.get_world_size()]
     found: list[list[str]] = [[]] * dist.get_world_size()
-    problems = [text for name in mine if (text := _difference(f"{path}/{name}", files[name]))]
+    problems = [text for name in mine if (text := find_difference(f"{path}/{name}", files[name]))]
     dist.all_gather_object(found, problems)
     if any(found):
         told = "; ".join(text for part in found for text in part)
@@ -197,7 +205,8 @@ def verify_checksums(path: str, files: Mapping[str, FileChecksum]) -> None:
         )
 
 
-def _difference(file: str, wanted: FileChecksum) -> str | None:
+def find_difference(file: str, wanted: FileChecksum) -> str | None:
+    """Say in which way a file is not what was written; None if it is."""
     size, crc32 = 0, 0
     try:
         check_plain(file)

@@ -1,0 +1,138 @@
+"""From raw files to probabilities: prepare, train, export, score, each by its command."""
+
+import json
+import runpy
+import sys
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.helpers.processes import ROOT, run_ranks
+from tests.helpers.runs import assert_same_metrics, train
+from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
+from torchrec_hilomoe.training.metrics import compute_metrics
+
+ROWS, TESTED = 2000, 300
+COLOURS = ["red", "green", "blue"]
+DESCRIPTION: dict[str, Any] = {
+    "dataset": "shop",
+    "tables": {"user": 50, "age": 8},
+    "candidate": [{"name": "item", "table": "item"}],
+    "sequences": [
+        {
+            "name": "clicks",
+            "fields": [{"name": "clicked", "table": "item"}],
+            "max_length": 4,
+            "time": "clicked_at",
+        }
+    ],
+    "pooled": [
+        {"name": "user", "table": "user"},
+        {"name": "age", "table": "age"},
+        {"name": "colours", "table": "colour", "max_length": 3},
+    ],
+    "dense": ["price"],
+    "label": "label",
+    "group": "user",
+    "time": "at",
+    "vocabularies": {
+        "item": {"kind": "counted", "min_count": 4},
+        "user": {"kind": "hashed"},
+        "colour": {"kind": "given", "file": "colours.txt", "unknown": "last"},
+    },
+}
+
+
+def raw_rows(rows: int, seed: int) -> pa.Table:
+    """Rows with rare items, and colours that no list has."""
+    rng = np.random.default_rng(seed)
+
+    def items(count: int) -> list[str]:
+        return [f"i{it}" for it in rng.zipf(1.5, size=count) % 60]
+
+    lengths = rng.integers(0, 7, size=rows).tolist()
+    return pa.table(
+        {
+            "item": pa.array(items(rows)).dictionary_encode(),
+            "clicked": pa.array([items(n) for n in lengths], pa.list_(pa.string())),
+            "clicked_at": pa.array([[1000] * n for n in lengths], pa.list_(pa.int64())),
+            "user": [f"u{n}" for n in rng.integers(0, 200, size=rows)],
+            "age": pa.array(rng.integers(0, 8, size=rows), pa.int8()),
+            "colours": [
+                rng.choice([*COLOURS, "odd"], size=n).tolist() for n in rng.integers(0, 5, rows)
+            ],
+            "price": rng.normal(size=rows),
+            "label": pa.array(rng.random(rows) < 0.3),
+            "at": rng.integers(2000, 3000, size=rows),
+        }
+    )
+
+
+def run(name, argv):
+    """Run an app, as it stands in a clone, in this process."""
+    sys.argv = [f"apps/{name}.py", *map(str, argv)]
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "apps" / f"{name}.py"), run_name="__main__")
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A folder with raw and prepared rows and a run whose experts have learned."""
+    folder = tmp_path_factory.mktemp("shop")
+    raw = folder / "raw"
+    raw.mkdir()
+    for split, rows, seed in (("train", ROWS, 1), ("valid", 200, 2), ("test", TESTED, 3)):
+        pq.write_table(raw_rows(rows, seed), raw / f"{split}.parquet")
+    (raw / "colours.txt").write_text("\n".join(COLOURS) + "\n")
+    (raw / "schema.yaml").write_text(yaml.safe_dump(DESCRIPTION))
+    prepare_parquet(raw=str(raw), schema=str(raw / "schema.yaml"), out=str(folder / "data"))
+    options = [f"--data.path={folder / 'data'}", "--model.backbone=din"]
+    options += ["--model.hilomoe.routing=sample", "--checkpoint.every_steps=5"]
+    train(folder / "run", *options, "--model.hilomoe.route_by=[[item],[colours],[clicked]]")
+    return folder
+
+
+def test_raw_rows_score_as_evaluation_scores_what_was_prepared_of_them(shop, capsys):
+    checkpoints = shop / "run" / "checkpoints"
+    checkpoint, out = checkpoints / "step_18", shop / "model"
+    (code,) = run_ranks(
+        run, 1, "export", [checkpoint, "--out", out, "--split", "test"], joined=False
+    )
+    assert code == 0
+    result = shop / "test.json"
+    argv = [checkpoint, "--out", result, "--device", "cpu"]
+    (code,) = run_ranks(run, 1, "evaluate", argv, joined=False)
+    assert code == 0
+    evaluated = json.loads(result.read_text())["metrics"]
+    exported = json.loads((out / "manifest.json").read_text())["origin"]
+    assert exported["step"] == 18
+    assert exported["expert_layers"] == 3
+    assert_same_metrics(exported["metrics"], evaluated, checkpoint)
+
+    (shop / "copy").mkdir()
+    raw = pq.read_table(shop / "raw" / "test.parquet")
+    for name, table in {"one": raw.slice(0, 100), "two": raw.slice(100)}.items():
+        pq.write_table(table.drop_columns(["label", "at", "clicked_at"]), shop / "copy" / name)
+    files = [shop / "copy" / "one", shop / "copy" / "two"]
+    assert run("score", [out, "--data", *files, "--out", shop / "scored"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["rows"].values()) == [100, TESTED - 100]
+    parts = [pq.read_table(shop / "scored" / name)["probability"] for name in ("one", "two")]
+    probabilities_N = np.concatenate(parts).astype(np.float64)
+    logits_N = np.log(probabilities_N) - np.log1p(-probabilities_N)
+    labels_N = raw["label"].to_numpy().astype(np.float64)
+    metrics = compute_metrics(logits_N, labels_N, np.zeros(TESTED))
+    # Two rows that differ by less than rounding may change places.
+    assert abs(metrics.auc - evaluated["auc"]) <= 1 / TESTED
+
+
+def test_a_checkpoint_from_before_the_experts_is_refused_by_the_command(shop):
+    out = shop / "early"
+    argv = [shop / "run" / "checkpoints" / "step_5", "--out", out]
+    (code,) = run_ranks(run, 1, "export", argv, joined=False)
+    assert code == 2
+    assert not out.exists()

@@ -1,0 +1,251 @@
+"""``Scorer``: raw values or ids, rows in order, one sentence for what cannot be scored."""
+
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.helpers.datasets import replace_column, SCHEMA, toy_table
+from tests.helpers.rounding import assert_same, assert_within, of_sums, rounding_of
+from tests.helpers.serving import batch_of, ranker
+from torchrec_hilomoe.data.hashing import hash_ids
+from torchrec_hilomoe.data.schema import VocabularyRule
+from torchrec_hilomoe.embeddings.features import ModelInputs
+from torchrec_hilomoe.serving import export_model, Scorer
+from torchrec_hilomoe.serving import scorer as scorer_module
+from torchrec_hilomoe.serving.files import score_files
+from torchrec_hilomoe.serving.requests import Requests
+
+ROWS = 40
+EMPTY = pa.list_(pa.int8())
+
+
+@pytest.fixture(scope="module")
+def scorer(exported_once):
+    return Scorer(exported_once)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return toy_table(ROWS, seed=3).drop_columns(["label"])
+
+
+def test_scores_are_the_probabilities_that_evaluation_has(scorer, rows):
+    torch.manual_seed(0)
+    task = ranker("din", "row")  # the one that was exported
+    inputs = ModelInputs.of(batch_of(toy_table(ROWS, seed=3)))
+
+    def probabilities(model, inputs):
+        return torch.sigmoid(model(inputs))
+
+    with torch.no_grad():
+        want, rounding = probabilities(task.model, inputs), None
+        rounding = rounding_of(probabilities, task.model, inputs)
+    got = scorer.score(rows)
+    assert got.dtype == np.float32
+    assert_within(torch.from_numpy(got), want, rounding)
+
+
+def test_rows_may_come_as_columns_in_any_order_with_others_or_none_at_all(scorer, rows):
+    want = scorer.score(rows)
+    columns = dict(reversed(rows.to_pydict().items()))
+    assert_same(torch.from_numpy(scorer.score(columns)), torch.from_numpy(want))
+    arrays = columns | {"item": np.array(columns["item"], dtype=np.int16)}
+    assert_same(torch.from_numpy(scorer.score(arrays, values="ids")), torch.from_numpy(want))
+    assert scorer.score(rows.slice(0, 0)).shape == (0,)
+    assert scorer.score(rows.slice(0, 0).to_pydict()).shape == (0,)
+    chunked = pa.concat_tables([rows.slice(0, 7), rows.slice(7)])
+    assert_same(torch.from_numpy(scorer.score(chunked)), torch.from_numpy(want))
+
+
+def test_many_rows_are_scored_a_piece_at_a_time(scorer, rows, monkeypatch):
+    want = scorer.score(rows)
+    monkeypatch.setattr(scorer_module, "ROWS_AT_ONCE", 7)
+    # Products of other shapes add up otherwise; no sum has more terms than the head's input.
+    rounding = of_sums(64) * torch.finfo(torch.float32).eps
+    assert_within(torch.from_numpy(scorer.score(rows)), torch.from_numpy(want), rounding)
+
+
+def test_a_request_is_its_rows(scorer, rows):
+    one = rows.slice(5, 1).to_pylist()[0]
+    own = ("item", "kind", "price")
+    user = {name: value for name, value in one.items() if name not in own}
+    candidates = rows.select(own)
+    table = rows
+    for name in user:
+        kind = rows.schema.field(name).type
+        table = replace_column(table, name, pa.array([one[name]] * ROWS, kind))
+    want = torch.from_numpy(scorer.score(table))
+    assert_same(torch.from_numpy(scorer.score_request(user, candidates)), want)
+    assert_same(torch.from_numpy(scorer.score_request(user, candidates, values="ids")), want)
+    assert scorer.score_request(user, candidates.slice(0, 0)).shape == (0,)
+
+
+def test_threads_share_a_scorer(scorer, rows):
+    want, found = scorer.score(rows), {}
+    scorer.warm_up()
+
+    def run(number):
+        found[number] = [scorer.score(rows) for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(np.array_equal(got, want) for of_thread in found.values() for got in of_thread)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda it: it.drop_columns(["kind"]), "column 'kind' is missing; rows need the columns i"),
+        (
+            lambda it: replace_column(it, "item", pa.array(["a"] * ROWS)),
+            "column 'item' has values of type string, but those of table 'item' are int64",
+        ),
+        (
+            lambda it: replace_column(it, "item", pa.array([1.5] * ROWS)),
+            "values of type double, but values of table 'item' are whole numbers or texts",
+        ),
+        (
+            lambda it: replace_column(it, "tags", pa.array([1] * ROWS)),
+            "column 'tags' is int64, the schema wants a list of integers",
+        ),
+        (
+            lambda it: replace_column(it, "price", pa.array(["1"] * ROWS)),
+            "column 'price' is string, the schema wants a number",
+        ),
+        (
+            lambda it: replace_column(it, "item", pa.array([1] * 3 + [20] + [1] * (ROWS - 4))),
+            "row 3: item has id 20, outside its table's 0 to 19; correct it",
+        ),
+        (
+            lambda it: replace_column(it, "views_item", pa.array([[1, -1]] * ROWS)),
+            "row 0: views_item has id -1",
+        ),
+        (
+            lambda it: replace_column(
+                it, "clicks_item", pa.array([[]] * ROWS, pa.list_(pa.int8()))
+            ),
+            "sequence group 'clicks' have unequal lengths",
+        ),
+        (
+            lambda it: replace_column(it, "price", pa.array([None] * ROWS, pa.float64())),
+            "price is null",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_told_in_a_sentence(scorer, rows, change, told):
+    with pytest.raises(ValueError, match=r"column|row") as error:
+        scorer.score(change(rows))
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_columns_of_unequal_length_are_told(scorer, rows):
+    with pytest.raises(ValueError, match="no columns of equal length"):
+        scorer.score(rows.to_pydict() | {"item": [1]})
+
+
+VOCABULARY = pa.table({"value": ["red", "green", "blue"], "id": [1, 2, 3]})
+
+
+@pytest.fixture(scope="module")
+def of_texts(tmp_path_factory):
+    """A ranker of texts: a counted table, unknown ones apart; hashed ones; and numbers."""
+    torch.manual_seed(0)
+    task = ranker("din", "row")
+    schema = task.model.sparse.schema
+    rules = {
+        "kind": VocabularyRule(kind="given", unknown="last", file="vocabularies/kind.parquet"),
+        "user": VocabularyRule(kind="hashed"),
+        "tag": VocabularyRule(kind="counted", file="vocabularies/tag.parquet"),
+    }
+    object.__setattr__(schema, "vocabularies", rules)
+    numbers = pa.table({"value": [70, 8, -5], "id": [1, 2, 3]})
+    out = tmp_path_factory.mktemp("texts") / "din"
+    export_model(task.model, out, vocabularies={"kind": VOCABULARY, "tag": numbers})
+    object.__setattr__(schema, "vocabularies", {})
+    return Scorer(out)
+
+
+def test_raw_values_become_ids_and_what_is_unknown_is_as_in_training(of_texts, rows):
+    kinds = ["red", "blue", "mauve", None] * (ROWS // 4)
+    ids = [1, 3, SCHEMA.tables["kind"] - 1, SCHEMA.tables["kind"] - 1] * (ROWS // 4)
+    clicks = [["green", None, "mauve"], []] * (ROWS // 2)
+    click_ids = [[2, 4, 4], []] * (ROWS // 2)
+    tags, tag_ids = [[70, 9], [-5]] * (ROWS // 2), [[1, 0], [3]] * (ROWS // 2)
+    items = [[0, 0, 0], []] * (ROWS // 2)
+    columns = rows.to_pydict() | {"clicks_item": items}
+    raw = columns | {"kind": kinds, "clicks_kind": clicks, "tags": tags}
+    wanted = columns | {"kind": ids, "clicks_kind": click_ids, "tags": tag_ids}
+    raw["user"] = [str(it) for it in columns["user"]]
+    wanted["user"] = hash_ids(pa.array(raw["user"]), SCHEMA.tables["user"]).tolist()
+    requests = Requests(of_texts.artifact)
+    assert requests.encode(requests.table_of(raw)).to_pydict() == {
+        name: wanted[name] for name in requests.columns
+    }
+    got = torch.from_numpy(of_texts.score(raw))
+    assert_same(torch.from_numpy(of_texts.score(wanted, values="ids")), got)
+    # A number has the hash of its text.
+    assert_same(torch.from_numpy(of_texts.score(raw | {"user": columns["user"]})), got)
+
+
+def test_values_of_another_type_than_the_vocabulary_are_told(of_texts, rows):
+    wrong = replace_column(rows, "tags", pa.array([["many"]] * ROWS))
+    with pytest.raises(ValueError, match=r"those of table 'tag' are int64 .*convert them"):
+        of_texts.score(wrong)
+
+
+@pytest.fixture
+def files(tmp_path, rows):
+    (tmp_path / "data").mkdir()
+    for name, table in {"a": rows, "b": rows.slice(3, 5), "c": rows.slice(0, 0)}.items():
+        pq.write_table(table, tmp_path / "data" / f"{name}.parquet", row_group_size=7)
+    return tmp_path
+
+
+def probabilities(path):
+    return pq.read_table(path)["probability"].to_numpy()
+
+
+def test_files_are_scored_in_order_and_those_that_are_there_are_left(scorer, rows, files):
+    written = score_files(scorer, [str(files / "data")], str(files / "out"))
+    assert [path[-9:] for path in written] == ["a.parquet", "b.parquet", "c.parquet"]
+    assert list(written.values()) == [ROWS, 5, 0]
+    want = scorer.score(rows)
+    assert np.array_equal(probabilities(files / "out" / "a.parquet"), want)
+    assert len(probabilities(files / "out" / "c.parquet")) == 0
+    (files / "out" / "b.parquet").unlink()
+    again = score_files(scorer, [str(files / "data")], str(files / "out"))
+    assert [path[-9:] for path in again] == ["b.parquet"]
+
+
+def test_a_row_that_cannot_be_scored_is_named_with_its_file_and_leaves_no_file(scorer, rows, files):
+    wrong = replace_column(rows, "item", pa.array([99] * ROWS))
+    pq.write_table(wrong, files / "data" / "b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet, rows from 0: row 0: item has id 99"):
+        score_files(scorer, [str(files / "data")], str(files / "out"))
+    assert [path.name for path in (files / "out").iterdir()] == ["a.parquet"]
+
+
+def test_files_that_are_missing_or_none_are_told(scorer, files):
+    (files / "empty").mkdir()
+    (files / "x.parquet").write_text("no")
+    for path, told in {
+        "absent": "is not there",
+        "empty": r"has no \.parquet file",
+        "x.parquet": "is no Parquet file",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            score_files(scorer, [str(files / path)], str(files / "out"))
+    twice = [str(files / "data" / "a.parquet")] * 2
+    with pytest.raises(ValueError, match=r"two files of --data are called a\.parquet"):
+        score_files(scorer, twice, str(files / "out"))
+    with pytest.raises(ValueError, match="is the folder of"):
+        score_files(scorer, twice[:1], str(files / "data"))

@@ -1,0 +1,155 @@
+"""Decoded rows -> the plain tensors that an exported program takes.
+
+Every size that differs from request to request is the size of a tensor's dimension, also those that
+training knows as Python numbers: ``torch.export`` leaves dimensions free, and makes numbers
+constants.
+
+Shape legend:
+    B  rows
+    S  columns of one id a row     T  ids of a list column, all rows together
+    G  kinds of lengths: of the sequence groups, then of the multi-valued features
+    F  dense features
+    L  the longest history of the batch, at least 1
+    N  events of each row's longest history, summed over rows
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor
+
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.data.decode import Rows
+from torchrec_hilomoe.data.layout import ColumnLayout
+from torchrec_hilomoe.data.schema import Schema
+
+__all__ = ["InputLayout", "ProgramInputs"]
+
+EXAMPLE_ROWS = 13
+EXAMPLE_LONGEST = 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramInputs:
+    """What a program takes.
+
+    Attributes:
+        singles: ``(S, B)`` int64, ids of ``ColumnLayout.singles``.
+        lists: ``(T,)`` int64 of each column of ``ColumnLayout.lists``.
+        lengths: ``(G, B)`` int64.
+        dense: ``(B, F)`` float32.
+        longest: ``(L,)`` int64, of which the size counts alone.
+        steps: ``(N,)`` int64, likewise.
+    """
+
+    singles: Tensor
+    lists: tuple[Tensor, ...]
+    lengths: Tensor
+    dense: Tensor
+    longest: Tensor
+    steps: Tensor
+
+    @property
+    def rows(self) -> int:
+        """``B``."""
+        return self.singles.shape[1]
+
+    @property
+    def arguments(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
+        """In the program's order."""
+        return (self.singles, self.lists, self.lengths, self.dense, self.longest, self.steps)
+
+
+class InputLayout:
+    """Which column of a schema is where among the inputs.
+
+    Labels, weights and times train models and are no inputs: requests do not have them.
+
+    Args:
+        schema: The schema of the data that the model was trained on.
+
+    Attributes:
+        schema: What of it a request needs: the label's column must be there to decode rows, but may
+            hold anything.
+        columns: Of :attr:`schema`.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = replace(
+            schema,
+            sequences=tuple(replace(group, time=None) for group in schema.sequences),
+            group=schema.candidate[0].name,
+            time=None,
+            weight=None,
+        )
+        self.columns = ColumnLayout(self.schema)
+
+    @cached_property
+    def list_columns(self) -> tuple[str, ...]:
+        """The columns of :attr:`ProgramInputs.lists`."""
+        return tuple(name for lists in self.columns.lists for name in lists.ids)
+
+    def of(self, rows: Rows) -> ProgramInputs:
+        """Return the inputs of decoded rows."""
+        groups = len(self.schema.sequences)
+        longest_B = rows.lengths[1 : 1 + groups].max(axis=0, initial=0)
+        return ProgramInputs(
+            singles=torch.from_numpy(rows.singles.astype(np.int64)),
+            lists=tuple(torch.from_numpy(ids.astype(np.int64)) for ids in rows.lists),
+            lengths=torch.from_numpy(rows.lengths[1:].astype(np.int64)),
+            dense=torch.from_numpy(np.ascontiguousarray(rows.dense, dtype=np.float32)),
+            longest=torch.zeros(max(1, int(longest_B.max(initial=0))), dtype=torch.int64),
+            steps=torch.zeros(int(longest_B.sum()), dtype=torch.int64),
+        )
+
+    def of_batch(self, batch: CTRBatch) -> ProgramInputs:
+        """Return the inputs of a batch of the training data's loader."""
+        rows, groups = batch.labels.shape[0], len(self.schema.sequences)
+
+        def column(name: str) -> JaggedTensor:
+            return (batch.unpooled if name in self.schema.unpooled_keys else batch.pooled)[name]
+
+        lengths = [
+            column(next(iter(lists.ids))).lengths()[:rows].long() for lists in self.columns.lists
+        ]
+        longest_B = torch.stack([torch.zeros(rows, dtype=torch.int64), *lengths[:groups]]).amax(0)
+        return ProgramInputs(
+            singles=torch.stack([column(name).values() for name in self.columns.singles]).long(),
+            lists=tuple(column(name).values().long() for name in self.list_columns),
+            lengths=torch.stack(lengths) if lengths else torch.zeros(0, rows, dtype=torch.int64),
+            dense=batch.dense,
+            longest=torch.zeros(max([1, *longest_B.tolist()]), dtype=torch.int64),
+            steps=torch.zeros(int(longest_B.sum()), dtype=torch.int64),
+        )
+
+    def example(self) -> ProgramInputs:
+        """Return inputs no two free sizes of which are equal by design: rows of id 0.
+
+        A size of 0 or 1, or one that another must equal, would become part of the program.
+        """
+        rows = EXAMPLE_ROWS
+        columns = self.columns.lists
+        lengths = [_example_lengths(lists.max_length, at) for at, lists in enumerate(columns)]
+        lengths_GB = torch.tensor(lengths, dtype=torch.int64).view(len(lengths), rows)
+        groups = len(self.schema.sequences)
+        steps = int(lengths_GB[:groups].amax(dim=0).sum()) if groups else 0
+        return ProgramInputs(
+            singles=torch.zeros(len(self.columns.singles), rows, dtype=torch.int64),
+            lists=tuple(
+                torch.zeros(sum(lengths[at]), dtype=torch.int64)
+                for at, lists in enumerate(columns)
+                for _ in lists.ids
+            ),
+            lengths=lengths_GB,
+            dense=torch.zeros(rows, len(self.schema.dense)),
+            longest=torch.zeros(EXAMPLE_LONGEST, dtype=torch.int64),
+            steps=torch.zeros(steps, dtype=torch.int64),
+        )
+
+
+def _example_lengths(max_length: int, at: int) -> list[int]:
+    """Of each row: none, one, and as many as fit into a few."""
+    return [min(max_length, (row * (at + 2)) % 5) for row in range(EXAMPLE_ROWS)]
