@@ -29,7 +29,7 @@ Routing = Literal["plain", "row", "sample", "view"]
 START = LoaderState(epoch=0, lane_rows=0, num_canonical_shards=1)
 
 
-def ranker(backbone: str = "din", routing: Routing = "row") -> TrainTask:
+def ranker(backbone: str = "din", routing: Routing = "row", schema: Schema = SCHEMA) -> TrainTask:
     """One with experts at every site that say something, away from where it starts."""
     route_by = (("item",), ("views_item",)) if routing == "view" else None
     config = ModelConfig(
@@ -47,7 +47,7 @@ def ranker(backbone: str = "din", routing: Routing = "row") -> TrainTask:
             route_by=route_by,
         ),
     )
-    task = in_memory(config)
+    task = in_memory(config, schema)
     with torch.no_grad():
         for parameter in task.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -69,9 +69,9 @@ def with_histories(table: pa.Table, lengths: Sequence[int]) -> pa.Table:
     return table
 
 
-def batch_of(table: pa.Table) -> CTRBatch:
+def batch_of(table: pa.Table, schema: Schema = SCHEMA) -> CTRBatch:
     """The batch that training and evaluation make of rows."""
-    layout = ColumnLayout(SCHEMA)
+    layout = ColumnLayout(schema)
     rows = decode_block(table, layout, None).rows
     return collate(layout, [rows], loss_denominator=1.0, position=START)
 

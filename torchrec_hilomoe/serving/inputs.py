@@ -30,6 +30,7 @@ __all__ = ["InputLayout", "ProgramInputs"]
 
 EXAMPLE_ROWS = 13
 EXAMPLE_LONGEST = 17
+EXAMPLE_STEPS = 19  # of a schema without histories, which never has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ class InputLayout:
         lengths = [_example_lengths(lists.max_length, at) for at, lists in enumerate(columns)]
         lengths_GB = torch.tensor(lengths, dtype=torch.int64).view(len(lengths), rows)
         groups = len(self.schema.sequences)
-        steps = int(lengths_GB[:groups].amax(dim=0).sum()) if groups else 0
+        steps = int(lengths_GB[:groups].amax(dim=0).sum()) if groups else EXAMPLE_STEPS
         return ProgramInputs(
             singles=torch.zeros(len(self.columns.singles), rows, dtype=torch.int64),
             lists=tuple(

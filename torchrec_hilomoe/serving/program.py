@@ -19,9 +19,10 @@ def export_program(model: ServedModel) -> ExportedProgram:
     """Export a model; rows, ids of each column and the longest history are free."""
     assert not model.training
     example = model.layout.example()
-    free = _free(example, histories=bool(model.layout.schema.sequences))
     with torch.no_grad(), _quiet():
-        program = torch.export.export(model, example.arguments, dynamic_shapes=free, strict=False)
+        program = torch.export.export(
+            model, example.arguments, dynamic_shapes=_free(example), strict=False
+        )
     _check_free(program, model)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # names folders of this machine
@@ -44,12 +45,10 @@ def load_program(path: str) -> torch.nn.Module:
         return torch.export.load(path).module()
 
 
-def _free(example: ProgramInputs, *, histories: bool) -> tuple:
+def _free(example: ProgramInputs) -> tuple:
     """The dimensions that differ from request to request, in the order of the arguments."""
-    first, second, none = {0: Dim.AUTO}, {1: Dim.AUTO}, {}
-    of_histories = first if histories else none
-    lists = tuple(first for _ in example.lists)
-    return (second, lists, second, first, of_histories, of_histories)
+    first, second = {0: Dim.AUTO}, {1: Dim.AUTO}
+    return (second, tuple(first for _ in example.lists), second, first, first, first)
 
 
 def _check_free(program: ExportedProgram, model: ServedModel) -> None:
@@ -61,8 +60,7 @@ def _check_free(program: ExportedProgram, model: ServedModel) -> None:
     for parallel in model.layout.columns.lists:  # whose columns have one size
         firsts.append(lists[at][0])
         at += len(parallel.ids)
-    histories = [longest[0], steps[0]] if model.layout.schema.sequences else []
-    free = [singles[1], *firsts, *histories]
+    free = [singles[1], *firsts, longest[0], steps[0]]
     assert not any(map(is_concrete_int, free)), free
     assert len({str(size) for size in free}) == len(free), free
 

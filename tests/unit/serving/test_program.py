@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.datasets import SCHEMA, toy_table
+from tests.helpers.datasets import SCHEMA, toy_table, without
 from tests.helpers.rounding import assert_same, assert_within, rounding_of
 from tests.helpers.serving import batch_of, ranker, with_histories
 from torchrec_hilomoe.data.decode import decode_block
@@ -18,6 +18,7 @@ SIZES = (0, 1, 7, 1000)
 HISTORIES = {"empty": (0,), "short": (1, 0, 2), "full": (6,), "any": tuple(range(7))}
 # One of each kind in the fast set, every backbone in it; the rest of the grid is slow.
 FAST = {"bst": "row", "dien": "sample", "din": "view", "interformer": "sample", "transact": "view"}
+FAST |= {"dlrm": "view", "dcn": "row"}
 GRID = [
     pytest.param(
         (backbone, routing), marks=() if FAST[backbone] == routing else pytest.mark.slow, id=name
@@ -51,6 +52,20 @@ def test_a_program_is_equal_to_evaluation(exported):
                 got = program(*layout.of_batch(batch).arguments)
                 assert got.shape == (rows,)
                 assert_within(got, want, rounding, f"{rows} rows, {name} histories")
+
+
+@pytest.mark.parametrize("absent", [("sequences",), ("sequences", "pooled", "dense")])
+def test_a_model_without_histories_is_equal_to_evaluation(absent):
+    schema = without(SCHEMA, *absent)
+    task = ranker("dlrm", "row", schema)
+    program = export_program(ServedModel(task.model)).module()
+    layout = InputLayout(schema)
+    with torch.no_grad():
+        rounding = rounding_of(task.model, ModelInputs.of(batch_of(toy_table(64), schema)))
+        for rows in SIZES:
+            batch = batch_of(toy_table(rows, seed=rows), schema)
+            want = task.model(ModelInputs.of(batch))
+            assert_within(program(*layout.of_batch(batch).arguments), want, rounding)
 
 
 @pytest.mark.parametrize("rows", SIZES)
