@@ -125,7 +125,7 @@ def test_raw_rows_score_as_evaluation_scores_what_was_prepared_of_them(shop, cap
     probabilities_N = np.concatenate(parts).astype(np.float64)
     logits_N = np.log(probabilities_N) - np.log1p(-probabilities_N)
     labels_N = raw["label"].to_numpy().astype(np.float64)
-    metrics = compute_metrics(logits_N, labels_N, np.zeros(TESTED))
+    metrics = compute_metrics(logits_N, labels_N, np.zeros(TESTED, dtype=np.int64))
     # Two rows that differ by less than rounding may change places.
     assert abs(metrics.auc - evaluated["auc"]) <= 1 / TESTED
 

@@ -53,6 +53,13 @@ def pickled(value):
     return content.getvalue()
 
 
+def change_first(value, key, text):
+    """Change the first text inside ``value`` that stands under ``key``."""
+    found = first(value, key)
+    assert found is not None
+    found[key] = text
+
+
 def first(value, key):
     """The first mapping inside ``value`` that has a text under ``key``."""
     if isinstance(value, dict):
@@ -72,10 +79,10 @@ def attacks(marker):
     constant = {"evil": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True}}
 
     def target(name):
-        return {PROGRAM: in_json(lambda it: first(it, "target").update(target=name))}
+        return {PROGRAM: in_json(lambda it: change_first(it, "target", name))}
 
     def expression(text):
-        return {PROGRAM: in_json(lambda it: first(it, "expr_str").update(expr_str=text))}
+        return {PROGRAM: in_json(lambda it: change_first(it, "expr_str", text))}
 
     return {
         "a pickled constant": (

@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers.datasets import SCHEMA, toy_table, write_folder
 from tests.helpers.rounding import assert_same
-from tests.helpers.serving import batch_of, ranker, save_ranker
+from tests.helpers.serving import batch_of, ranker, Routing, save_ranker
 from torchrec_hilomoe.data.schema import VocabularyRule
 from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.hilomoe import sites_of
@@ -37,7 +37,9 @@ def alone():
         yield context
 
 
-def loaded(folder, *options, stage="finetune", decision=None, routing="row", plain=False):
+def loaded(
+    folder, *options, stage="finetune", decision=None, routing: Routing = "row", plain=False
+):
     """A ranker, saved as of a stage, and what loading makes of it."""
     torch.manual_seed(0)
     task = ranker("din", routing)
