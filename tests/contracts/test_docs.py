@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import pytest
+from torch import distributed as dist
 
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, torchrun_environment
 from tests.helpers.torchx_jobs import render, SCHEDULERS
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
@@ -179,6 +180,9 @@ OF_THE_SYSTEM = {"cd", "docker", "git", "kubectl", "source", "tail", "tensorboar
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.place)
 def test_python_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in torchrun_environment(rank=0, ranks=1, port=store.port).items():
+        monkeypatch.setenv(name, value)
     exec(compile(block.text, block.place, "exec"), {"__name__": "__main__"})
 
 

@@ -26,7 +26,7 @@ from torch import distributed as dist
 
 from torchrec_hilomoe.runtime.distributed import init_distributed
 
-__all__ = ["ROOT", "RankFailed", "run_command", "run_ranks"]
+__all__ = ["ROOT", "RankFailed", "run_command", "run_ranks", "torchrun_environment"]
 
 ROOT = Path(__file__).parents[2]
 LAST_WORDS = 5.0  # seconds in which other ranks may still fail, after the first has
@@ -68,7 +68,7 @@ def run_ranks(
         processes = []
         for rank, desk in enumerate(desks):
             desk.with_suffix(".log").touch()
-            environment = _torchrun_environment(rank, ranks, store.port)
+            environment = torchrun_environment(rank, ranks, store.port)
             call = (environment, desk, joined, function, args)
             processes.append(context.Process(target=_rank_main, args=call, daemon=True))
             processes[-1].start()
@@ -120,7 +120,8 @@ def run_command(
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def _torchrun_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def torchrun_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables of a worker whose launcher holds the store at a port of this machine."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -275,11 +275,9 @@ def routers_of(model: nn.Module) -> dict[str, HiLoMoELinear | SampleRouter]:
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that the experts brought, shared routers' too, by qualified name.
 
-    To train only them, freeze the rest before the model is wrapped for data-parallel training::
-
-        model.requires_grad_(False)
-        for parameter in expert_parameters(model).values():
-            parameter.requires_grad_(True)
+    To train only them for a while, take ``StageDriver``. By hand, freeze the rest before the model
+    is wrapped for data-parallel training, and wrap it anew before anything is unfrozen; tables with
+    a fused optimizer are not frozen by ``requires_grad``.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
