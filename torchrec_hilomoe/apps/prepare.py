@@ -4,6 +4,8 @@ Examples:
     python -m torchrec_hilomoe prepare movielens --raw RAW --out DIR
     python -m torchrec_hilomoe prepare movielens --help
     python -m torchrec_hilomoe prepare describe DIR [--plots FOLDER]
+    python -m torchrec_hilomoe prepare schema init FILES --out schema.yaml
+    python -m torchrec_hilomoe prepare check DIR
 """
 
 import re
@@ -16,11 +18,16 @@ from jsonargparse import ArgumentParser
 
 from torchrec_hilomoe.data.prepare.describe import Description
 from torchrec_hilomoe.data.prepare.folder import Report
+from torchrec_hilomoe.data.prepare.outcomes import Checked, Draft
 from torchrec_hilomoe.runtime.console import print_result, set_up_console
 
+Outcome = Report | Description | Draft | Checked
+# What a command is called with, for the example in its help.
+ARGUMENTS = {"describe": "DIR", "check": "DIR", "schema init": "FILES --out FILE"}
 
-def commands() -> Mapping[str, Callable[..., Report | Description]]:
-    """Return the data sets and ``describe`` by name.
+
+def commands() -> Mapping[str, Callable[..., Outcome]]:
+    """Return the data sets and the other commands by name.
 
     Raises:
         ModuleNotFoundError: If Polars is missing; says how to install it.
@@ -35,20 +42,22 @@ def commands() -> Mapping[str, Callable[..., Report | Description]]:
 
 
 def usage() -> str:
-    """List the data sets and ``describe``, each with the first line of its help."""
+    """List the data sets and the other commands, each with the first line of its help."""
     firsts = {name: (make.__doc__ or "").splitlines()[0] for name, make in commands().items()}
     width = max(map(len, firsts)) + 2
     examples = (__doc__ or "").partition("\n\n")[2]
     return "\n".join([examples, "Commands:", *(f"  {n:<{width}}{firsts[n]}" for n in firsts)])
 
 
-def prepare(argv: Sequence[str]) -> Report | Description:
+def prepare(argv: Sequence[str]) -> Outcome:
     """Run a command's function; its signature is the command line, its docstring the help.
 
     Raises:
         ValueError: If the command line or the data is wrong; says what would be right.
     """
     name, *rest = argv
+    if name == "schema" and rest and rest[0] in ("init", "-h", "--help"):
+        name, rest = "schema init", rest[rest[0] == "init" :]
     known = commands()
     if name not in known:
         near = get_close_matches(name, known, n=1, cutoff=0.4)
@@ -57,13 +66,16 @@ def prepare(argv: Sequence[str]) -> Report | Description:
     parser = ArgumentParser(
         prog=f"torchrec-hilomoe prepare {name}", exit_on_error=False, allow_abbrev=False
     )
-    if name == "describe":
+    if name == "schema init":
+        parser.add_argument("files", nargs="+", help="Parquet, or CSV with a header.")
+        options = parser.add_function_arguments(known[name], skip={"files"})
+    elif name in ARGUMENTS:
         options = parser.add_function_arguments(known[name], as_positional=True)
     else:
         options = parser.add_function_arguments(known[name], skip={"overwrite"})
         parser.add_argument("--overwrite", action="store_true", help="Replace data at --out.")
     if "-h" in rest or "--help" in rest:
-        arguments = "DIR" if name == "describe" else "--raw RAW --out DIR"
+        arguments = ARGUMENTS.get(name, "--raw RAW --out DIR")
         print(f"Example:\n    python -m torchrec_hilomoe prepare {name} {arguments}\n")
     try:
         parsed = parser.parse_args(rest)
@@ -77,15 +89,15 @@ def prepare(argv: Sequence[str]) -> Report | Description:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return 0 when the folder is whole, 2 when the user must mend something."""
+    """Return 0 when all is well, 1 when a checked folder is not, 2 for another mistake."""
     set_up_console(rank=0)
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print_result(usage())
             return 0 if argv else 2
-        report = prepare(argv)
+        found = prepare(argv)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_result(report.to_json())
-    return 0
+    print_result(found.to_text() if isinstance(found, Draft | Checked) else found.to_json())
+    return int(isinstance(found, Checked) and bool(found.faults))

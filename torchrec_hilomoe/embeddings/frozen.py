@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
-from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.frozen_vectors import open_vectors
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.embeddings.tables import POOLED_COPY
-from torchrec_hilomoe.runtime.paths import path_manager
 
-__all__ = ["load_frozen_tables", "open_vectors"]
+__all__ = ["load_frozen_tables"]
 
 ROWS_AT_ONCE = 1 << 16  # so that a part of a table is never in memory twice
-AGAIN = "Prepare the data again."
 
 
 def load_frozen_tables(sparse: SparseArch, folder: str) -> None:
@@ -34,33 +32,9 @@ def load_frozen_tables(sparse: SparseArch, folder: str) -> None:
     for collection in sparse.given.values():
         for key, held in collection.state_dict().items():
             table = key.split(".")[-2].removesuffix(POOLED_COPY)
-            vectors_NW = open_vectors(sparse, table, folder)
+            vectors_NW = open_vectors(sparse.schema, table, folder)
             for part, (row, column) in _parts(held):
                 _copy(vectors_NW[row:, column:], part)
-
-
-def open_vectors(sparse: SparseArch, table: str, folder: str) -> np.ndarray:
-    """Map the vectors of a frozen table into memory: ``(N, W)`` float32, read when used.
-
-    Raises:
-        DataError: If the file is missing or has another shape than the schema says.
-    """
-    given = sparse.schema.frozen[table]
-    path = f"{folder.rstrip('/')}/{given.file}"
-    try:
-        # A remote file is fetched once, into the path manager's cache.
-        vectors_NW = np.load(path_manager.get_local_path(path), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"the vectors of frozen table {table!r} cannot be read from {path} ({error}). {AGAIN}"
-        ) from error
-    wanted = (sparse.schema.tables[table], given.width)
-    if vectors_NW.shape != wanted or vectors_NW.dtype != np.float32:
-        raise DataError(
-            f"{path} holds {vectors_NW.dtype} of shape {vectors_NW.shape}, the schema wants "
-            f"float32 of shape {wanted} for frozen table {table!r}. {AGAIN}"
-        )
-    return vectors_NW
 
 
 def _parts(held: Tensor | ShardedTensor) -> list[tuple[Tensor, tuple[int, int]]]:

@@ -25,7 +25,7 @@ from torchrec_hilomoe.data.prepare.vectors import Vectors
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.runtime.paths import open_binary, open_text, path_manager
 
-__all__ = ["prepare_parquet"]
+__all__ = ["Description", "prepare_parquet"]
 
 SPLITS = ("train", "valid", "test")
 
@@ -71,7 +71,7 @@ def prepare_parquet(
             f"{raw} has neither a folder train with .parquet files nor train.parquet. Name the "
             "folder that has with --raw."
         )
-    description = _Description.read(schema)
+    description = Description.read(schema)
     files = [file for split in SPLITS for file in getattr(inputs, split)]
     kinds = [file.columns() for file in files]
     for file, columns in zip(files, kinds, strict=True):
@@ -105,7 +105,7 @@ def prepare_parquet(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Description:
+class Description:
     """A user's schema file.
 
     Attributes:
@@ -124,7 +124,7 @@ class _Description:
         return {f"{group}_group": source, **self.columns}
 
     @classmethod
-    def read(cls, path: str) -> "_Description":
+    def read(cls, path: str) -> "Description":
         """Read a file; its mistakes are a ValueError that names it."""
         if not path_manager.isfile(path):
             raise DataError(f"there is no schema file {path}. Name it with --schema.")
@@ -172,7 +172,7 @@ def _finished(schema: Schema, vectors: Mapping[str, Vectors]) -> Schema:
     )
 
 
-def _text_tables(description: _Description, kinds: Sequence[pa.Schema]) -> frozenset[str]:
+def _text_tables(description: Description, kinds: Sequence[pa.Schema]) -> frozenset[str]:
     """Return the tables whose raw columns hold texts in any file."""
     found: dict[str, dict[bool, str]] = {}
     schema = description.schema

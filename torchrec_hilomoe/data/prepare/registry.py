@@ -1,9 +1,10 @@
-"""The data sets, and the other command, that ``apps/prepare.py`` knows, by name."""
+"""The data sets, and the other commands, that ``apps/prepare.py`` knows, by name."""
 
 from collections.abc import Callable, Mapping
 
 from torchrec_hilomoe.data.prepare.amazon_electronics import prepare_amazon_electronics
 from torchrec_hilomoe.data.prepare.amazon_sequences import prepare_amazon_sequences
+from torchrec_hilomoe.data.prepare.check import check_prepared
 from torchrec_hilomoe.data.prepare.criteo import prepare_criteo
 from torchrec_hilomoe.data.prepare.describe import Description
 from torchrec_hilomoe.data.prepare.describe_plots import describe_and_draw
@@ -11,7 +12,9 @@ from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.kuaivideo import prepare_kuaivideo
 from torchrec_hilomoe.data.prepare.microvideo import prepare_microvideo
 from torchrec_hilomoe.data.prepare.movielens import prepare_movielens
+from torchrec_hilomoe.data.prepare.outcomes import Checked, Draft
 from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
+from torchrec_hilomoe.data.prepare.schema_draft import draft_schema
 from torchrec_hilomoe.data.prepare.taobao_ad import prepare_taobao_ad
 from torchrec_hilomoe.data.prepare.trivago import prepare_trivago
 
@@ -30,7 +33,9 @@ DATASETS: Mapping[str, Callable[..., Report]] = {
     "parquet": prepare_parquet,
 }
 
-COMMANDS: Mapping[str, Callable[..., Report | Description]] = {
+COMMANDS: Mapping[str, Callable[..., Report | Description | Draft | Checked]] = {
     **DATASETS,
     "describe": describe_and_draw,
+    "schema init": draft_schema,
+    "check": check_prepared,
 }

@@ -1,0 +1,231 @@
+"""``schema init``: where each column goes and why, and that prepare takes what it wrote."""
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from tests.helpers.raw_logs import criteo_rows, write_csv
+from tests.unit.data.prepare.test_command import ask as ask  # a fixture
+from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.parquet import load_schema
+from torchrec_hilomoe.data.prepare.check import check_prepared
+from torchrec_hilomoe.data.prepare.criteo import FIELDS, NUMBERS
+from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
+from torchrec_hilomoe.data.prepare.schema_draft import draft_schema
+
+ROWS = 400
+RNG = np.random.default_rng(0)
+
+
+def ids(most: int, rows: int = ROWS) -> list[int]:
+    return RNG.integers(0, most, rows).tolist()
+
+
+def lists(most: int, lengths: list[int]) -> list[list[int]]:
+    return [ids(most, length) for length in lengths]
+
+
+def clicks() -> dict[str, Any]:
+    """With every kind of column, in types of all kinds."""
+    lengths = ids(7)
+    return {
+        "was_clicked": [bool(x) for x in ids(2)],
+        "is_mobile": ids(2),
+        "userId": [f"u{x}" for x in ids(60)],
+        "item_id": ids(50),
+        "category": [f"c{x}".encode() for x in ids(8)],
+        "shown_at": [1_700_000_000 + x for x in ids(10**6)],
+        "hour": ids(24),
+        "price": RNG.random(ROWS).tolist(),
+        "views_count": [None if x % 4 == 0 else x for x in ids(10**6)],
+        "past_items": lists(50, lengths),
+        "past_category": [[f"c{x}" for x in row] for row in lists(8, lengths)],
+        "past_time": [[1_600_000_000 + x for x in row] for row in lists(1000, lengths)],
+        "tags": lists(9, ids(4)),
+        "fingerprint": pa.array([2**63 + x for x in ids(90)], pa.uint64()),
+        "constant": ["same"] * ROWS,
+        "request": [f"r{x}" for x in range(ROWS)],
+        "loaded_ms": [1_700_000_000_000 + x for x in ids(10**6)],
+        "vector": [[0.5, 0.5]] * ROWS,
+        "nested": [{"a": 1}] * ROWS,
+    }
+
+
+def draft(folder: Path, table: pa.Table) -> tuple[str, dict[str, Any]]:
+    """The text for a table, and what YAML reads of it."""
+    (folder / "raw").mkdir()
+    pq.write_table(table, folder / "raw" / "train.parquet")
+    path = folder / "shop.yaml"
+    text = draft_schema([str(folder / "raw" / "train.parquet")], out=str(path)).text
+    assert path.read_text() == text
+    return text, yaml.safe_load(text)
+
+
+def test_every_column_has_its_place_and_the_reason(tmp_path):
+    text, schema = draft(tmp_path, pa.table(clicks()))
+    assert {name: schema[name] for name in ("dataset", "label", "group", "time")} == {
+        "dataset": "shop",
+        "label": "was_clicked",
+        "group": "userId",
+        "time": "shown_at",
+    }
+    # The category is in events, too, so that it is the candidate's.
+    assert schema["candidate"] == [
+        {"name": "item_id", "table": "item"},
+        {"name": "category", "table": "category"},
+    ]
+    (history,) = schema["sequences"]
+    assert history == {
+        "name": "past_items",
+        "max_length": 6,
+        "time": "past_time",
+        "fields": [
+            {"name": "past_items", "table": "item"},
+            {"name": "past_category", "table": "category"},
+        ],
+    }
+    assert [feature["name"] for feature in schema["pooled"]] == [
+        "tags",
+        "is_mobile",
+        "userId",
+        "hour",
+        "fingerprint",
+    ]
+    assert schema["pooled"][0]["max_length"] == 3
+    assert schema["dense"] == ["price", "views_count"]
+    assert schema["vocabularies"]["fingerprint"] == {"kind": "hashed"}
+    assert schema["vocabularies"]["item"] == {"kind": "counted"}
+    reasons = (
+        "# - constant: has the same value in every row",
+        "# - request: every row has a value of its own",
+        "# - loaded_ms: looks like milliseconds",
+        "# - vector: its type list<element: double> is none",
+        "# - nested: its type struct<a: int64> is none",
+        "are missing: prepare with --fill_dense 0",
+        "100% of whose values are those of item_id",
+    )
+    for reason in reasons:
+        assert reason in text
+
+
+def test_prepare_takes_it_as_it_is(tmp_path):
+    draft(tmp_path, pa.table(clicks()))
+    prepare_parquet(
+        raw=str(tmp_path / "raw"),
+        schema=str(tmp_path / "shop.yaml"),
+        out=str(tmp_path / "out"),
+        fill_dense=0.0,
+    )
+    assert check_prepared(str(tmp_path / "out")).faults == ()
+    assert load_schema(str(tmp_path / "out")).tables["item"] <= 51
+
+
+def test_rows_without_user_time_or_history(tmp_path):
+    """Criteo's: counts are numbers, texts are ids, and the one with the most values leads."""
+    path = tmp_path / "clicks.csv"
+    write_csv(path, criteo_rows(300))
+    found = draft_schema([str(path)], out=str(tmp_path / "criteo.yaml"))
+    schema = yaml.safe_load(found.text)
+    assert schema["label"] == "label"
+    assert set(schema["dense"]) == set(NUMBERS)
+    (item,) = (feature["name"] for feature in schema["candidate"])
+    assert {item, *(feature["name"] for feature in schema["pooled"])} == set(FIELDS)
+    assert schema["group"] == item
+    assert not {"time", "sequences"} & schema.keys()
+    assert "train --config dlrm-parquet" in found.hint
+    assert "pl.scan_csv" in found.hint
+    assert "--fill_dense 0" in found.hint
+
+
+def test_a_compressed_csv_of_dates_and_lists_in_text(tmp_path):
+    rows = [
+        {"clicked": k % 3 == 0, "day": f"2026-01-{1 + k % 28:02d}", "ad": f"a{k % 7}", "seen": s}
+        for k, s in enumerate(["a1|a2", "a3", "a1|a6|a2", None] * 30)
+    ]
+    lines = ["clicked,day,ad,seen"] + [
+        ",".join("" if v is None else str(int(v) if isinstance(v, bool) else v) for v in r.values())
+        for r in rows
+    ]
+    path = tmp_path / "clicks.csv.gz"
+    path.write_bytes(gzip.compress(("\ufeff" + "\n".join(lines) + "\n").encode()))
+    found = draft_schema([str(path)], out=str(tmp_path / "ads.yaml"))
+    schema = yaml.safe_load(found.text)
+    assert (schema["label"], schema["time"]) == ("clicked", "day")
+    assert schema["sequences"][0]["fields"] == [{"name": "seen", "table": "ad"}]
+    assert schema["sequences"][0]["max_length"] == 3
+    assert "--separator '|'" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ({"rating": [1, 2, 3, 4]}, "no column holds 0 and 1; make one"),
+        ({"liked": [0, 1, 1, 0], "shared": [1, 0, 0, 0]}, "liked, shared hold 0 and 1; name the"),
+    ],
+)
+def test_a_label_that_cannot_be_told_is_asked_for(tmp_path, labels, reason):
+    text, schema = draft(tmp_path, pa.table({"item": ["a", "b", "a", "c"], **labels}))
+    assert schema["label"] == "label"
+    assert f"# NOT FOUND: {reason}" in text
+
+
+@pytest.mark.parametrize("name", ["on", "a: b", "x\ny", "# no", "tables", "forward", "名", " "])
+def test_no_name_of_a_column_harms_the_file(tmp_path, name):
+    table = pa.table(
+        {"click": [0, 1, 0, 1], name: ["a", "b", "a", "c"], "left out " + name: [1] * 4}
+    )
+    _, schema = draft(tmp_path, table)
+    assert schema["candidate"][0]["name"] == name
+    assert "forward" not in schema["vocabularies"]
+
+
+def test_parts_of_one_table_are_looked_at_together(tmp_path):
+    parts = [str(tmp_path / f"{part}.parquet") for part in "ab"]
+    for path, item in zip(parts, "ab", strict=True):
+        pl.DataFrame({"click": [0, 1], "item": [item, "c"]}).write_parquet(path)
+    text = draft_schema(parts, out=str(tmp_path / "one.yaml"), rows=4).text
+    assert "from 4 rows of" in text
+    assert "its name says an item; 3 values" in text
+    pl.DataFrame({"click": [0, 1], "items": ["b", "c"]}).write_parquet(parts[1])
+    with pytest.raises(DataError, match=r"a\.parquet and .*b\.parquet differ in item, items"):
+        draft_schema(parts, out=str(tmp_path / "other.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{}", r"a\.json is neither \.parquet nor \.csv"),
+        ("a.csv", "click,item\n", r"a\.csv has no rows"),
+        ("a.csv", "", r"a\.csv cannot be read as CSV"),
+        ("a.parquet", "PAR1", r"a\.parquet cannot be read as Parquet"),
+        ("a.csv", "click,price\n0,1.5\n1,2.5\n", r"no column of .*a\.csv is one of ids"),
+    ],
+)
+def test_what_no_schema_can_be_guessed_from_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        draft_schema([str(tmp_path / name)], out=str(tmp_path / "s.yaml"))
+    assert not (tmp_path / "s.yaml").exists()
+
+
+def test_the_command_writes_once_and_says_what_is_next(tmp_path, ask):
+    pq.write_table(pa.table({"click": [0, 1], "item": ["a", "b"]}), tmp_path / "train.parquet")
+    argv = ("schema", "init", str(tmp_path / "train.parquet"), "--out", str(tmp_path / "s.yaml"))
+    code, shown, told = ask(*argv)
+    assert (code, told) == (0, "")
+    assert f"prepare parquet --raw {tmp_path} --schema {tmp_path}/s.yaml --out DIR" in shown
+    code, shown, told = ask(*argv)
+    assert (code, shown) == (2, "")
+    assert (
+        told
+        == f"error: --out {tmp_path}/s.yaml is there already; remove it, or name another file.\n"
+    )
+    code, _, told = ask("schema", "int")
+    assert (code, "Did you mean 'schema init'?" in told) == (2, True)
