@@ -1,7 +1,7 @@
 """The stages of a run, driven: in anyone's loop, and in the trainer's."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from inspect import ismethod
@@ -10,16 +10,13 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import nn
-from torchrec.distributed.train_pipeline import (
-    TrainPipeline,
-    TrainPipelineBase,
-    TrainPipelineSparseDist,
-)
+from torchrec.distributed.train_pipeline import TrainPipeline
 from torchrec.distributed.types import ShardedModule
 
 from torchrec_hilomoe.training.optimizers.host import Factory, HostOptimizers, ParameterGroups
 from torchrec_hilomoe.training.optimizers.stage_optimizers import StageOptimizer, StageOptimizers
 from torchrec_hilomoe.training.stages import Stage, StageSchedule, StageSpan, StageTimeline
+from torchrec_hilomoe.training.stages.driven_pipeline import DrivenPipeline, PipelineFactory
 from torchrec_hilomoe.training.stages.staging import (
     activate_layers,
     check_stages,
@@ -33,7 +30,6 @@ __all__ = ["StageDriver"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = TypeVar("Batch")
-PipelineFactory = Callable[[Any, torch.optim.Optimizer], TrainPipeline[Any, Any]]
 
 
 class StageDriver(Generic[Model]):
@@ -73,7 +69,6 @@ class StageDriver(Generic[Model]):
         model: The model in the wrapper of the stage.
         optimizer: Every optimizer in one, those fused into tables too: as pipelines want it.
         step: Optimizer steps done.
-        pipeline: Of the stage, where the driver builds it.
 
     Raises:
         ValueError: If the model cannot be wrapped anew, cannot follow a stage, or does not fit the
@@ -121,19 +116,20 @@ class StageDriver(Generic[Model]):
         self._optimizers = _optimizers(model, optimizer, parameter_groups, stages)
         self.model = model
         self.step = 0
-        self.pipeline: TrainPipeline[Any, Any] | None = None
         self._wrap = wrap
-        self._make_pipeline = pipeline
+        self._driven = None if pipeline is None else DrivenPipeline(pipeline)
         self._span = self._timeline.spans[0]
         self._entered = self._begun = False
-        self._source: Iterator[Any] | None = None
-        self._ahead: Iterator[Any] = iter(())
-        self._sure = 0  # the step up to which batches may be read
 
     @property
     def optimizer(self) -> StageOptimizer:
         """Every optimizer in one, those fused into tables too: as pipelines want it."""
         return self._optimizers.stage_optimizer
+
+    @property
+    def pipeline(self) -> TrainPipeline[Any, Any] | None:
+        """Of the stage, where the driver builds it; None before its first step."""
+        return None if self._driven is None else self._driven.pipeline
 
     @property
     def span(self) -> StageSpan:
@@ -207,23 +203,18 @@ class StageDriver(Generic[Model]):
             ValueError: If the driver was not told how to build one.
             StopIteration: If ``batches`` has ended; another iterator may follow.
         """
-        if self._make_pipeline is None:
+        if self._driven is None:
             raise ValueError(
                 "StageDriver.progress needs pipeline=, a function that builds one, such as lambda "
                 "model, optimizer: TrainPipelineSparseDist(model, optimizer, device); it is None."
             )
         if not self._begun:
             if self.at_boundary:
-                self._detach()
+                self._driven.drop()
             self.begin_step()
-        if self.pipeline is None:
-            self.pipeline = self._make_pipeline(self.model, self.optimizer)
-        if batches is not self._source or self.step >= self._sure:
-            self._source, self._sure = batches, self.sure_until
-            self._ahead = self.take(batches)
-            if isinstance(self.pipeline, TrainPipelineBase):
-                self.pipeline.reset()  # it would remember that the iterator before has ended
-        output = self.pipeline.progress(self._ahead)
+        output = self._driven.progress(
+            self.model, self.optimizer, batches, step=self.step, sure_until=self.sure_until
+        )
         self.end_step()
         return output
 
@@ -234,8 +225,8 @@ class StageDriver(Generic[Model]):
         Ranks have the first one's running statistics. Afterwards training goes on as if nothing
         had been; call it between two steps. A collective call.
         """
-        attached = self.pipeline
-        self._detach(keep=True)
+        if self._driven is not None:
+            self._driven.detach()
         share_statistics(unwrapped(self.model))
         self.model.eval()
         try:
@@ -243,8 +234,8 @@ class StageDriver(Generic[Model]):
                 yield self.model
         finally:
             self.train()
-            if isinstance(attached, TrainPipelineSparseDist):
-                attached.attach(sparse_dist=False)  # what was read ahead is distributed already
+            if self._driven is not None:
+                self._driven.attach()
 
     def train(self) -> None:
         """Switch to training, with the running statistics of a frozen base kept as they are.
@@ -281,7 +272,6 @@ class StageDriver(Generic[Model]):
             self._timeline.load_state_dict(timeline)
         self.step, self._span = step, self._timeline.at(step)
         self._entered = self._begun = False
-        self._source, self._sure = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, and the state of every optimizer: views, not copies.
@@ -324,12 +314,6 @@ class StageDriver(Generic[Model]):
             before.forward = partial(_refuse_stale, span.stage.name)
         self._optimizers.enter(span.stage)
         self._entered = True
-
-    def _detach(self, *, keep: bool = False) -> None:
-        if isinstance(self.pipeline, TrainPipelineSparseDist):
-            self.pipeline.detach()
-        if not keep:
-            self.pipeline = None
 
     def _refuse_attached(self) -> None:
         for name, module in unwrapped(self.model).named_modules():

@@ -26,7 +26,8 @@ from tests.helpers.staged_hosts import (
 )
 from tests.helpers.towers import CONFIG, tower
 from torchrec_hilomoe import inject_hilomoe, Stage, StageDriver, StageSchedule
-from torchrec_hilomoe.hilomoe.inject import expert_parameters
+from torchrec_hilomoe.hilomoe.inject import expert_parameters, set_auxiliary_loss_scale
+from torchrec_hilomoe.training.optimizers.stage_optimizers import StageOptimizer
 from torchrec_hilomoe.training.stages import Decay, PlateauConfig, StageTimeline
 
 CPU = torch.device("cpu")
@@ -293,18 +294,33 @@ def test_a_pipeline_that_still_holds_the_model_is_refused():
     assert driver.begin_step()
 
 
-def test_gradients_of_the_layers_are_there_to_be_unscaled():
-    driver = StageDriver(site(), ONE, adam, total_steps=1)
-    driver.begin_step()
-    bce(driver.model(rows(0)[0]), rows(0)[1]).backward()
-    _, experts = driver.optimizer.param_groups
-    assert all(view.grad is None for view in experts["params"])
-    driver.optimizer.collect_gradients()
-    stack = expert_parameters(driver.model)["0.expert_keys"].grad
-    assert stack is not None
-    for view in experts["params"]:
-        view.grad.zero_()
-    assert not stack.any()
+def test_micro_batches_and_a_scaled_loss_are_those_of_a_plain_loop():
+    """The driver's optimizer under PyTorch's own scaler, to the bit."""
+    torch.manual_seed(1)
+    plain = site()
+    driver = StageDriver(copy.deepcopy(plain), ONE, adam, total_steps=4)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=0.01)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, scaler) -> None:
+        optimizer.zero_grad()
+        set_auxiliary_loss_scale(model, scaler.get_scale() / 2)
+        for micro in (0, 100):
+            x, y = rows(step + micro)
+            scaler.scale(bce(model(x), y) / 2).backward()
+        if isinstance(optimizer, StageOptimizer):
+            optimizer.collect_gradients()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+
+    scalers = [torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2) for _ in "ab"]
+    for step in range(4):
+        train(plain, optimizer, step, scalers[0])
+        driver.begin_step()
+        train(driver.model, driver.optimizer, step, scalers[1])
+        driver.end_step()
+    assert scalers[0].get_scale() == scalers[1].get_scale() > 8
+    assert_same(driver.model.state_dict(), plain.state_dict())
 
 
 def refusals() -> Iterator[tuple[str, Callable[[], Any]]]:
