@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 
 from torchrec_hilomoe.data.errors import DataError
@@ -51,7 +52,7 @@ def draft_schema(files: Sequence[str], *, out: str, rows: int = 100_000) -> Draf
     text = "\n".join(_lines(found, columns, files, out, dataset)) + "\n"
     write_text(out, text)
     Description.read(out)  # what prepare will do with it
-    return Draft(path=out, text=text, hint=_hint(found, columns, files, out))
+    return Draft(path=out, text=text, hint=_hint(found, columns, files, out, rows))
 
 
 def _lines(
@@ -134,20 +135,21 @@ def _no_label(columns: Sequence[SeenColumn]) -> str:
     return "no column holds 0 and 1; make one, such as of ratings by a threshold"
 
 
-def _hint(found: Guesses, columns: Sequence[SeenColumn], files: Sequence[str], out: str) -> str:
-    raw = os.path.dirname(files[0]) or "."
-    steps = []
-    if not all(os.path.basename(path) == "train.parquet" for path in files):
-        read = "scan_parquet" if files[0].endswith(".parquet") else "scan_csv"
-        dates = "" if read == "scan_parquet" else ", try_parse_dates=True"
-        raw = "RAW"
-        steps.append(
-            'put the rows into a folder as train.parquet: python -c "import polars as pl; pl.'
-            f"{read}({list(files)}{dates}).sink_parquet('RAW/train.parquet')\""
-        )
-    options = "".join({f" --separator '{c.separator}'": None for c in columns if c.separator}) + (
-        " --fill_dense 0" if any(g.column.missing for g in found.dense) else ""
-    )
+def _hint(
+    found: Guesses, columns: Sequence[SeenColumn], files: Sequence[str], out: str, rows: int
+) -> str:
+    folder, name = os.path.split(files[0])
+    raw, steps = "RAW", []
+    if name == "train.parquet" and len(files) == 1:
+        raw = folder or "."
+    elif all(path.endswith(".parquet") for path in files):
+        steps.append(f"mkdir -p RAW/train && cp {' '.join(map(shlex.quote, files))} RAW/train")
+    else:
+        read = f"scan_csv({list(files)}, try_parse_dates=True, infer_schema_length={rows})"
+        sink = "sink_parquet('RAW/train.parquet', mkdir=True)"
+        steps.append(f'python -c "import polars as pl; pl.{read}.{sink}"')
+    options = "".join({f" --separator '{c.separator}'": None for c in columns if c.separator})
+    options += " --fill_dense 0" if any(g.column.missing for g in found.dense) else ""
     steps.append(
         f"python -m torchrec_hilomoe prepare parquet --raw {raw} --schema {out} --out DIR{options}"
     )

@@ -160,7 +160,16 @@ def test_a_compressed_csv_of_dates_and_lists_in_text(tmp_path):
     assert (schema["label"], schema["time"]) == ("clicked", "day")
     assert schema["sequences"][0]["fields"] == [{"name": "seen", "table": "ad"}]
     assert schema["sequences"][0]["max_length"] == 3
-    assert "--separator '|'" in found.hint
+    _, convert, prepare, train = found.hint.splitlines()
+    # What the hint says leads to a folder that is whole, whose events have the candidate's ids.
+    exec(convert.partition('"')[2].rstrip('"').replace("RAW", str(tmp_path / "raw")), {})
+    assert prepare.endswith("--separator '|'")
+    out = str(tmp_path / "out")
+    schema_file = str(tmp_path / "ads.yaml")
+    prepare_parquet(raw=str(tmp_path / "raw"), schema=schema_file, out=out, separator="|")
+    assert check_prepared(out).faults == ()
+    assert load_schema(out).tables == {"ad": 8}
+    assert "--config" not in train
 
 
 @pytest.mark.parametrize(
