@@ -47,6 +47,7 @@ class Measurement:
     Attributes:
         median_us: Median time of a call, in microseconds.
         iqr_us: Interquartile range of the same.
+        p99_us: Time that 99 of 100 calls do not exceed.
         ratio: Median over rounds of its time over the baseline's.
         ratio_iqr: Interquartile range of the same.
         conclusive: Whether that is at most a tenth of the ratio; of the baseline, whose ratio is
@@ -55,6 +56,7 @@ class Measurement:
 
     median_us: float
     iqr_us: float
+    p99_us: float
     ratio: float
     ratio_iqr: float
     conclusive: bool
@@ -99,6 +101,7 @@ def measure(
         results[name] = Measurement(
             median_us=statistics.median(values) * 1e6,
             iqr_us=_iqr(values) * 1e6,
+            p99_us=sorted(values)[int(0.99 * len(values))] * 1e6,
             ratio=statistics.median(ratios),
             ratio_iqr=_iqr(ratios),
             conclusive=spread <= TOO_WIDE,

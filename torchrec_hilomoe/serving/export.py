@@ -173,7 +173,7 @@ def export_model(
         program = export_program(served)
         save_program(program, f"{folder}/{PROGRAM_FILE}")
         if options.package:
-            compile_package(program, f"{folder}/{PACKAGE_FILE}")
+            compile_package(served, f"{folder}/{PACKAGE_FILE}")
         model.sparse.schema.save(f"{folder}/{SCHEMA_FILE}")
         for table, values in (vocabularies or {}).items():
             os.makedirs(f"{folder}/vocabularies", exist_ok=True)

@@ -1,4 +1,4 @@
-"""A program as machine code: an AOTInductor package for the CPU.
+"""A served model as machine code: an AOTInductor package for the CPU.
 
 A package holds a shared library, which the process that loads it runs: load what you have made.
 """
@@ -6,29 +6,44 @@ A package holds a shared library, which the process that loads it runs: load wha
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.export import ExportedProgram
 
+from torchrec_hilomoe.hilomoe.inject import sites_of
 from torchrec_hilomoe.serving.archive import ArtifactError
 from torchrec_hilomoe.serving.artifact import Artifact, PACKAGE_FILE
+from torchrec_hilomoe.serving.model import ServedModel
+from torchrec_hilomoe.serving.program import export_program, without_warnings
 
 __all__ = ["compile_package", "load_package"]
 
 
-def compile_package(program: ExportedProgram, path: str) -> None:
-    """Compile a program to a local file; takes from half a minute to some minutes.
+def compile_package(model: ServedModel, path: str) -> None:
+    """Compile a model to a local file ``*.pt2``; takes from half a minute to some minutes.
+
+    There experts are looked up by plain indexing, which the compiler fuses with the products.
 
     Raises:
         ValueError: If there is no C++ compiler.
     """
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError(
-            "an AOTInductor package needs a C++ compiler; install g++, set CXX, or export without "
-            "--package."
+            "an AOTInductor package needs a C++ compiler: install g++ or set CXX, or export "
+            "without --package."
         )
-    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    sites = sites_of(model).values()
+    plans = [site.plan for site in sites]
+    for site in sites:
+        site.plan = replace(site.plan, experts="indexed")
+    try:
+        program = export_program(model)
+    finally:
+        for site, plan in zip(sites, plans, strict=True):
+            site.plan = plan
+    with without_warnings():
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
 
 
 def load_package(artifact: Artifact) -> Callable[..., Tensor]:
@@ -43,4 +58,5 @@ def load_package(artifact: Artifact) -> Callable[..., Tensor]:
             f"artifact {artifact.path} has no {PACKAGE_FILE}. Export the checkpoint again with "
             "--package, or score without it."
         )
-    return torch._inductor.aoti_load_package(path)
+    with without_warnings():
+        return torch._inductor.aoti_load_package(path)

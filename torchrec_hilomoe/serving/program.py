@@ -12,14 +12,14 @@ from torchrec_hilomoe.serving.archive import check_archive
 from torchrec_hilomoe.serving.inputs import ProgramInputs
 from torchrec_hilomoe.serving.model import ServedModel
 
-__all__ = ["export_program", "load_program", "save_program"]
+__all__ = ["export_program", "load_program", "save_program", "without_warnings"]
 
 
 def export_program(model: ServedModel) -> ExportedProgram:
     """Export a model; rows, ids of each column and the longest history are free."""
     assert not model.training
     example = model.layout.example()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), without_warnings():
         program = torch.export.export(
             model, example.arguments, dynamic_shapes=_free(example), strict=False
         )
@@ -41,7 +41,7 @@ def load_program(path: str) -> torch.nn.Module:
         ArtifactError: If the file holds anything else than a program of known operators.
     """
     check_archive(path)
-    with _quiet():
+    with without_warnings():
         return torch.export.load(path).module()
 
 
@@ -66,7 +66,8 @@ def _check_free(program: ExportedProgram, model: ServedModel) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
+    """Leave out what PyTorch warns of itself, or of what no program needs."""
     with warnings.catch_warnings():
         for message, category in (
             (r"_check_is_size will be removed", FutureWarning),  # FBGEMM's shape functions
