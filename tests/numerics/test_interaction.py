@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers.rounding import assert_within, float64_rounding, rounding_of
+from tests.helpers.rounding import assert_same, assert_within, float64_rounding, rounding_of
 from torchrec_hilomoe.hilomoe.probe.interactions import (
     BucketRows,
     FitSums,
     HeldOutSums,
     signed_gain,
 )
-from torchrec_hilomoe.hilomoe.reference import BucketedRows, interaction
+from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
+from torchrec_hilomoe.hilomoe.reference import BucketedRows, interaction, paired_gain
 
 BLOCKS = 3
 # rows, D, O, E, R: odd and degenerate sizes first
@@ -161,3 +162,65 @@ def test_blocks_that_count_twice_are_rows_that_stand_there_twice():
     bound = float64_rounding(held_out.x_ND, held_out.delta_NO, want.size_K)
     assert_within(slope_BK[0], want.slope_K, bound)
     assert_within(size_BK[0], want.size_K, bound)
+
+
+def blocks_of(shape, weighted: bool) -> list[BucketRows]:
+    """Three blocks that judge, and one of rows that are not held out."""
+    return [make_rows(shape, seed, weighted) for seed in range(BLOCKS + 1)]
+
+
+def paired(blocks: list[BucketRows], experts: int) -> PairSums:
+    first = blocks[0]
+    sums = PairSums(
+        len(first.bucket_KN),
+        experts,
+        first.x_ND.shape[1],
+        first.delta_NO.shape[1],
+        BLOCKS,
+        torch.device("cpu"),
+    )
+    for at, block in enumerate(blocks):
+        for part in pieces(block):
+            sums.add(part, at if at < BLOCKS else None)
+    return sums
+
+
+def paired_gains(blocks: list[BucketRows], experts: int) -> torch.Tensor:
+    sums = paired(blocks, experts)
+    slope_BK, size_BK = sums.slopes(torch.ones(1, BLOCKS, dtype=torch.float64))
+    return signed_gain(slope_BK[0], size_BK[0])
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["all held out", "some trained on"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["equal", "weighted"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}-D{}-O{}-E{}-R{}".format(*s))
+def test_pairs_of_blocks_match_the_reference_in_float64(shape, weighted, trained):
+    experts = shape[3]
+    blocks = blocks_of(shape, weighted)[: BLOCKS + trained]
+    blocks[1].bucket_KN[0] = blocks[1].bucket_KN[0].clamp(max=experts - 2)  # one has no rows
+    want = torch.tensor(
+        [
+            paired_gain([in_buckets(block, unit) for block in blocks], experts)
+            for unit in range(len(blocks[0].bucket_KN))
+        ],
+        dtype=torch.float64,
+    )
+    assert_within(paired_gains(blocks, experts), want, rounding_of(paired_gains, blocks, experts))
+    assert float(want[0]) > float(want[1])
+
+
+def test_a_block_is_never_compared_with_itself():
+    """One held-out block and no other rows: nothing can be said."""
+    block = make_rows(SHAPES[1], 0, False)
+    assert_same(paired_gains([block], SHAPES[1][3]), torch.zeros(2).double())
+
+
+def test_what_units_have_in_common_is_theirs_alone_on_the_diagonal():
+    blocks = blocks_of(SHAPES[2], True)[:BLOCKS]
+    for block in blocks:
+        block.bucket_KN[1] = block.bucket_KN[0]
+    found = paired(blocks, SHAPES[2][3]).statistics()
+    gain_K = paired_gains(blocks, SHAPES[2][3])
+    bound = float64_rounding(*(block.delta_NO for block in blocks), found.overlap_KK)
+    assert_within(found.overlap_KK.diagonal() / 2, gain_K, bound)
+    assert float(found.overlap_KK[0, 1]) > 0.9 * float(found.overlap_KK[0, 0])

@@ -10,8 +10,9 @@ Shape legend:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = [
     "hilomoe_linear",
     "interaction",
     "losses",
+    "paired_gain",
     "rms_norm",
 ]
 
@@ -285,16 +287,7 @@ def interaction(
         >>> interaction(rows, rows, num_experts=2, rank=1).gain > 0.05
         True
     """
-    total = sum(float(w) for w in fit.weight_N)
-    D, width = fit.x_ND.shape[1], fit.delta_NO.shape[1]
-    mean_D, second_DD = fit.x_ND.new_zeros(D), fit.x_ND.new_zeros(D, D)
-    gram_OO = fit.x_ND.new_zeros(width, width)
-    for x_D, delta_O, w in zip(fit.x_ND, fit.delta_NO, fit.weight_N, strict=True):
-        mean_D = mean_D + w * x_D / total
-        second_DD = second_DD + w * torch.outer(x_D, x_D) / total
-        gram_OO = gram_OO + w * torch.outer(delta_O, delta_O) / total
-    left_OO = _inverse_root(gram_OO)
-    right_DD = _inverse_root(second_DD - torch.outer(mean_D, mean_D))
+    left_OO, right_DD = _whitening([fit])
     fitted, judged = (_between(rows, num_experts) for rows in (fit, held_out))
     shares = _shares(held_out, num_experts)
     slope = size = 0.0
@@ -308,6 +301,57 @@ def interaction(
     return Interaction(
         slope=slope, size=size, gain=slope * abs(slope) / (2 * size) if size > 0 else 0.0
     )
+
+
+def paired_gain(blocks: Sequence[BucketedRows], num_experts: int) -> float:
+    """Half the squared norm of what buckets want to change, whitened, without the rows' noise.
+
+    Args:
+        blocks: Blocks of rows, each compared with each other; all of them define the metric.
+        num_experts: Number of buckets.
+
+    Example:
+        >>> def block():
+        ...     x_ND, bucket_N = torch.randn(64, 3, dtype=torch.float64), torch.arange(64) % 2
+        ...     delta_NO = torch.randn(64, 2).double() + x_ND[:, :2] * (1 - 2 * bucket_N)[:, None]
+        ...     weight_N = torch.ones(64)
+        ...     return BucketedRows(
+        ...         x_ND=x_ND, delta_NO=delta_NO, weight_N=weight_N, bucket_N=bucket_N
+        ...     )
+        >>> paired_gain([block() for _ in range(4)], num_experts=2) > 0.05
+        True
+    """
+    left_OO, right_DD = _whitening(blocks)
+    differences = [_between(block, num_experts) for block in blocks]
+    weights = [
+        [share * float(block.weight_N.sum()) for share in _shares(block, num_experts)]
+        for block in blocks
+    ]
+    total = sum(float(block.weight_N.sum()) for block in blocks)
+    gain = 0.0
+    for e in range(num_experts):
+        products = counted = 0.0
+        for s, t in permutations(range(len(blocks)), 2):
+            one, other = (left_OO @ differences[at][e] @ right_DD for at in (s, t))
+            products += weights[s][e] * weights[t][e] * float((one * other).sum())
+            counted += weights[s][e] * weights[t][e]
+        if counted:
+            gain += sum(weight[e] for weight in weights) / total * products / counted / 2
+    return gain
+
+
+def _whitening(blocks: Sequence[BucketedRows]) -> tuple[Tensor, Tensor]:
+    """``G^(-1/2)`` and ``X^(-1/2)`` of rows."""
+    total = sum(float(w) for block in blocks for w in block.weight_N)
+    D, width = blocks[0].x_ND.shape[1], blocks[0].delta_NO.shape[1]
+    mean_D, second_DD = blocks[0].x_ND.new_zeros(D), blocks[0].x_ND.new_zeros(D, D)
+    gram_OO = blocks[0].x_ND.new_zeros(width, width)
+    for block in blocks:
+        for x_D, delta_O, w in zip(block.x_ND, block.delta_NO, block.weight_N, strict=True):
+            mean_D = mean_D + w * x_D / total
+            second_DD = second_DD + w * torch.outer(x_D, x_D) / total
+            gram_OO = gram_OO + w * torch.outer(delta_O, delta_O) / total
+    return _inverse_root(gram_OO), _inverse_root(second_DD - torch.outer(mean_D, mean_D))
 
 
 def _shares(rows: BucketedRows, num_experts: int) -> list[float]:

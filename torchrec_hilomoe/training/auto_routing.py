@@ -1,9 +1,9 @@
 """``model.hilomoe.route_by: auto``: which features decide, found while the plain model trains.
 
-In the last steps before experts begin a probe listens to the steps of training: the rows of the
-first half fit, those of the second judge, each before it is trained on. At the boundary the same
-rule as ``apps/probe.py``'s chooses the views and experts are injected; where nothing stands out the
-model stays plain, and the stages that would train experts alone are left out.
+In the last steps before experts begin a probe listens to the steps of training. Every row is heard
+before it is trained on, and blocks of rows judge each other (`probe.pairs`), since a run has few
+rows to spare. At the boundary the views are chosen and experts are injected; where nothing stands
+out the model stays plain, and the stages that would train experts alone are left out.
 """
 
 import math
@@ -31,7 +31,7 @@ __all__ = ["AutoRouting", "Window", "chooses_routing", "decided_model", "window_
 
 MOST_STEPS = 400
 # Costs of a step that is heard, against what it says: benchmarks/LOG.md has them.
-EVERY, DRAWS, SKETCH, HIDDEN = 6, 2, 16, 16
+EVERY, DRAWS, SKETCH, BLOCKS = 2, 2, 16, 10
 FEWEST_PASSES = 16  # a short window hears more of its steps
 ROWS_OF_A_BUCKET = 32  # as the probe wants
 
@@ -61,15 +61,15 @@ class Window:
 
     Attributes:
         start: The first one.
-        middle: From here on rows judge; ``stop`` where others do.
         stop: Here experts begin.
         every: Steps of which one is heard.
+        held_out: Whether nothing was trained on their rows before.
     """
 
     start: int
-    middle: int
     stop: int
     every: int
+    held_out: bool
 
     def hears(self, step: int) -> bool:
         """Whether a step is listened to."""
@@ -80,7 +80,7 @@ def window_of(config: RunConfig, timeline: StageTimeline, steps_per_epoch: int) 
     """Say to which steps of a run its probe listens.
 
     Rows judge only if nothing was trained on them: in the first epoch of a run that begins
-    afresh. Otherwise rows of the validation split do, and all that is heard fits.
+    afresh. Otherwise rows of the validation split do, each other and what was heard.
 
     Raises:
         ValueError: If no step is without experts, too few are, or nobody knows how many.
@@ -118,11 +118,8 @@ def window_of(config: RunConfig, timeline: StageTimeline, steps_per_epoch: int) 
     every = max(1, min(EVERY, steps // FEWEST_PASSES))
     held_out = fresh and stop <= steps_per_epoch
     start = stop - steps
-    window = Window(
-        start=start, middle=start + (steps + 1) // 2 if held_out else stop, stop=stop, every=every
-    )
-    rows = config.train.batch_size * len(range(window.middle, stop, every))
-    rows = rows if held_out else config.train.batch_size * len(range(start, stop, every))
+    window = Window(start=start, stop=stop, every=every, held_out=held_out)
+    rows = config.train.batch_size * len(range(start, stop, every))
     if rows < (least := ROWS_OF_A_BUCKET * experts.num_experts):
         raise ValueError(
             f"model.hilomoe.probe_steps = {steps} of train.batch_size = {config.train.batch_size} "
@@ -162,8 +159,9 @@ class AutoRouting:
                 self._experts,
                 draws=DRAWS,
                 sketch=SKETCH,
-                hidden=HIDDEN,
+                blocks=BLOCKS,
                 thin_events=True,
+                paired=True,
                 seed=config.seed,
             )
 
@@ -185,7 +183,7 @@ class AutoRouting:
         backbone = self._task.model.backbone
         backbone.include_history_mean = True
         try:
-            with self._probe.judge() if step >= self._window.middle else self._probe.fit():
+            with self._probe.judge() if self._window.held_out else self._probe.fit():
                 yield
         finally:
             backbone.include_history_mean = False
@@ -204,7 +202,7 @@ class AutoRouting:
             ValueError: If what was heard is not enough to tell.
         """
         assert self._probe is not None
-        if self._window.middle == self._window.stop:
+        if not self._window.held_out:
             self._judge_by(model, validation)
         report = self._probe.report()
         self.decision = RoutingDecision(

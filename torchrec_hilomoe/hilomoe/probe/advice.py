@@ -43,7 +43,7 @@ class Findings:
     Attributes:
         layers: What each expert layer should be routed by; empty if nothing stands out.
         best: The largest gain of a feature.
-        wider: The largest gain of hidden units for the FLOPs of the experts.
+        wider: The largest gain of hidden units for the FLOPs of the experts; None is not known.
         random: The widest interval of random buckets.
         filled: Blocks that have held-out rows.
         blocks: Blocks there are.
@@ -53,7 +53,7 @@ class Findings:
 
     layers: Sequence["LayerChoice"]
     best: "Gain"
-    wider: "Gain"
+    wider: "Gain | None"
     random: "Gain"
     filled: int
     blocks: int
@@ -140,6 +140,8 @@ def _no_promise(found: Findings) -> str:
 def _of_width(found: Findings, pays: bool) -> str:
     """What hidden units for the same FLOPs promise, where that is something, and more."""
     wider = found.wider
+    if wider is None:
+        return ""
     if wider.low <= 0 or wider.gain <= found.best.gain:
         return "" if pays or wider.gain > 0 else "A wider head promises nothing either."
     than = f"{found.best.name} {found.best.gain:.4f}"

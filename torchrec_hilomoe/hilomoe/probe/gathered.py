@@ -17,6 +17,7 @@ from torchrec_hilomoe.hilomoe.probe.interactions import (
     FitSums,
     HeldOutSums,
 )
+from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
 from torchrec_hilomoe.hilomoe.probe.verdict import Evidence
 from torchrec_hilomoe.hilomoe.probe.wider import Wider
 
@@ -39,6 +40,7 @@ class SiteSums:
         seed: Of projections.
         hidden: Random hidden units of the control ``wider``.
         thin_events: Whether of a site's events only about one a sample is kept.
+        paired: Whether blocks of rows are compared, all with all, and none fits.
         device: Where the rows are.
     """
 
@@ -55,31 +57,39 @@ class SiteSums:
         seed: int,
         hidden: int,
         thin_events: bool,
+        paired: bool,
         device: torch.device,
     ) -> None:
         self.name, self.module, self.tokens = name, module, tokens
         self._config, self._blocks = config, blocks
         self._sketch, self._seed, self._thin = sketch, seed, thin_events
         widths = (min(module.in_features, sketch), min(module.out_features, sketch))
-        self.fit = FitSums(units, config.num_experts, *widths, device)
+        sizes = (units, config.num_experts, *widths)
+        self.pairs = PairSums(*sizes, blocks, device) if paired else None
+        self.fit = FitSums(*sizes, device)
         # A unit beside the site costs as much as a vector of an expert down and up.
         paid = config.num_layers * config.num_experts * config.rank
         self._wider = Wider(paid, *widths, blocks, seed, device, units=hidden)
         self.held_out: HeldOutSums | None = None
         self._seen = torch.zeros(2, dtype=torch.float64, device=device)  # held-out samples, rows
 
-    def add(self, rows: BucketRows, samples: int, block: int) -> None:
-        """Add the rows of a pass, to a block if they judge."""
+    def add(self, rows: BucketRows, samples: int, block: int | None) -> None:
+        """Add the rows of a pass, to a block if they judge; None is none."""
         seen = len(rows.x_ND)
         if self._thin and seen > samples:
             rows = rows.every(seen // samples)
         rows = rows.sketched(self._sketch, self._seed)
-        if self.held_out is None:
+        if self.pairs is not None:
+            self.pairs.add(rows, block)
+        elif block is None:
             self.fit.add(rows)
             self._wider.fit(rows.x_ND, rows.delta_NO, rows.weight_N)
+        else:
+            assert self.held_out is not None
+            self.held_out.add(rows, block)
+            self._wider.judge(rows.x_ND, rows.delta_NO, rows.weight_N, block)
+        if block is None:
             return
-        self.held_out.add(rows, block)
-        self._wider.judge(rows.x_ND, rows.delta_NO, rows.weight_N, block)
         self._seen += self._seen.new_tensor([samples, seen])
 
     def settle(self) -> None:
@@ -88,6 +98,8 @@ class SiteSums:
         Raises:
             ValueError: If too few rows have fit.
         """
+        if self.pairs is not None:
+            return
         add_over_ranks((*self.fit.tensors, *self._wider.fit_tensors))
         if not self.fit.rows:
             raise ValueError(
@@ -99,25 +111,30 @@ class SiteSums:
         self.held_out = HeldOutSums(self.fit.directions(self._config.rank), self._blocks)
         self._wider.settle()
 
-    def evidence(self, buckets_in_use: Mapping[str, int]) -> Evidence:
+    def evidence(self, names: Sequence[str], draws: int) -> Evidence:
         """Add up what has judged over ranks, once; a collective call.
 
         Raises:
             ValueError: If too few rows have judged.
         """
-        assert self.held_out is not None
-        add_over_ranks((*self.held_out.tensors, *self._wider.tensors, self._seen))
-        self._check_rows("held-out", float(self.held_out.rows))
+        judged, wider = self.pairs, None
+        if judged is None:
+            judged, wider = self.held_out, self._wider
+        assert judged is not None
+        add_over_ranks((*judged.tensors, *(wider.tensors if wider else ()), self._seen))
+        self._check_rows("held-out", float(judged.rows))
+        weight_KE = self.fit.weight_KE if self.pairs is None else self.pairs.weight_KE
+        used_KD = (weight_KE > 0).sum(dim=1).unflatten(0, (len(names), draws))
         samples, seen = self._seen.tolist()
         return Evidence(
             site=self.name,
             in_features=self.module.in_features,
             out_features=self.module.out_features,
             rows_per_sample=seen / samples,
-            held_out=self.held_out,
-            wider=self._wider,
-            fit_rows=int(self.fit.rows),
-            buckets_in_use=buckets_in_use,
+            held_out=judged,
+            wider=wider,
+            fit_rows=int(self.fit.rows if self.pairs is None else self.pairs.rows),
+            buckets_in_use=dict(zip(names, used_KD.amax(dim=1).tolist(), strict=True)),
         )
 
     def _check_rows(self, kind: str, rows: float) -> None:
@@ -132,6 +149,8 @@ class SiteSums:
 
     def sums(self) -> dict[str, Tensor]:
         """By name, what ranks have yet to add up; the tensors themselves."""
+        if self.pairs is not None:
+            return _named("pairs", self.pairs.tensors) | {"seen": self._seen}
         if self.held_out is None:
             return _named("fit", self.fit.tensors) | _named("wider", self._wider.fit_tensors)
         held_out = _named("held_out", self.held_out.tensors)

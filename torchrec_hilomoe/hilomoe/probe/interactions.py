@@ -150,12 +150,6 @@ class FitSums:
             torch.mm(delta_nO.t(), x_nD, out=product_OD)
         self.product_KEOD += product_COD.view(K, E, width, D)
 
-    def buckets_in_use(self, names: Sequence[str], draws: int) -> dict[str, int]:
-        """The most buckets with rows that any draw of a name has."""
-        used_KE = self.weight_KE > 0
-        most = used_KE.sum(dim=1).unflatten(0, (len(names), draws)).amax(dim=1).tolist()
-        return dict(zip(names, most, strict=True))
-
     def directions(self, rank: int) -> Directions:
         """Find the steps; the same on every rank that has the same sums."""
         share_KE = self.weight_KE / self.weight_KE.sum(dim=1, keepdim=True)
@@ -256,6 +250,11 @@ class HeldOutSums:
             self.value_SKEE[block] += hot_KEn @ value_KnE
             self.delta_SKEER[block] += (hot_KEn @ delta_KnJ).unflatten(2, (E, R))
             self.x_SKEER[block] += (heavy_KEn @ x_KnJ).unflatten(2, (E, R))
+
+    @property
+    def weight_S(self) -> Tensor:
+        """Weight of each block's rows."""
+        return self.weight_SKE[:, 0].sum(dim=1)
 
     def _count(self, hot_KEN: Tensor, heavy_KEN: Tensor, block: int) -> None:
         """Count the rows of buckets, and of pairs of buckets."""

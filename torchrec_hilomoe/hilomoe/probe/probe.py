@@ -62,6 +62,9 @@ class InteractionProbe:
         every: Passes of which one is heard, to make a step cheaper.
         hidden: Random hidden units of the control ``wider``.
         thin_events: Whether of a site that sees events only about one a sample is kept.
+        paired: Whether no rows fit, but all held-out rows judge each other, in blocks: more is
+            seen in fewer rows, for ``blocks`` times the memory. What `fit` hears counts as not held
+            out, and may be nothing. There is no control ``wider``.
         seed: Of keys and projections.
 
     Raises:
@@ -118,6 +121,7 @@ class InteractionProbe:
         every: int = 1,
         hidden: int = 256,
         thin_events: bool = False,
+        paired: bool = False,
         seed: int = 0,
     ) -> None:
         counts = {"draws": draws, "sketch": sketch, "every": every, "hidden": hidden}
@@ -139,7 +143,7 @@ class InteractionProbe:
         self._token_modules = tuple(dict.fromkeys(tokens.values()))
         self._draws, self._blocks, self._sketch, self._seed = draws, blocks, sketch, seed
         self._every = every
-        self._hidden, self._thin_events = hidden, thin_events
+        self._hidden, self._thin_events, self._paired = hidden, thin_events, paired
         self._modules = match_sites(modules, sites)
         self._tokens = {
             name: next((t for p, t in tokens.items() if fnmatchcase(name, p)), None)
@@ -161,7 +165,7 @@ class InteractionProbe:
         Raises:
             ValueError: If rows have judged already.
         """
-        if self._settled:
+        if self._settled and not self._paired:
             raise ValueError(
                 "InteractionProbe.fit: rows have judged already, and what they judged must not "
                 "change. Make another probe."
@@ -176,7 +180,8 @@ class InteractionProbe:
         Raises:
             ValueError: If too few rows have fit, or a site, or the query, has not run.
         """
-        self._settle()
+        if not self._paired:
+            self._settle()
         with self._listening("judge"):
             yield
 
@@ -204,10 +209,7 @@ class InteractionProbe:
             return self._report
         self._settle()
         assert self._buckets is not None
-        evidence = [
-            site.evidence(site.fit.buckets_in_use(self._buckets.names, self._draws))
-            for site in self._sites
-        ]
+        evidence = [site.evidence(self._buckets.names, self._draws) for site in self._sites]
         self._report = conclude(
             evidence,
             self._buckets.names,
@@ -298,7 +300,8 @@ class InteractionProbe:
                 heard.terms = self._loss_terms(*heard.args)
         site = next(site for site in self._sites if site.name == name)
         rows = heard.rows(name, site.tokens, x, gradient)
-        site.add(rows, len(heard.query_BQ), heard.number % self._blocks)
+        block = heard.number % self._blocks if self._phase == "judge" else None
+        site.add(rows, len(heard.query_BQ), block)
 
     def _start(self, device: torch.device) -> FeatureBuckets:
         """Begin the sums, also where this rank will have no row."""
@@ -318,6 +321,7 @@ class InteractionProbe:
                 seed=self._seed,
                 hidden=self._hidden,
                 thin_events=self._thin_events,
+                paired=self._paired,
                 device=device,
             )
             for name, module in self._modules.items()

@@ -16,6 +16,7 @@ from torchrec_hilomoe.hilomoe.plan import gathering_pays
 from torchrec_hilomoe.hilomoe.probe.advice import advise, Findings, PlainModel
 from torchrec_hilomoe.hilomoe.probe.buckets import ALL, RANDOM
 from torchrec_hilomoe.hilomoe.probe.interactions import HeldOutSums, signed_gain, Statistics
+from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
 from torchrec_hilomoe.hilomoe.probe.wider import Wider
 
 __all__ = ["Evidence", "Gain", "LayerChoice", "ProbeReport", "SiteCost", "conclude"]
@@ -175,8 +176,8 @@ class Evidence:
     in_features: int
     out_features: int
     rows_per_sample: float
-    held_out: HeldOutSums
-    wider: Wider
+    held_out: HeldOutSums | PairSums
+    wider: Wider | None
     fit_rows: int
     buckets_in_use: Mapping[str, int]
 
@@ -205,10 +206,11 @@ def conclude(
             f"InteractionProbe.features: none of {list(not_judged)} can be judged, because each "
             "has 1 value in all rows that fit, and 2 are the least. Name features that vary."
         )
-    gains: dict[str, list[Gain]] = {name: [] for name in (*names, WIDER)}
+    known = (*names, WIDER) if all(site.wider for site in evidence) else names
+    gains: dict[str, list[Gain]] = {name: [] for name in known}
     for site in evidence:
         intervals = _gains(site, len(names), draws, seed)
-        for name, (gain, low, high) in zip((*names, WIDER), intervals, strict=True):
+        for name, (gain, low, high) in zip(known, intervals, strict=True):
             gains[name].append(Gain(name=name, site=site.site, gain=gain, low=low, high=high))
     noise = [gain.high for gain in gains[RANDOM]]
     standing = [
@@ -218,12 +220,12 @@ def conclude(
     ]
     layers = _choose(evidence, names, standing, draws, config.num_layers)
     ranked = sorted((g for name in judged for g in gains[name]), key=lambda g: -g.gain)
-    weight_S = evidence[0].wider.weight_S
+    weight_S = evidence[0].held_out.weight_S
     advice = advise(
         Findings(
             layers=layers,
             best=ranked[0],
-            wider=max(gains[WIDER], key=lambda gain: gain.gain),
+            wider=max(gains.get(WIDER, ()), key=lambda gain: gain.gain, default=None),
             random=max(gains[RANDOM], key=lambda gain: gain.high - gain.low),
             filled=int((weight_S > 0).sum()),
             blocks=len(weight_S),
@@ -233,7 +235,7 @@ def conclude(
     )
     return ProbeReport(
         features=tuple(ranked),
-        controls={name: tuple(gains[name]) for name in (RANDOM, ALL, WIDER)},
+        controls={name: tuple(gains[name]) for name in (RANDOM, ALL, WIDER) if name in gains},
         layers=layers,
         route_by=tuple((layer.feature,) for layer in layers),
         pays=advice.pays,
@@ -246,8 +248,8 @@ def conclude(
 
 
 def _gains(site: Evidence, names: int, draws: int, seed: int) -> list[tuple[float, float, float]]:
-    """Gain, low and high of each name, then of the wider layer."""
-    weight_S = site.wider.weight_S
+    """Gain, low and high of each name, then of the wider layer if that is known."""
+    weight_S = site.held_out.weight_S
     filled_C = (weight_S > 0).nonzero().flatten()
     generator = torch.Generator().manual_seed(seed)
     picked_BC = torch.randint(len(filled_C), (RESAMPLES, len(filled_C)), generator=generator)
@@ -260,7 +262,9 @@ def _gains(site: Evidence, names: int, draws: int, seed: int) -> list[tuple[floa
     gain_BFD = signed_gain(*site.held_out.slopes(times_BS)).cpu().unflatten(1, (names, draws))
     drawn_BFD = torch.randint(draws, (RESAMPLES, 1, draws), generator=generator)
     resampled_BF = gain_BFD[1:].gather(2, drawn_BFD.expand(-1, names, -1)).mean(dim=2)
-    wider_B1 = signed_gain(*site.wider.slopes(times_BS)).cpu()
+    wider_B1 = gain_BFD.new_empty(RESAMPLES + 1, 0)
+    if site.wider is not None:
+        wider_B1 = signed_gain(*site.wider.slopes(times_BS)).cpu()
     all_F = torch.cat([gain_BFD[0].mean(dim=1), wider_B1[0]])
     spread_BF = torch.cat([resampled_BF, wider_B1[1:]], dim=1)
     low_F, high_F = spread_BF.quantile(torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64), dim=0)
