@@ -232,7 +232,10 @@ def test_dry_run_counts_the_widest_views(deciding, tmp_path):
         (["--model.hilomoe.routing=row"], r"route_by is auto.*routing is row\. Set routing"),
         (["--model.hilomoe.probe_steps=11"], r"probe_steps is 11, but .* 10 steps\. Lower it"),
         (["--model.hilomoe.probe_steps=1"], r"probe_steps must be at least 2 or null, got 1"),
-        (["--model.hilomoe.num_experts=64"], r"1024 rows to judge with, but 64 experts need 2048"),
+        (
+            ["--model.hilomoe.num_experts=128"],
+            r"2048 rows to judge with, but 128 experts need 4096",
+        ),
         (["--model.hilomoe.query_dim=3"], r"views need query_dim = None, got query_dim = 3"),
         (
             ["--train.stages=[{name: a, steps: 9, active_layers: 0}, {name: b, active_layers: 0}]"],
@@ -279,7 +282,7 @@ def test_the_best_step_may_be_one_before_experts_began(deciding, tmp_path):
 
 @pytest.mark.slow
 def test_in_the_composed_world_what_decides_is_found(tmp_path):
-    """By so few rows only the strongest feature may stand out, but none that does not decide."""
+    """Two of the three at least, and first; a number whose effect is curved may come after them."""
     stages = "[{name: a, steps: 450, active_layers: 0, warmup_steps: 100}, {name: b}]"
     options = (
         *("--model.backbone=din", "--model.head=[64,32]", "--train.learning_rate=0.008"),
@@ -293,5 +296,5 @@ def test_in_the_composed_world_what_decides_is_found(tmp_path):
     found = decision_of(tmp_path, 454)
     assert found is not None
     assert found.route_by is not None
-    features = {name for layer in found.route_by for name in layer}
-    assert features <= {"category", "category_history", "hour"}
+    first, second, _ = found.route_by
+    assert {*first, *second} <= {"category", "category_history", "hour"}

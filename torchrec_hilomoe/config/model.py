@@ -197,7 +197,7 @@ class InjectionConfig(HiLoMoEConfig):
             last ``probe_steps`` steps before experts begin; where none decides, there are no
             experts.
         probe_steps: Number of steps in which ``route_by`` ``auto`` gathers gradients; null takes
-            the last two thirds of the steps before experts begin, 400 at most, and 400 after
+            the last two thirds of the steps before experts begin, 2000 at most, and 400 after
             ``init_from``.
     """
 

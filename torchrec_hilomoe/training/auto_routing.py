@@ -29,10 +29,10 @@ from torchrec_hilomoe.training.stages import StageTimeline
 
 __all__ = ["AutoRouting", "Window", "chooses_routing", "decided_model", "window_of"]
 
-MOST_STEPS = 400
+MOST_STEPS = 2000
 # Costs of a step that is heard, against what it says: benchmarks/LOG.md has them.
-EVERY, DRAWS, SKETCH, BLOCKS = 2, 2, 16, 10
-FEWEST_PASSES = 16  # a short window hears more of its steps
+DRAWS, SKETCH, BLOCKS = 2, 16, 10
+WANTED_ROWS = 200_000  # half of them found nothing where something decides
 ROWS_OF_A_BUCKET = 32  # as the probe wants
 
 
@@ -115,7 +115,7 @@ def window_of(config: RunConfig, timeline: StageTimeline, steps_per_epoch: int) 
             f"model.hilomoe.probe_steps is {steps}, but experts begin after {stop} steps. Lower "
             "it, or raise train.backbone_share."
         )
-    every = max(1, min(EVERY, steps // FEWEST_PASSES))
+    every = max(1, steps * config.train.batch_size // WANTED_ROWS)
     held_out = fresh and stop <= steps_per_epoch
     start = stop - steps
     window = Window(start=start, stop=stop, every=every, held_out=held_out)

@@ -20,13 +20,14 @@ from torchrec_hilomoe.hilomoe.router import parts_of
 __all__ = ["ALL", "RANDOM", "FeatureBuckets"]
 
 ALL, RANDOM = "all", "random"
+HASHED = 32  # columns of the query: enough to tell samples apart
 PRIMES = (2_654_435_761, 2_246_822_519, 3_266_489_917)  # odd, of 32 bits
 
 
 class FeatureBuckets:
     """Puts samples into buckets, by every feature and by two controls.
 
-    ``random`` puts each sample anywhere: by a hash of the bits of its query, of the number of the
+    ``random`` puts each sample anywhere: by a hash of bits of its query, of the number of the
     pass, and of how many equal samples of the pass came before, so that the number of ranks that
     share the samples makes no difference.
 
@@ -106,7 +107,8 @@ class FeatureBuckets:
         return products_BK.unflatten(1, (self._draws, self._experts)).argmax(dim=2).t()
 
     def _anywhere(self, query_BQ: Tensor, number: int) -> Tensor:
-        bits_BQ = query_BQ.float().contiguous().view(torch.int32).long()
+        few_BQ = query_BQ[:, :: -(-query_BQ.shape[1] // HASHED)]
+        bits_BQ = few_BQ.float().contiguous().view(torch.int32).long()
         odd_Q = mixed(torch.arange(bits_BQ.shape[1], device=bits_BQ.device) + PRIMES[0]) | 1
         hash_B = mixed((bits_BQ * odd_Q).sum(dim=1))
         hash_B = mixed(hash_B + mixed(earlier(hash_B) * PRIMES[1]) + number * PRIMES[2])

@@ -128,27 +128,8 @@ class FitSums:
 
     def add(self, rows: BucketRows) -> None:
         """Add the rows of a pass."""
-        x_ND, delta_NO, weight_N1 = rows.x_ND, rows.delta_NO, rows.weight_N[:, None]
-        weighted_ND, (K, E, width, D) = x_ND * weight_N1, self.product_KEOD.shape
-        self.rows += len(x_ND)
-        self.second_DD += weighted_ND.t() @ x_ND
-        self.gram_OO += delta_NO.t() @ (delta_NO / weight_N1)
-        hot_KEN = one_hot(rows.bucket_KN, E, x_ND.dtype)
-        self.weight_KE += hot_KEN @ rows.weight_N
-        self.x_KED += hot_KEN @ weighted_ND
-        self.delta_KEO += hot_KEN @ delta_NO
-        if width * D <= SMALL:
-            self.product_KEOD += hot_products(hot_KEN, rows)
-            return
-        sizes = hot_KEN.sum(dim=2).long().flatten().tolist()
-        # Bucket after bucket of all units: one gather is much faster than one for each.
-        order_M = rows.bucket_KN.argsort(dim=1, stable=True).flatten()
-        deltas = delta_NO.index_select(0, order_M).split(sizes)
-        xs = x_ND.index_select(0, order_M).split(sizes)
-        product_COD = x_ND.new_empty(K * E, width, D)
-        for delta_nO, x_nD, product_OD in zip(deltas, xs, product_COD.unbind(), strict=True):
-            torch.mm(delta_nO.t(), x_nD, out=product_OD)
-        self.product_KEOD += product_COD.view(K, E, width, D)
+        for total, part in zip(self.tensors, sums_of(rows, self.weight_KE.shape[1]), strict=True):
+            total += part
 
     def directions(self, rank: int) -> Directions:
         """Find the steps; the same on every rank that has the same sums."""
@@ -304,11 +285,37 @@ def add_over_ranks(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
+def sums_of(rows: BucketRows, experts: int) -> tuple[Tensor, ...]:
+    """What the rows of a pass add to `FitSums.tensors`."""
+    x_ND, delta_NO, weight_N1 = rows.x_ND, rows.delta_NO, rows.weight_N[:, None]
+    weighted_ND = x_ND * weight_N1
+    hot_KEN = one_hot(rows.bucket_KN, experts, x_ND.dtype)
+    return (
+        hot_KEN @ rows.weight_N,
+        hot_KEN @ weighted_ND,
+        hot_KEN @ delta_NO,
+        hot_products(hot_KEN, rows),
+        weighted_ND.t() @ x_ND,
+        delta_NO.t() @ (delta_NO / weight_N1),
+        x_ND.new_tensor([len(x_ND)]),
+    )
+
+
 def hot_products(hot_KEN: Tensor, rows: BucketRows) -> Tensor:
-    """``(K, E, O, D)``, the sums of ``delta x^T`` by bucket, for sides that are narrow."""
-    outer_NOD = rows.delta_NO.unsqueeze(2) * rows.x_ND.unsqueeze(1)
-    sums_CJ = hot_KEN.flatten(0, 1) @ outer_NOD.flatten(1)
-    return sums_CJ.view(*hot_KEN.shape[:2], *outer_NOD.shape[1:])
+    """``(K, E, O, D)``, the sums of ``delta x^T`` by bucket."""
+    delta_NO, x_ND, (K, E, _) = rows.delta_NO, rows.x_ND, hot_KEN.shape
+    if delta_NO.shape[1] * x_ND.shape[1] <= SMALL:
+        outer_NJ = (delta_NO.unsqueeze(2) * x_ND.unsqueeze(1)).flatten(1)
+        return (hot_KEN.flatten(0, 1) @ outer_NJ).view(K, E, delta_NO.shape[1], x_ND.shape[1])
+    sizes = hot_KEN.sum(dim=2).long().flatten().tolist()
+    # Bucket after bucket of all units: one gather is much faster than one for each.
+    order_M = rows.bucket_KN.argsort(dim=1, stable=True).flatten()
+    deltas = delta_NO.index_select(0, order_M).split(sizes)
+    xs = x_ND.index_select(0, order_M).split(sizes)
+    product_COD = x_ND.new_empty(K * E, delta_NO.shape[1], x_ND.shape[1])
+    for delta_nO, x_nD, product_OD in zip(deltas, xs, product_COD.unbind(), strict=True):
+        torch.mm(delta_nO.t(), x_nD, out=product_OD)
+    return product_COD.view(K, E, *product_COD.shape[1:])
 
 
 def one_hot(bucket_KN: Tensor, experts: int, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from torchrec_hilomoe.hilomoe.probe.interactions import (
     inverse_root,
     one_hot,
     Statistics,
+    sums_of,
 )
 
 __all__ = ["PairSums"]
@@ -53,17 +54,12 @@ class PairSums:
         blocks: int,
         device: torch.device,
     ) -> None:
-        self._blocks, self._sizes = blocks, (units, experts, in_features, out_features, device)
-        self._sums = tuple(
-            torch.zeros(blocks + 1, *sums.shape, dtype=torch.float64, device=device)
-            for sums in self._of_a_pass().tensors
-        )
+        self._blocks, self._units, self._experts = blocks, units, experts
+        one = FitSums(units, experts, in_features, out_features, device)
+        self._sums = tuple(tensor.new_zeros(blocks + 1, *tensor.shape) for tensor in one.tensors)
         J = units * experts
         self._joint_JJ = torch.zeros(J, J, dtype=torch.float64, device=device)
         self.tensors = (*self._sums, self._joint_JJ)
-
-    def _of_a_pass(self) -> FitSums:
-        return FitSums(*self._sizes)
 
     @property
     def rows(self) -> Tensor:
@@ -82,12 +78,11 @@ class PairSums:
 
     def add(self, rows: BucketRows, block: int | None) -> None:
         """Add the rows of a pass to a block; None is that of rows that are not held out."""
-        found, at = self._of_a_pass(), self._blocks if block is None else block
-        found.add(rows)
-        for sums_T, sums in zip(self._sums, found.tensors, strict=True):
-            sums_T[at] += sums
+        at = self._blocks if block is None else block
+        for sums_T, part in zip(self._sums, sums_of(rows, self._experts), strict=True):
+            sums_T[at] += part
         if block == 0:  # shares of pairs of buckets want few rows, and cost as much as the rest
-            hot_JN = one_hot(rows.bucket_KN, self._sizes[1], rows.x_ND.dtype).flatten(0, 1)
+            hot_JN = one_hot(rows.bucket_KN, self._experts, rows.x_ND.dtype).flatten(0, 1)
             self._joint_JJ += (hot_JN * rows.weight_N) @ hot_JN.t()
 
     def _differences(self) -> Tensor:
@@ -134,7 +129,7 @@ class PairSums:
         mean_JW = part_TJW.sum(dim=0)
         common_JJ = mean_JW @ mean_JW.t() - (part_TJW @ part_TJW.mT).sum(dim=0)
         common_JJ /= (1 - share_TJ.t() @ share_TJ).clamp(min=TINY)
-        K, E = self._sizes[:2]
+        K, E = self._units, self._experts
         together_JJ = common_JJ * self._joint_JJ / self._joint_JJ.sum().clamp(min=TINY) * K * K
         overlap_KK = together_JJ.view(K, E, K, E).sum(dim=(1, 3))
         slope_BK, size_BK = self.slopes(self.weight_S.new_ones(1, self._blocks))
