@@ -61,8 +61,8 @@ class ServedModel(nn.Module):
         singles = dict(zip(layout.columns.singles, singles_SB, strict=True))
         listed = dict(zip(layout.list_columns, lists, strict=True))
         lengths = {
-            name: lengths_B
-            for of_lists, lengths_B in zip(layout.columns.lists, lengths_GB, strict=True)
+            name: lengths_GB[place]
+            for place, of_lists in enumerate(layout.columns.lists)
             for name in of_lists.ids
         }
         found = LookedUp(

@@ -11,6 +11,7 @@ from tests.helpers.serving import batch_of, ranker, with_histories
 from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.models.build import BACKBONES
 from torchrec_hilomoe.serving import export_model, ExportOptions, Scorer
+from torchrec_hilomoe.serving.artifact import Artifact
 from torchrec_hilomoe.serving.inputs import InputLayout
 from torchrec_hilomoe.serving.model import ServedModel
 from torchrec_hilomoe.serving.package import compile_package, load_package
@@ -48,12 +49,12 @@ def test_a_package_is_equal_to_evaluation(tmp_path):
 @pytest.mark.parametrize("tables", ["fp32", "int8"])
 def test_every_backbone_compiles(tmp_path, backbone, tables):
     task = ranker(backbone, "view")
-    served = ServedModel(task.model, tables)
-    compile_package(served, str(tmp_path / "package.pt2"))
-    run = torch._inductor.aoti_load_package(str(tmp_path / "package.pt2"))
+    export_model(task.model, tmp_path / "it", options=ExportOptions(tables=tables, package=True))
+    run = load_package(Artifact(tmp_path / "it"))
     if tables == "fp32":
         compare(task, run)
         return
+    served = ServedModel(task.model, tables)
     inputs = InputLayout(SCHEMA).of_batch(batch_of(toy_table(50))).arguments
     with torch.no_grad():
         assert_within(run(*inputs), served(*inputs), rounding_of(served, *inputs))

@@ -55,10 +55,11 @@ def test_a_program_is_equal_to_evaluation(exported):
 
 
 @pytest.mark.parametrize("absent", [("sequences",), ("sequences", "pooled", "dense")])
-def test_a_model_without_histories_is_equal_to_evaluation(absent):
+def test_a_model_without_histories_is_equal_to_evaluation(absent, tmp_path):
     schema = without(SCHEMA, *absent)
     task = ranker("dlrm", "row", schema)
-    program = export_program(ServedModel(task.model)).module()
+    save_program(export_program(ServedModel(task.model)), str(tmp_path / "program.pt2"))
+    program = load_program(str(tmp_path / "program.pt2"))
     layout = InputLayout(schema)
     with torch.no_grad():
         rounding = rounding_of(task.model, ModelInputs.of(batch_of(toy_table(64), schema)))
