@@ -21,6 +21,10 @@ AUTO = (
 )
 
 
+def export(argv):
+    return use("export", *argv)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     raw, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("data") / "criteo"
@@ -57,6 +61,10 @@ def test_trains_evaluates_and_reports(data, tmp_path, recipe, options, ranks):
         assert "DLRM" in page
     else:
         assert "DCN-v2 with experts on criteo" in page
+        argv = [path, "--out", tmp_path / "model", "--split", "test"]
+        ((code, shown),) = run_ranks(export, 1, argv, joined=False)
+        assert code == 0, shown
+        assert f'"rows": {ROWS // 10}' in shown
 
 
 @pytest.mark.slow
