@@ -1,6 +1,7 @@
 """Stages in a loop of the host's own on ranks: equal to the bit, frozen to the bit, resumed."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
-from torchrec.models.dlrm import DLRM, DLRM_DCN
+from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRMTrain
 
 from tests.helpers.processes import run_ranks
 from tests.helpers.staged_hosts import (
@@ -50,15 +52,19 @@ class Run:
 
     looks: Looks
     resumed: list[dict[str, str]]
+    warned: list[str]
+
+
+def wrapped(task: DLRMTrain, sharding: str) -> nn.Module:
+    if sharding == "fsdp":
+        fully_shard(task.model.get_submodule("over_arch"))
+        fully_shard(task)
+        return task
+    return DistributedDataParallel(task) if sharding == "ddp" else distributed(task, sharding)
 
 
 def build(case: Case) -> StageDriver:
-    task = host(case.kind, case.shared)
-    model: nn.Module = (
-        DistributedDataParallel(task)
-        if case.sharding == "ddp"
-        else distributed(task, case.sharding)
-    )
+    model: nn.Module = wrapped(host(case.kind, case.shared), case.sharding)
     make = case.pipeline
     if make is None:
         return driver_of(model)
@@ -92,7 +98,8 @@ def train(driver: StageDriver, looped: bool, folder: Path | None = None) -> Look
 
 def run(case: Case, folder: Path) -> Run:
     looped = case.pipeline is None
-    looks = train(build(case), looped, folder)
+    with warnings.catch_warnings(record=True) as caught:
+        looks = train(build(case), looped, folder)
     resumed = []
     for step in RESUMED:
         driver = build(case)
@@ -103,7 +110,7 @@ def run(case: Case, folder: Path) -> Run:
         assert driver.step == step
         train(driver, looped)
         resumed.append(digests(driver))
-    return Run(looks, resumed)
+    return Run(looks, resumed, [str(it.message) for it in caught if "xpert" in str(it.message)])
 
 
 CASES = {
@@ -116,7 +123,18 @@ CASES = {
     "a shared router": Case(shared=True),
     "a loop": Case(pipeline=None),
     "ddp": Case(sharding="ddp", pipeline=None),
+    "fsdp": Case(sharding="fsdp", pipeline=None),
+    "fsdp, a shared router": Case(sharding="fsdp", pipeline=None, shared=True),
 }
+
+
+def replicated(case: Case, names: Iterable[str]) -> set[str]:
+    """Those of which every rank has the same."""
+    if case.sharding in ("table_wise", "column_wise"):
+        return {name for name in names if owner(name) != "tables"}
+    if case.sharding == "fsdp":  # a layer's state is with the rank that holds the layer
+        return {n for n in names if n.startswith("model.") or not owner(n).startswith("experts")}
+    return set(names)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +148,23 @@ CASES = {
 def test_ranks_are_equal_what_is_frozen_stays_and_a_run_goes_on(name, ranks, tmp_path):
     case = CASES[name]
     runs = run_ranks(run, ranks, case, tmp_path)
-    whole = case.sharding in ("ddp", "data_parallel")
     for seen in runs:
+        assert not seen.warned
         assert_only_what_learns_changes(seen.looks)
         for (stage, mine), (_, first) in zip(seen.looks, runs[0].looks, strict=True):
-            replicated = {name for name in first if whole or owner(name) != "tables"}
-            assert {name for name in mine if whole or owner(name) != "tables"} == replicated
-            for tensor in replicated:
+            shared = replicated(case, first)
+            assert replicated(case, mine) == shared
+            for tensor in shared:
                 assert mine[tensor] == first[tensor], f"{tensor} entering {stage!r}"
         for step, end in zip(RESUMED, seen.resumed, strict=True):
             assert end == seen.looks[-1][1], f"resumed at step {step}"
+
+
+@pytest.mark.slow
+def test_fsdp_ends_with_the_bits_of_ddp(tmp_path):
+    ends = []
+    for name in ("fsdp", "ddp"):
+        first, _ = run_ranks(run, 2, CASES[name], tmp_path / name)
+        end = first.looks[-1][1].items()
+        ends.append({n.replace("module.", ""): d for n, d in end if n.startswith("model.")})
+    assert ends[0] == ends[1]

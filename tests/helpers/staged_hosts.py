@@ -13,6 +13,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 # TorchRec's own name for it is deprecated in favour of this one.
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.distributed.tensor import DTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -169,6 +170,8 @@ def digests(driver: StageDriver) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def walk(name: str, value: Any, layered: bool) -> None:
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
         if isinstance(value, dict):
             for key, inner in value.items():
                 walk(f"{name}.{key}", inner, layered)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.router import SampleRouter
 
-__all__ = ["HostWatch", "stop_watching"]
+__all__ = ["HostWatch", "stop_watching", "trust_optimizer"]
 
 LEARNING, SCORING = (True, True), (False, False)
 
@@ -68,7 +68,7 @@ class HostWatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._settle()
+        self.settle()
 
     def before(self, model: nn.Module, args: Any) -> None:
         """Forward pre-hook of the model."""
@@ -108,7 +108,8 @@ class HostWatch:
         modules = set(model.modules())
         return {name: site for name, site in self._sites.items() if site in modules}
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Ask no longer whether an optimizer has the experts."""
         self._settled = True
         _LISTENING.discard(self)
 
@@ -128,14 +129,14 @@ class HostWatch:
             return
         missing = [name for name, p in experts.items() if _storage_of(p) not in self._stepped]
         if not missing:
-            self._settle()
+            self.settle()
             return
         self._passes, self._steps = self._passes + bool(self._steps), 0
         if self._passes >= 2:
             self._warn(missing)
 
     def _warn(self, missing: Sequence[str]) -> None:
-        self._settle()  # it never will be, but that has been said now
+        self.settle()  # it never will be, but that has been said now
         warnings.warn(
             "The optimizer moves parameters of the model, but not their experts: "
             f"{', '.join(missing)}. It seems to have been built before injection, or of other "
@@ -160,7 +161,7 @@ class HostWatch:
         known = {name: before[name] for name in versions if name in before}
         moved = [name for name, then in known.items() if versions[name].base > then.base]
         if any(versions[name].experts > then.experts for name, then in known.items()):
-            self._settle()
+            self.settle()
             return
         self._moves += bool(moved)
         still = [name for name in moved if not sites[name].expert_out.detach().any()]
@@ -207,10 +208,20 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 def stop_watching(model: nn.Module) -> None:
     """Detach what listens to the passes of a model whose sites are gone."""
-    for module in model.modules():
-        for hook in list(module._forward_hooks.values()):
-            if isinstance(watch := getattr(hook, "__self__", None), HostWatch):
-                watch.detach()
+    for watch in _watches_of(model):
+        watch.detach()
+
+
+def trust_optimizer(model: nn.Module) -> None:
+    """Say nothing of optimizers: it is known that one has all experts."""
+    for watch in _watches_of(model):
+        watch.settle()
+
+
+def _watches_of(model: nn.Module) -> list[HostWatch]:
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, HostWatch)]
 
 
 def _is_traced() -> bool:

@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import nn, Tensor
+from torch.distributed.tensor import DTensor
 from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 
 from torchrec_hilomoe.training.stages import OptimizerName, Stage
 
-__all__ = ["DenseOptimizer", "ExpertLayers", "begin_state", "family_of"]
+__all__ = ["DenseOptimizer", "ExpertLayers", "begin_state", "family_of", "local"]
 
 FAMILIES: Mapping[OptimizerName, str] = {
     "adam": "adam",
@@ -113,7 +114,7 @@ def begin_state(keyed: KeyedOptimizer) -> bool:
             if name == "step":
                 state[name] = torch.zeros_like(value) if isinstance(value, Tensor) else 0
             elif name not in before.get(parameter, ()) and isinstance(value, Tensor):
-                begun = begun and not value.any()
+                begun = begun and not local(value).any()
     if not begun:
         cast(dict, keyed.state).clear()
     return begun
@@ -141,16 +142,29 @@ def _optimizer(tensors: list, family: str, rate: float, momentum: float) -> torc
 STACKED = ("expert_in", "expert_out", "expert_keys")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, which FSDP may have sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @dataclass(frozen=True)
 class _Slice:
-    """One optimizer's share of an expert parameter: a layer of it, or all of it."""
+    """One optimizer's share of an expert parameter: a layer of it, or all of it.
+
+    Attributes:
+        key: Its name.
+        parameter: The whole.
+        layer: Which layer, from 1; None is all.
+        row: Where this rank has that layer.
+    """
 
     key: str
     parameter: nn.Parameter
-    layer: int | None
+    layer: int | None = None
+    row: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
-        return tensor if self.layer is None else tensor[self.layer - 1]
+        return tensor if self.layer is None else local(tensor)[self.row]
 
 
 class ExpertLayers:
@@ -173,6 +187,9 @@ class ExpertLayers:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.learning: frozenset[int] = frozenset()
+        # Of the stacks: of a sharded one a rank may hold some layers, or none.
+        stacks = [p for name, p in parameters.items() if _is_stacked(name)]
+        self._layers = max((stack.shape[0] for stack in stacks), default=0)
         self._slices = [piece for item in parameters.items() for piece in _slices(*item)]
         self.views: dict[str, Tensor] = {
             piece.key: piece.of(piece.parameter.detach()).requires_grad_() for piece in self._slices
@@ -184,9 +201,22 @@ class ExpertLayers:
         return {key: self.views[key] for key in own}
 
     def learn(self, stage: Stage) -> None:
-        """Let the layers of a stage learn."""
-        layers = {piece.layer for piece in self._slices if piece.layer is not None}
-        active = len(layers) if stage.active_layers is None else stage.active_layers
+        """Let the layers of a stage learn.
+
+        Raises:
+            ValueError: If a parameter is in other memory than when the views of it were made.
+        """
+        for piece in self._slices:
+            if (
+                local(piece.of(piece.parameter)).data_ptr()
+                != local(self.views[piece.key]).data_ptr()
+            ):
+                raise ValueError(
+                    f"{piece.key} is in other memory than when its optimizer was built, which "
+                    "would move it no more. Move the model (model.to, load_state_dict with "
+                    "assign=True) before that, or build the optimizer anew."
+                )
+        active = self._layers if stage.active_layers is None else stage.active_layers
         chosen = range(1, active + 1) if stage.learning_layers is None else stage.learning_layers
         self.learning = frozenset(chosen)
 
@@ -205,8 +235,30 @@ class ExpertLayers:
             self.views[piece.key].grad = None
 
 
+def _is_stacked(name: str) -> bool:
+    return name.rpartition(".")[2] in STACKED
+
+
 def _slices(name: str, parameter: nn.Parameter) -> list[_Slice]:
-    if name.rpartition(".")[2] not in STACKED:
-        return [_Slice(name, parameter, None)]
-    layers = range(1, parameter.shape[0] + 1)
-    return [_Slice(f"{name}.{layer}", parameter, layer) for layer in layers]
+    if not _is_stacked(name):
+        return [_Slice(name, parameter)]
+    first = _first_layer(name, parameter)
+    rows = range(local(parameter).shape[0])
+    return [_Slice(f"{name}.{first + row}", parameter, first + row, row) for row in rows]
+
+
+def _first_layer(name: str, parameter: nn.Parameter) -> int:
+    """The first layer that this rank holds of a stack, from 1."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh, placements = parameter.device_mesh, parameter.placements
+    split = [at for at, placement in enumerate(placements) if not placement.is_replicate()]
+    if not split:
+        return 1
+    if len(split) > 1 or not placements[split[0]].is_shard(0):
+        raise ValueError(
+            f"{name} is sharded as {placements}, but each layer of experts has an optimizer's "
+            "state of its own. Shard it along dimension 0, as fully_shard does by itself."
+        )
+    ranks = mesh.size(split[0])
+    return 1 + mesh.get_local_rank(split[0]) * -(-parameter.shape[0] // ranks)

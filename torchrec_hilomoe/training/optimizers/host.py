@@ -5,10 +5,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn, Tensor
+from torch.distributed.tensor import DTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from torchrec_hilomoe.embeddings.freezing import table_parameters
+from torchrec_hilomoe.hilomoe.host_watch import trust_optimizer
 from torchrec_hilomoe.hilomoe.inject import expert_parameters
 from torchrec_hilomoe.training.optimizers.dense import begin_state, DenseOptimizer, ExpertLayers
 from torchrec_hilomoe.training.optimizers.stage_optimizers import (
@@ -69,6 +72,11 @@ class HostOptimizers(StageOptimizers):
         groups = _split(parameter_groups or given, self.learning, self._layers)
         optimizer = _built(factory, groups)
         base = {n: p for n, p in self.learning.items() if n not in experts}
+        tables = table_parameters(module)
+        self._module = module
+        self._loose_tables = [parameter for parameter in base.values() if parameter in tables]
+        self._base = [parameter for parameter in base.values() if parameter not in tables]
+        trust_optimizer(module)
         keyed = KeyedOptimizerWrapper({**base, **self._layers.views}, lambda _: optimizer)
         self._begun = begin_state(keyed)
         self._keyed: KeyedOptimizer = keyed
@@ -93,11 +101,32 @@ class HostOptimizers(StageOptimizers):
                     )
 
     def enter(self, stage: Stage) -> None:
-        """Let the base and the expert layers of a stage learn, and nothing else."""
+        """Let the base and the expert layers of a stage learn, and nothing else.
+
+        Raises:
+            ValueError: If the model's parameters are others than the optimizer's.
+        """
+        self._refuse_replaced()
         self._layers.learn(stage)
         for parameter in self.learning.values():
             parameter.grad = None  # zero would be a gradient, which moves a frozen state
         self._layers.drop_gradients()
+        self.stage_optimizer.frozen = [
+            *(() if stage.train_backbone else self._base),
+            *(() if stage.train_tables else self._loose_tables),
+        ]
+
+    def _refuse_replaced(self) -> None:
+        """Look at what no wrapper replaces for a while, as FSDP does."""
+        now, tables = set(self._module.parameters()), set(self._loose_tables)
+        for name, parameter in self.learning.items():
+            fixed = parameter not in tables and not isinstance(parameter, DTensor)
+            if fixed and parameter not in now:
+                raise ValueError(
+                    f"StageDriver: {name} is not the parameter that the driver was built of and "
+                    "moves. Build the driver after whatever replaces parameters "
+                    "(load_state_dict with assign=True, injection, parametrizations)."
+                )
 
     def set_rates(self, span: StageSpan, step: int, decay: float) -> None:
         """Multiply the host's rates by the stage's factors for ``step``."""
@@ -166,13 +195,10 @@ def _split(
             own = list(layers.views_of(parameter).values())
             views += own
             base += [] if own else [parameter]
-        for held, experts in ((base, False), (views, True)):
-            if held:
-                groups.append({**group, "params": held, "experts": experts})
+        groups += _alike(group, base, experts=False) + _alike(group, views, experts=True)
     left = [parameter for parameter in names if parameter not in seen]
     views = [view for parameter in left for view in layers.views_of(parameter).values()]
-    if views:
-        groups.append({"params": views, "experts": True})
+    groups += _alike({}, views, experts=True)
     lost = [names[parameter] for parameter in left if not layers.views_of(parameter)]
     if lost:
         raise ValueError(
@@ -181,6 +207,15 @@ def _split(
             "must not learn."
         )
     return groups
+
+
+def _alike(
+    group: Mapping[str, Any], params: Sequence[Tensor], *, experts: bool
+) -> list[dict[str, Any]]:
+    """Groups of tensors of one kind: no optimizer computes with sharded and plain ones at once."""
+    sharded = [tensor for tensor in params if isinstance(tensor, DTensor)]
+    plain = [tensor for tensor in params if not isinstance(tensor, DTensor)]
+    return [{**group, "params": held, "experts": experts} for held in (sharded, plain) if held]
 
 
 def _built(factory: Factory, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

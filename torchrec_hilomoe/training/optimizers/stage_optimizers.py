@@ -86,6 +86,8 @@ class StageOptimizer(OptimizerWrapper):
         loss_scale: By which the loss was multiplied.
 
     Attributes:
+        frozen: Parameters whose gradients no step may see; where a wrapper cannot be made anew, as
+            FSDP's, frozen parameters have some.
         gradient_norm: Norm of the dense gradients of the last step, before clipping; None if
             nothing clips.
     """
@@ -101,6 +103,7 @@ class StageOptimizer(OptimizerWrapper):
     ) -> None:
         keyed = [(str(index), optimizer.keyed) for index, optimizer in enumerate(dense)]
         super().__init__(CombinedOptimizer([("tables", tables), *keyed]))
+        self.frozen: Sequence[torch.Tensor] = ()
         self.gradient_norm: torch.Tensor | None = None
         self._tables = tables
         self._layers = layers
@@ -115,12 +118,14 @@ class StageOptimizer(OptimizerWrapper):
         self._layers.drop_gradients()
 
     def collect_gradients(self) -> None:
-        """Give each expert layer that learns its slice of the gradient.
+        """Give each expert layer that learns its slice of the gradient, and frozen ones none.
 
         A step does it. Call it before what reads gradients through this optimizer between backward
         and step, such as ``GradScaler.unscale_``.
         """
         self._layers.give_gradients()
+        for parameter in self.frozen:
+            parameter.grad = None
 
     def step(self, closure: Any = None) -> None:
         """Unscale, clip, step, and forget the experts' gradients."""

@@ -52,8 +52,8 @@ class StageDriver(Generic[Model]):
     or give ``pipeline=`` and call :meth:`progress`, which does both.
 
     Args:
-        model: In :class:`~torchrec.distributed.model_parallel.DistributedModelParallel`, in DDP, or
-            in no wrapper.
+        model: In :class:`~torchrec.distributed.model_parallel.DistributedModelParallel`, in DDP, in
+            FSDP's ``fully_shard``, or in no wrapper.
         schedule: The stages; or a :class:`~torchrec_hilomoe.training.stages.StageTimeline`, which
             has placed them in a run with epochs, decay or plateaus.
         optimizer: A function that builds an optimizer, of any kind, of the parameter groups that it

@@ -9,6 +9,7 @@ from typing import cast, TypeVar
 
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchrec.distributed.types import ShardedModule
 
@@ -94,7 +95,8 @@ def enter_stage(
             learns = stage.experts_learn
         else:
             learns = stage.train_tables if parameter in tables else stage.train_backbone
-        if parameter not in sharded:
+        # FSDP, too, has decided it: there a frozen parameter gets gradients, which are dropped.
+        if parameter not in sharded and not isinstance(parameter, DTensor):
             parameter.requires_grad_(learns and parameter not in fixed)
     wrapped = wrapped_like(model, wrap)
     set_training_mode(wrapped, stage)

@@ -23,7 +23,6 @@ MIB = 1 << 20
 
 # Within a model, or around it, none of these can be taken off and put on again.
 PARALLEL = (
-    FSDPModule,
     FullyShardedDataParallel,
     DataParallel,
     DistributedModelParallel,
@@ -63,8 +62,8 @@ def check_wrapper(model: nn.Module, wrap: Wrap | None) -> None:
     """Refuse what cannot be wrapped anew as it is.
 
     Raises:
-        ValueError: If the model is compiled or in a wrapper other than DDP and
-            ``DistributedModelParallel`` itself, or anything in it is.
+        ValueError: If the model is compiled or in a wrapper other than DDP, FSDP's ``fully_shard``
+            and ``DistributedModelParallel`` itself, or anything in it is.
     """
     kind = type(model)
     other = isinstance(model, DistributedModelParallel) and kind is not DistributedModelParallel
@@ -82,12 +81,13 @@ def check_wrapper(model: nn.Module, wrap: Wrap | None) -> None:
         )
     inside = unwrapped(model)
     for name, module in inside.named_modules():
-        if isinstance(module, PARALLEL):
+        if isinstance(module, PARALLEL) or (isinstance(module, FSDPModule) and inside is not model):
             where = repr(name) if name else "its root"
             raise ValueError(
                 f"StageDriver: {where} of the model is a {type(module).__name__}, which cannot be "
                 "wrapped anew when what learns changes. Give the model in "
-                "DistributedModelParallel, in DistributedDataParallel or in no wrapper."
+                "DistributedModelParallel, in DistributedDataParallel, in fully_shard alone or in "
+                "no wrapper."
             )
 
 
@@ -97,7 +97,8 @@ def wrapped_like(model: nn.Module, wrap: Wrap | None = None) -> nn.Module:
     Parameters and sharded tables stay the objects that they are.
 
     Args:
-        model: In :class:`DistributedModelParallel`, in DDP, or in no wrapper.
+        model: In :class:`DistributedModelParallel`, in DDP, in ``fully_shard``, which stays as it
+            is because a stage changes nothing that it has decided, or in no wrapper.
         wrap: What wraps in place of that.
     """
     module = unwrapped(model)

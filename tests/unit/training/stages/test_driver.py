@@ -421,6 +421,20 @@ def test_steps_that_are_not_ended_and_runs_that_are_over_are_refused():
         driver.begin_step()
 
 
+def test_parameters_that_are_replaced_after_the_driver_was_built_are_refused():
+    driver = StageDriver(site(), ONE, adam, total_steps=1)
+    driver.model.load_state_dict(copy.deepcopy(driver.model.state_dict()), assign=True)
+    with pytest.raises(
+        ValueError, match=r"0.weight is not the parameter that the driver was built of"
+    ):
+        driver.begin_step()
+    moved = StageDriver(site(), ONE, adam, total_steps=1)
+    for parameter in moved.model.parameters():
+        parameter.data = parameter.data.clone()  # as model.to() does
+    with pytest.raises(ValueError, match=r"0.expert_in.1 is in other memory than when its optim"):
+        moved.begin_step()
+
+
 def test_the_state_of_another_run_is_refused():
     driver = StageDriver(site(), StageSchedule.three_stages(num_layers=2), adam, total_steps=50)
     run(driver, 20)
