@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from benchmarks import compare, growth_plot
+from benchmarks import bench_serving, compare, growth_plot
 from benchmarks.harness import read_lines
 from benchmarks.launching import exit_code
 from benchmarks.side_by_side import contenders
@@ -179,3 +179,19 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(text, said, tmp_path, capsys
     assert growth_plot.main([str(lines), "--out", str(tmp_path / "none.png")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.slow
+def test_requests_are_timed_in_every_form(tmp_path, monkeypatch):
+    out = tmp_path / "lines.jsonl"
+    argv = ["--models", "dlrm", "--candidates", "1", "20", "--seconds", "0.1", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["bench_serving", *argv])
+    bench_serving.main()
+    lines = read_lines(out)
+    assert [(line["candidates"], line["form"], line["provider"]) for line in lines] == [
+        (candidates, form, provider)
+        for candidates in (1, 20)
+        for form in ("eager", "program", "package")
+        for provider in ("plain", "experts")
+    ]
+    assert all(line["median_us"] <= line["p99_us"] for line in lines)
