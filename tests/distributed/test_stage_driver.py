@@ -120,6 +120,7 @@ CASES = {
     ),
     "dcn": Case(kind=DLRM_DCN),
     "replicated tables": Case(sharding="data_parallel"),
+    "tables of the host's optimizer": Case(sharding="not fused"),
     "a shared router": Case(shared=True),
     "a loop": Case(pipeline=None),
     "ddp": Case(sharding="ddp", pipeline=None),
@@ -130,7 +131,7 @@ CASES = {
 
 def replicated(case: Case, names: Iterable[str]) -> set[str]:
     """Those of which every rank has the same."""
-    if case.sharding in ("table_wise", "column_wise"):
+    if case.sharding in ("table_wise", "column_wise", "not fused"):
         return {name for name in names if owner(name) != "tables"}
     if case.sharding == "fsdp":  # a layer's state is with the rank that holds the layer
         return {n for n in names if n.startswith("model.") or not owner(n).startswith("experts")}

@@ -104,11 +104,13 @@ def host(kind: type[DLRM] = DLRM, shared: bool = False, device: str = "cpu") -> 
 
 
 def distributed(task: DLRMTrain, sharding: str) -> DistributedModelParallel:
-    """The host under DMP, with row-wise Adagrad fused into its tables."""
+    """The host under DMP, with row-wise Adagrad fused into its tables, but for "not fused"."""
     collection = task.model.sparse_arch.embedding_bag_collection
-    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.1})
+    if sharding != "not fused":
+        apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.1})
     how = {
         "table_wise": lambda at: table_wise(rank=at % dist.get_world_size()),
+        "not fused": lambda at: table_wise(rank=at % dist.get_world_size()),
         "column_wise": lambda at: column_wise(ranks=[0] if dist.get_world_size() == 1 else [0, 1]),
         "data_parallel": lambda at: data_parallel(),
     }[sharding]

@@ -64,7 +64,7 @@ class HostOptimizers(StageOptimizers):
         self.learning = {
             name: parameter
             for name, parameter in in_backward_optimizer_filter(named)
-            if parameter.requires_grad
+            if parameter.requires_grad and parameter.numel()  # another rank has such a table
         }
         experts = {n: p for n, p in expert_parameters(module).items() if n in self.learning}
         self._layers = ExpertLayers(experts)
@@ -183,6 +183,8 @@ def _split(
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
         base, views = [], []
         for parameter in params:
+            if not parameter.numel():
+                continue
             if parameter not in names or parameter in seen:
                 what = f"{names[parameter]} again" if parameter in seen else "a tensor"
                 raise ValueError(
