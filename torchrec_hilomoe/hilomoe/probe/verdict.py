@@ -5,6 +5,7 @@ Shape legend:
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -212,11 +213,10 @@ def conclude(
         intervals = _gains(site, len(names), draws, seed)
         for name, (gain, low, high) in zip(known, intervals, strict=True):
             gains[name].append(Gain(name=name, site=site.site, gain=gain, low=low, high=high))
-    noise = [gain.high for gain in gains[RANDOM]]
     standing = [
         name
         for name in judged
-        if any(gain.low > max(0.0, above) for gain, above in zip(gains[name], noise, strict=True))
+        if any(_stands_out(*found) for found in zip(gains[name], gains[RANDOM], strict=True))
     ]
     layers = _choose(evidence, names, standing, draws, config.num_layers)
     ranked = sorted((g for name in judged for g in gains[name]), key=lambda g: -g.gain)
@@ -245,6 +245,15 @@ def conclude(
         fit_rows=evidence[0].fit_rows,
         held_out_rows=int(evidence[0].held_out.rows),
     )
+
+
+def _stands_out(gain: Gain, random: Gain) -> bool:
+    """Whether a gain is above 0, and above the one of random buckets, for all that is known.
+
+    The interval of a difference is as wide as both together, as the sides of a right angle are.
+    """
+    unsure = math.hypot(gain.gain - gain.low, random.high - random.gain)
+    return gain.low > 0 and gain.gain - random.gain > unsure
 
 
 def _gains(site: Evidence, names: int, draws: int, seed: int) -> list[tuple[float, float, float]]:
