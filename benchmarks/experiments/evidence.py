@@ -101,6 +101,21 @@ DATA = {
         )
         for world in ("composed", "tree")
     },
+    # Of the default recipe's model, and long enough for a probe to listen before experts join.
+    **{
+        f"{world}-3m": Data(
+            recipe="bst-synthetic",
+            options={
+                "data.synthetic": world,
+                "data.train_rows": "3072000",
+                "checkpoint.every_steps": "1000",
+            },
+            head=(128, 64),
+            route_by=WORLD_ROUTES[world],
+            tuned_on=f"{world}-3m",
+        )
+        for world in WORLD_ROUTES
+    },
     **{
         name: Data(recipe=recipe, head=(256, 128), route_by=route_by, prepared=True, tuned_on=name)
         for name, (recipe, route_by) in PREPARED.items()
@@ -128,6 +143,13 @@ TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
 EXPERT_RATES = ("1.0", "5.0")
 FROZEN_SHARES = ("0.0", "0.03")
 TUNED_VARIANT = "head rank 4"
+
+# 450 steps of 3,000 without experts, of which the last 400 are listened to.
+AUTO = {
+    "model.hilomoe.route_by": "auto",
+    "model.hilomoe.probe_steps": "400",
+    "train.backbone_share": "0.15",
+}
 
 
 def experts(sites: str, rank: int, routing: str = "row") -> dict[str, str]:
@@ -163,6 +185,7 @@ def variants(data: Data) -> dict[str, dict[str, str]]:
         "all rank 4, by sample": own | experts("all", 4, "sample"),
         "head rank 4, by side": own | experts("head", 4, "sample") | SIDES,
         "head rank 4, by feature": own | experts("head", 4, "sample") | by_feature,
+        "head rank 4, auto": own | experts("head", 4, "sample") | AUTO,
         "head rank 4, by feature, random": own | experts("head", 4, "random") | by_feature,
     }
 
@@ -302,7 +325,10 @@ def _output_ratio(folder: Path, step: int, case: Case) -> float | None:
     found = folder / "routing.json"
     checkpoint = str(folder / "checkpoints" / f"step_{step}")
     _command("apps/evaluate.py", checkpoint, "--split", "valid", "--out", str(found))
-    sites = json.loads(found.read_text())["routing"]["sites"]
+    routing = json.loads(found.read_text()).get("routing")
+    if routing is None:  # `auto` found nothing
+        return None
+    sites = routing["sites"]
     return sum(site["output_ratio"] for site in sites) / len(sites)
 
 
