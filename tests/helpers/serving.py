@@ -12,7 +12,7 @@ from torch import nn
 from tests.helpers.datasets import replace_column, SCHEMA
 from tests.helpers.models import in_memory
 from torchrec_hilomoe.command_line import parse_run
-from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig
+from torchrec_hilomoe.config import BSTConfig, InjectionConfig, InterFormerConfig, ModelConfig
 from torchrec_hilomoe.data.batch import CTRBatch, LoaderState
 from torchrec_hilomoe.data.collate import collate
 from torchrec_hilomoe.data.decode import decode_block
@@ -38,6 +38,7 @@ def ranker(backbone: str = "din", routing: Routing = "row", schema: Schema = SCH
         head=(8, 6),
         batch_norm=True,
         bst=BSTConfig(num_heads=2),
+        interformer=InterFormerConfig(num_layers=1),
         hilomoe=InjectionConfig(
             enabled=routing != "plain",
             num_layers=2,
