@@ -19,6 +19,8 @@ from torchrec_hilomoe.serving.program import export_program, without_warnings
 
 __all__ = ["compile_package", "load_package"]
 
+CRASHED = ("TransAct", "InterFormer")  # a package of one of them ended its process
+
 
 def compile_package(model: ServedModel, path: str) -> None:
     """Compile a model to a local file ``*.pt2``; takes from half a minute to some minutes.
@@ -26,8 +28,14 @@ def compile_package(model: ServedModel, path: str) -> None:
     There experts are looked up by plain indexing, which the compiler fuses with the products.
 
     Raises:
-        ValueError: If there is no C++ compiler.
+        ValueError: If there is no C++ compiler, or packages of the backbone are not trusted.
     """
+    backbone = type(model.backbone).__name__
+    if backbone in CRASHED:
+        raise ValueError(
+            f"a package of {backbone} cannot be had: compiled models of {' and '.join(CRASHED)} "
+            "have crashed. Export without --package."
+        )
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError(
             "an AOTInductor package needs a C++ compiler: install g++ or set CXX, or export "
