@@ -30,6 +30,7 @@ def advised(*totals, wider=-0.001, random=0.0005, filled=8, plain=LEARNED):
             blocks=8,
             rows=4096,
             plain=plain,
+            least=2e-3,
         )
     )
 

@@ -14,7 +14,13 @@ import torch
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.plan import gathering_pays
-from torchrec_hilomoe.hilomoe.probe.advice import advise, Findings, PlainModel
+from torchrec_hilomoe.hilomoe.probe.advice import (
+    advise,
+    Findings,
+    PAIRED_GAIN,
+    PAYING_GAIN,
+    PlainModel,
+)
 from torchrec_hilomoe.hilomoe.probe.buckets import ALL, RANDOM
 from torchrec_hilomoe.hilomoe.probe.interactions import HeldOutSums, signed_gain, Statistics
 from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
@@ -231,6 +237,7 @@ def conclude(
             blocks=len(weight_S),
             rows=int(evidence[0].held_out.rows),
             plain=plain,
+            least=PAYING_GAIN if all(site.wider for site in evidence) else PAIRED_GAIN,
         )
     )
     return ProbeReport(
