@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from torchrec_hilomoe.runtime.process import commit_of
+from torchrec_hilomoe.runtime.checkout import commit_of
 
 __all__ = [
     "FEWEST_ROUNDS",

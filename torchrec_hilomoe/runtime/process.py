@@ -3,8 +3,6 @@
 import platform
 import re
 import resource
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,9 +11,7 @@ import torchrec
 
 from torchrec_hilomoe import __version__
 
-__all__ = ["commit_of", "peak_memory_gib", "peak_resident_bytes", "versions"]
-
-CODE = ("torchrec_hilomoe", "benchmarks/*.py")  # what a measurement or an export depends on
+__all__ = ["peak_memory_gib", "peak_resident_bytes", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -49,19 +45,3 @@ def peak_resident_bytes() -> int:
         return int(found[1]) << 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
-
-
-def commit_of(root: Path) -> str:
-    """Return the commit of a checkout; marked where the code that runs is another."""
-    if shutil.which("git") is None:
-        return "none"
-
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    commit = git("rev-parse", "--short", "HEAD").stdout.strip()
-    if not commit:
-        return "none"
-    changed = git("diff", "--quiet", "HEAD", "--", *CODE).returncode
-    return f"{commit}-dirty" if changed else commit

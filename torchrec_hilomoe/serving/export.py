@@ -20,8 +20,8 @@ from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
 from torchrec_hilomoe.hilomoe.inject import remove_hilomoe, sites_of
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
+from torchrec_hilomoe.runtime.checkout import commit_of
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
-from torchrec_hilomoe.runtime.process import commit_of
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.serving.artifact import (
     artifact_folder,

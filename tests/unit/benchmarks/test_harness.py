@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import harness
 from benchmarks.harness import append, environment, measure, read_lines
-from torchrec_hilomoe.runtime.process import commit_of
+from torchrec_hilomoe.runtime.checkout import commit_of
 
 
 @pytest.fixture
