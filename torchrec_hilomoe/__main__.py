@@ -6,6 +6,7 @@ Examples:
     python -m torchrec_hilomoe COMMAND --help
 """
 
+import signal
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -30,7 +31,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, or 2 when the user must mend something."""
+    """Run a command; return 0, 2 when the user must mend something, or 130 after Ctrl-C."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("", "-h", "--help"):
         _, _, examples = (__doc__ or "").partition("\n\n")
@@ -50,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         import_module("torchrec")  # first, so that a broken set is explained and not traced back
     except (ImportError, OSError):
         return doctor.main([])
-    return import_module(f"torchrec_hilomoe.apps.{name}").main(rest)
+    try:
+        return import_module(f"torchrec_hilomoe.apps.{name}").main(rest)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted\n")
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The help of the options: every one is there, in words that stand alone, and in the document."""
 
 import re
+import signal
 
 import pytest
 
 from tests.helpers.processes import ROOT
 from torchrec_hilomoe.__main__ import COMMANDS, main
+from torchrec_hilomoe.apps import report
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.options import describe_options, help_text, markdown, option_names
 
@@ -68,3 +70,10 @@ def test_commands_are_listed_and_a_mistyped_one_is_told(capsys):
     assert all(f"    {command} " in capsys.readouterr().out for command in list(COMMANDS)[:1])
     assert main(["trian"]) == 2
     assert "there is no command 'trian'. Did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    """Whatever the command is doing; only ``train`` has something to save first."""
+    monkeypatch.setattr(report, "main", lambda rest: signal.raise_signal(signal.SIGINT))
+    assert main(["report", "runs/mine"]) == 130
+    assert capsys.readouterr().err == "report: interrupted\n"

@@ -81,6 +81,28 @@ def test_rows_without_weight_are_left_out(monkeypatch):
     assert [len(rows.x_ND) for rows in found] == [254]
 
 
+def test_rows_without_weight_are_no_samples():
+    """They pad a batch, and a layer promises as much with them as without."""
+    reports = []
+    for padding in (0, 256):
+        model = build()
+        ones = torch.ones(256 + padding)
+        ones[256:] = 0.0
+        terms = LossTerms(weights=ones, denominator=256.0)
+        probe = probe_of(model, paired=True, loss_terms=lambda *_, terms=terms: terms)
+        with probe.judge():
+            for seed in range(8):
+                inputs, clicks = make_batch(seed)
+                inputs = [torch.cat([part, part[:padding]]) for part in inputs]
+                losses = F.binary_cross_entropy_with_logits(
+                    model(*inputs)[:256], clicks, reduction="sum"
+                )
+                (losses / 256).backward()
+        reports.append(probe.report())
+    assert reports[0].costs == reports[1].costs
+    assert reports[1].costs[0].rows_per_sample == 1.0
+
+
 def test_a_constant_factor_on_the_loss_changes_nothing():
     reports = []
     for factor in (1.0, 2.0**-10):  # of micro-batches, or of a loss scale: powers of two are exact

@@ -12,7 +12,9 @@ def gain(name, value, spread=0.0005):
     return Gain(name=name, site="up", gain=value, low=value - spread, high=value + spread)
 
 
-def advised(*totals, wider=-0.001, random=0.0005, filled=8, plain=LEARNED):
+def advised(
+    *totals, wider: float | None = -0.001, random=0.0005, filled=8, blocks=8, plain=LEARNED
+):
     """The advice where layers add up to these totals, and the first adds most."""
     befores = (0.0, *totals)
     layers = [
@@ -24,10 +26,10 @@ def advised(*totals, wider=-0.001, random=0.0005, filled=8, plain=LEARNED):
         Findings(
             layers=layers,
             best=gain("hour", best),
-            wider=gain("wider", wider),
+            wider=None if wider is None else gain("wider", wider),
             random=gain("random", 0.0, random),
             filled=filled,
-            blocks=8,
+            blocks=blocks,
             rows=4096,
             plain=plain,
             least=2e-3,
@@ -70,6 +72,8 @@ def test_too_few_rows_are_neither_a_yes_nor_a_no():
     advice = advised(0.01, filled=3)
     assert not advice.pays
     assert "4,096 held-out rows are too few: they fill 3 of 8 blocks" in advice.verdict
+    assert "they fill 1 of 2 blocks" in advised(0.01, filled=1, blocks=2).verdict
+    assert "probe_steps" in advised(0.01, filled=3, wider=None).verdict
     advice = advised(random=0.002)
     assert advice.verdict.startswith("cannot tell yet: the 4,096 held-out rows are too few: random")
     assert advice.verdict.endswith("Judge by more rows (--judge_batches, --data.eval_rows).")

@@ -113,3 +113,40 @@ def test_a_router_is_not_told_to_choose_by_itself():
     given: Any = "auto"
     with pytest.raises(ValueError, match=r"views is 'auto'.*probe\.views\(\)"):
         inject_shared_router(build(), CONFIG, ["first"], "features", 9, views=given)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"features": {"b": FEATURES["a"], "a": FEATURES["b"], "number": FEATURES["number"]}},
+        {"seed": 5},
+        {"blocks": 3},
+        {"draws": 2},
+        {"sketch": 4},
+        {"paired": True},
+    ],
+    ids=str,
+)
+def test_the_state_of_another_probe_is_refused(other):
+    model = build()
+    probe = probe_of(model)
+    listen(probe, model, 0, FIT)
+    again = probe_of(model, **other)
+    with pytest.raises(ValueError, match=r"the state is of a probe of .*, but this one is of "):
+        again.load_state_dict(probe.state_dict())
+    assert not again.state_dict()
+
+
+@pytest.mark.parametrize("stop", [1, 3, FIT, JUDGE])
+def test_a_paired_probe_goes_on_from_what_it_has_saved(stop):
+    first, second = build(), build()
+    probe = probe_of(first, paired=True)
+    listen(probe, first, 0, stop)
+    saved = {name: tensor.clone() for name, tensor in probe.state_dict().items()}
+    listen(probe, first, stop, JUDGE)
+    again = probe_of(second, paired=True)
+    again.load_state_dict(saved)
+    listen(again, second, stop, JUDGE)
+    assert again.report() == probe.report()
+    assert again.report().fit_rows == FIT * 256
+    assert again.report().held_out_rows == (JUDGE - FIT) * 256

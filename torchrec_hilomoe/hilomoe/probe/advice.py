@@ -17,6 +17,7 @@ PAIRED_GAIN = 3.3e-3
 FIXED_AT_STEPS = 300
 LONGER = "Train it longer (--steps), or probe a checkpoint of a longer run (--checkpoint)."
 MORE_ROWS = "Judge by more rows (--judge_batches, --data.eval_rows)."
+LISTEN = "Listen to more rows (in a run: model.hilomoe.probe_steps, train.backbone_share)."
 CONFIRM = (
     "Confirm it with a pair of runs that differ in the experts alone, of the same seed: compare "
     "their test AUC."
@@ -98,6 +99,7 @@ def advise(found: Findings) -> Advice:
 def _doubts(found: Findings, pays: bool) -> list[str]:
     """Why nothing can be said yet, each with what to do."""
     doubts, loss, constant = [], found.plain.loss, found.plain.constant_loss
+    more = MORE_ROWS if found.wider else LISTEN
     if loss is not None and found.total >= loss:
         doubts.append(
             f"all layers together promise {found.total:.3f} nats, and the whole loss of the plain "
@@ -108,16 +110,16 @@ def _doubts(found: Findings, pays: bool) -> list[str]:
             f"the plain model's loss is {loss:.3f}, and that of the click rate alone "
             f"{constant:.3f}, so it has not learned what it can by itself. {LONGER}"
         )
-    if 2 * found.filled < found.blocks:
+    if found.filled < max(2, found.blocks / 2):
         doubts.append(
             f"the {found.rows:,} held-out rows are too few: they fill {found.filled} of "
-            f"{found.blocks} blocks, and no interval can be trusted. {MORE_ROWS}"
+            f"{found.blocks} blocks, and no interval can be trusted. {more}"
         )
     elif not pays and found.random.high - found.random.low > found.least:
         doubts.append(
             f"the {found.rows:,} held-out rows are too few: random buckets are between "
             f"{found.random.low:.4f} and {found.random.high:.4f} nats, which is wider than the "
-            f"{found.least:g} that pay. {MORE_ROWS}"
+            f"{found.least:g} that pay. {more}"
         )
     return doubts
 

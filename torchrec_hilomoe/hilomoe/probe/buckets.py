@@ -28,8 +28,8 @@ class FeatureBuckets:
     """Puts samples into buckets, by every feature and by two controls.
 
     ``random`` puts each sample anywhere: by a hash of bits of its query, of the number of the
-    pass, and of how many equal samples of the pass came before, so that the number of ranks that
-    share the samples makes no difference.
+    pass, and of how many equal samples of the pass came before on this rank. So ranks that share
+    the samples put each where one process does, but for samples that are equal.
 
     Args:
         features: Where each stands in the query.

@@ -133,7 +133,7 @@ class SiteSums:
             rows_per_sample=seen / samples,
             held_out=judged,
             wider=wider,
-            fit_rows=int(self.fit.rows if self.pairs is None else self.pairs.rows),
+            fit_rows=int(self.fit.rows if self.pairs is None else self.pairs.trained_rows),
             buckets_in_use=dict(zip(names, used_KD.amax(dim=1).tolist(), strict=True)),
         )
 

@@ -50,6 +50,13 @@ class HeardPass:
     offsets: dict[str, Tensor] = field(default_factory=dict)
     terms: LossTerms = LossTerms()
 
+    @property
+    def samples(self) -> int:
+        """Number of samples that count: those of weight 0 have no gradient."""
+        assert self.query_BQ is not None
+        weights = self.terms.weights
+        return len(self.query_BQ) if weights is None else int((weights > 0).sum())
+
     def rows(self, site: str, tokens: str | None, x: Tensor, gradient: Tensor) -> BucketRows:
         """Undo the loss's division and weighting: each row's input and own gradient.
 

@@ -67,6 +67,11 @@ class PairSums:
         return self._sums[-1][: self._blocks].sum()
 
     @property
+    def trained_rows(self) -> Tensor:
+        """Number of rows that are not held out."""
+        return self._sums[-1][self._blocks]
+
+    @property
     def weight_S(self) -> Tensor:
         """Weight of each block's held-out rows."""
         return self._sums[0][: self._blocks, 0].sum(dim=1)

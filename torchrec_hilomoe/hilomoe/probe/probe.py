@@ -10,6 +10,7 @@ Shape legend:
     O  output width     E  experts     K  units: features x draws of keys
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -301,7 +302,7 @@ class InteractionProbe:
         site = next(site for site in self._sites if site.name == name)
         rows = heard.rows(name, site.tokens, x, gradient)
         block = heard.number % self._blocks if self._phase == "judge" else None
-        site.add(rows, len(heard.query_BQ), block)
+        site.add(rows, heard.samples, block)
 
     def _start(self, device: torch.device) -> FeatureBuckets:
         """Begin the sums, also where this rank will have no row."""
@@ -332,12 +333,13 @@ class InteractionProbe:
         """Add up what has fit over ranks, and find the steps; once."""
         if self._settled:
             return
+        first = "judge" if self._paired else "fit"
         if self._buckets is None:
             raise ValueError(
                 f"InteractionProbe.query_module: {self._query_module!r} did not run in a training "
-                "forward of the model while it fitted. Run the model's own forward inside "
-                "probe.fit(), or name a module that runs; the hooks of a module that FX has traced "
-                "away do not."
+                f"forward of the model inside probe.{first}(). Run the model's own forward inside "
+                f"probe.{first}(), or name a module that runs; the hooks of a module that FX has "
+                "traced away do not."
             )
         for site in self._sites:
             site.settle()
@@ -351,7 +353,10 @@ class InteractionProbe:
         """
         if self._buckets is None:
             return {}
-        state = {"shared.passes": torch.tensor([self._passes, int(self._settled)])}
+        state = {
+            "shared.made_for": torch.tensor(list(self._made_for().encode()), dtype=torch.uint8),
+            "shared.passes": torch.tensor([self._passes, int(self._settled)]),
+        }
         for at, edges in enumerate(self._buckets.edges()):
             state[f"shared.edges.{at}"] = edges
         for at, site in enumerate(self._sites):
@@ -359,10 +364,39 @@ class InteractionProbe:
             state |= {f"sums.{at}.{name}": tensor for name, tensor in site.sums().items()}
         return state
 
+    def _made_for(self) -> str:
+        """All that decides what sums mean."""
+        config = self._config
+        options = {
+            "features": {name: [part.start, part.stop] for name, part in self._features.items()},
+            "sites": list(self._modules),
+            "num_experts": config.num_experts,
+            "rank": config.rank,
+            "draws": self._draws,
+            "blocks": self._blocks,
+            "sketch": self._sketch,
+            "every": self._every,
+            "hidden": self._hidden,
+            "thin_events": self._thin_events,
+            "paired": self._paired,
+            "seed": self._seed,
+        }
+        return json.dumps(options)
+
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state_dict` gave, to the bit on as many ranks."""
+        """Go on from what :meth:`state_dict` gave, to the bit on as many ranks.
+
+        Raises:
+            ValueError: If it is of a probe with other features, sites, experts or options.
+        """
         if not state_dict:
             return
+        theirs, own = bytes(state_dict["shared.made_for"].tolist()).decode(), self._made_for()
+        if theirs != own:
+            raise ValueError(
+                f"InteractionProbe.load_state_dict: the state is of a probe of {theirs}, but this "
+                f"one is of {own}. Make the probe as that one was, or begin to listen anew."
+            )
         device = next(iter(self._modules.values())).weight.device
         self._buckets = self._start(device)
         passes, settled = state_dict["shared.passes"].tolist()
