@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
+from torchrec_hilomoe.data.vocabularies import vocabulary_faults
 from torchrec_hilomoe.hilomoe.inject import remove_hilomoe, sites_of
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
@@ -101,7 +103,7 @@ def export_checkpoint(
 
     Raises:
         ValueError: If the checkpoint is damaged or from before the experts' first stage, the
-            vocabularies are missing, or ``out`` is taken.
+            vocabularies are missing or do not fit its tables, or ``out`` is taken.
     """
     options = options or ExportOptions()
     loaded = load_checkpoint(path, overrides, plain=options.plain)
@@ -132,7 +134,7 @@ def export_model(
     """Export a ranker that is in memory.
 
     Args:
-        model: Its tables are not sharded.
+        model: Its tables are not sharded. It is exported in evaluation mode and left in its own.
         out: The artifact's folder, which must not exist yet.
         options: How.
         origin: What it is of; by default a model of no checkpoint.
@@ -168,8 +170,8 @@ def export_model(
     options = options or ExportOptions()
     origin = origin or origin_of(model, checkpoint="none", step=0, stage="none")
     origin = replace(origin, tables=options.tables)
-    served = ServedModel(model, options.tables)
-    with artifact_folder(os.fspath(out)) as folder:
+    with _modes_kept(model), artifact_folder(os.fspath(out)) as folder:
+        served = ServedModel(model, options.tables)
         program = export_program(served)
         save_program(program, f"{folder}/{PROGRAM_FILE}")
         if options.package:
@@ -257,11 +259,22 @@ def origin_of(model: CTRModel, *, checkpoint: str, step: int, stage: str) -> Ori
     )
 
 
+@contextmanager
+def _modes_kept(model: CTRModel) -> Iterator[None]:
+    """Leave every module in the mode, training or evaluation, that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def _vocabularies(schema: Schema, folder: str | None) -> dict[str, pa.Table]:
     """Read the raw values of every table that has some.
 
     Raises:
-        ValueError: If the folder, or a vocabulary in it, is not there.
+        ValueError: If the folder, or a vocabulary in it, is not there, or is of another folder.
     """
     found = {}
     for table, rule in schema.vocabularies.items():
@@ -275,4 +288,9 @@ def _vocabularies(schema: Schema, folder: str | None) -> dict[str, pa.Table]:
             )
         with open_binary(path) as source:
             found[table] = pq.read_table(source, columns=["value", "id"])
+        if faults := list(vocabulary_faults(found[table], schema, table)):
+            raise ValueError(
+                f"the vocabulary of table {table!r} at {path} is not the checkpoint's: "
+                f"{'; '.join(faults)}. Name the folder that it was trained on: --data.path DIR"
+            )
     return found

@@ -20,6 +20,7 @@ import pyarrow.types as pt
 from torchrec_hilomoe.data.decode import decode_block, DecodedBlock
 from torchrec_hilomoe.data.hashing import hash_ids
 from torchrec_hilomoe.data.parquet import column_faults, is_list
+from torchrec_hilomoe.data.prepare.column_kinds import stored_type
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.serving.archive import ArtifactError
 from torchrec_hilomoe.serving.artifact import Artifact
@@ -148,6 +149,9 @@ class Requests:
 
     def _ids_of(self, name: str, values: pa.Array) -> np.ndarray:
         """``(N,)`` int64."""
+        values = pc.cast(values, stored_type(values.type))
+        if pt.is_boolean(values.type):
+            values = pc.cast(values, pa.int64())  # as preparing reads it
         table = self._tables[name]
         vocabulary = self._vocabularies.get(table)
         if pt.is_floating(values.type) or pt.is_nested(values.type):

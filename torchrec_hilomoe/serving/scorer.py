@@ -7,7 +7,7 @@ Shape legend:
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -92,8 +92,10 @@ class Scorer:
             where: What the rows are, for messages.
 
         Raises:
-            ValueError: If a column is missing or of another type, or a row is bad.
+            ValueError: If a column is missing or of another type, a row is bad, or ``values`` is
+                neither.
         """
+        _check_values(values)
         table = self._requests.table_of(rows)
         return self._score(table if values == "ids" else self._encode(table), where)
 
@@ -113,6 +115,7 @@ class Scorer:
         Raises:
             ValueError: As in :meth:`score`.
         """
+        _check_values(values)
         names = self._requests.columns
         shared = [name for name in names if name in user]
         own = [name for name in names if name not in user]
@@ -155,3 +158,8 @@ class Scorer:
 
     def _probabilities(self, rows: Any) -> Tensor:
         return torch.sigmoid(self._run(*self._requests.layout.of(rows).arguments))
+
+
+def _check_values(values: str) -> None:
+    if values not in get_args(Values):
+        raise ValueError(f"values is {values!r}, but must be 'raw' or 'ids'; name one of them.")

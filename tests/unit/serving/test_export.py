@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from torchrec_hilomoe.data.schema import VocabularyRule
 from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.hilomoe import sites_of
 from torchrec_hilomoe.runtime.distributed import init_distributed
-from torchrec_hilomoe.serving import ExportOptions, Scorer
+from torchrec_hilomoe.serving import export_model, ExportOptions, Scorer
 from torchrec_hilomoe.serving.export import export_checkpoint, load_checkpoint
 from torchrec_hilomoe.training.checkpoint import RoutingDecision
 from torchrec_hilomoe.training.checkpoint.manifest import CheckpointError
@@ -134,3 +136,38 @@ def test_a_vocabulary_that_is_not_there_is_told_with_the_remedy(tmp_path):
     with pytest.raises(ValueError, match=r"vocabulary of table 'kind' is not at .*data.path DIR"):
         export_checkpoint(path, str(tmp_path / "out"), (f"--data.path={data}",))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("ids", "fault"),
+    [
+        ([1, 2, 3], "3 values want 4 rows of table 'kind', schema says 5"),
+        ([1, 2, 3, 5], "ids are not 1 to 4, each once"),
+    ],
+)
+def test_a_vocabulary_of_another_folder_is_refused(tmp_path, ids, fault):
+    torch.manual_seed(0)
+    rule = VocabularyRule(kind="given", file="vocabularies/kind.parquet")
+    schema = replace(SCHEMA, vocabularies={"kind": rule})
+    path = save_ranker(tmp_path / "run", ranker("din", "row"), *OPTIONS, schema=schema)
+    data = write_folder(tmp_path / "data", {"valid": [toy_table(5)]})
+    (data / "vocabularies").mkdir()
+    found = pa.table({"value": list("abcd")[: len(ids)], "id": ids})
+    pq.write_table(found, data / "vocabularies" / "kind.parquet")
+    with pytest.raises(ValueError, match=r"is not the checkpoint's: .*data.path DIR$") as error:
+        export_checkpoint(path, str(tmp_path / "out"), (f"--data.path={data}",))
+    assert fault in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_training_trains_on(tmp_path):
+    model = ranker("din", "row").model.train()
+    frozen = next(iter(model.backbone.children())).eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert len(set(before.values())) == 2
+    export_model(model, tmp_path / "out")
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert not frozen.training
+    with pytest.raises(ValueError, match="exists already"):
+        export_model(model, tmp_path / "out")
+    assert {name: module.training for name, module in model.named_modules()} == before

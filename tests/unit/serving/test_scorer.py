@@ -3,6 +3,7 @@
 import threading
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers.datasets import replace_column, SCHEMA, toy_table
 from tests.helpers.rounding import assert_same, assert_within, of_sums, rounding_of
 from tests.helpers.serving import batch_of, ranker
 from torchrec_hilomoe.data.hashing import hash_ids
+from torchrec_hilomoe.data.prepare.encoding import Hashed
 from torchrec_hilomoe.data.schema import VocabularyRule
 from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.serving import export_model, Scorer
@@ -194,6 +196,25 @@ def test_raw_values_become_ids_and_what_is_unknown_is_as_in_training(of_texts, r
     assert_same(torch.from_numpy(of_texts.score(wanted, values="ids")), got)
     # A number has the hash of its text.
     assert_same(torch.from_numpy(of_texts.score(raw | {"user": columns["user"]})), got)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_booleans_are_hashed_as_preparing_hashes_them(of_texts, rows, encoded):
+    values = [True, False, None, True] * (ROWS // 4)
+    prepared = pl.Series(values).cast(pl.Int64)  # as prepare reads a column of booleans
+    want = Hashed(SCHEMA.tables["user"]).encode(prepared).to_list()
+    plain = rows.drop_columns(["kind", "tags", "clicks_kind"])  # that have texts, or numbers
+    requests = Requests(of_texts.artifact)
+    column = pa.array(values).dictionary_encode() if encoded else pa.array(values)
+    found = requests.encode(replace_column(plain, "user", column))
+    assert found["user"].to_pylist() == want
+
+
+def test_values_are_raw_or_ids(scorer, rows):
+    with pytest.raises(ValueError, match="values is 'id', but must be 'raw' or 'ids'"):
+        scorer.score(rows, values="id")
+    with pytest.raises(ValueError, match="values is 'id', but must be 'raw' or 'ids'"):
+        scorer.score_request({}, rows, values="id")
 
 
 def test_values_of_another_type_than_the_vocabulary_are_told(of_texts, rows):

@@ -19,6 +19,7 @@ from torchrec_hilomoe.data.prepare.folder import REPORT_FILE
 from torchrec_hilomoe.data.prepare.outcomes import Checked
 from torchrec_hilomoe.data.prepare.sources import ParquetFile
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
+from torchrec_hilomoe.data.vocabularies import vocabulary_faults
 from torchrec_hilomoe.runtime.documents import parse_json, read_text
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
 
@@ -108,8 +109,7 @@ def _row_faults(source: ParquetSource) -> Iterator[str]:
 
 
 def _vocabulary_faults(folder: str, schema: Schema, table: str) -> Iterator[str]:
-    """Each value once, ids from 1 on, and as many rows as the schema says."""
-    rule, rows = schema.vocabularies[table], schema.tables[table]
+    rule = schema.vocabularies[table]
     if rule.kind == "hashed":
         return
     if rule.file is None:
@@ -119,17 +119,11 @@ def _vocabulary_faults(folder: str, schema: Schema, table: str) -> Iterator[str]
     try:
         with open_binary(path) as source:
             found = pq.read_table(source, columns=["value", "id"])
-        ids = found["id"].cast(pa.int64()).to_numpy()
+        faults = list(vocabulary_faults(found, schema, table))
     except (OSError, KeyError, pa.ArrowException) as error:
         yield f"{path}: cannot be read with columns value and id ({_line(error)})"
         return
-    if sorted(ids.tolist()) != list(range(1, len(ids) + 1)):
-        yield f"{path}: ids are not 1 to {len(ids)}, each once"
-    if len(found["value"].unique()) != len(found):
-        yield f"{path}: a value occurs twice"
-    wanted = len(ids) + (2 if rule.unknown == "last" else 1)
-    if wanted != rows:
-        yield f"{path}: {len(ids)} values want {wanted} rows of table {table!r}, schema says {rows}"
+    yield from (f"{path}: {fault}" for fault in faults)
 
 
 def _report_faults(folder: str, rows: dict[str, int]) -> Iterator[str]:
