@@ -120,6 +120,7 @@ class StageDriver(Generic[Model]):
         self._driven = None if pipeline is None else DrivenPipeline(pipeline)
         self._span = self._timeline.spans[0]
         self._entered = self._begun = False
+        activate_layers(module, self.stage)
 
     @property
     def optimizer(self) -> StageOptimizer:
@@ -270,7 +271,7 @@ class StageDriver(Generic[Model]):
         """
         if timeline:
             self._timeline.load_state_dict(timeline)
-        self.step, self._span = step, self._timeline.at(step)
+        self.compute_as_after(step)
         self._entered = self._begun = False
 
     def state_dict(self) -> dict[str, Any]:

@@ -85,6 +85,19 @@ def run(driver: StageDriver, count: int) -> dict[str, torch.Tensor]:
     return copy.deepcopy(dict(driver.model.state_dict()))
 
 
+def in_three_stages(done: int = 0) -> StageDriver:
+    """A driver of a tower whose stages compute one layer, both, and none, after some steps."""
+    torch.manual_seed(1)
+    stages = (
+        Stage(name="one", steps=2, active_layers=1),
+        Stage(name="both", steps=4, expert_lr_scale=1.0),
+        Stage(name="none", active_layers=0),
+    )
+    driver = StageDriver(site(), StageSchedule(stages=stages), adam, total_steps=10)
+    run(driver, done)
+    return driver
+
+
 def assert_same(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> None:
     assert got.keys() == want.keys()
     for name, tensor in want.items():
@@ -121,6 +134,32 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_one_that_never_stopped(wrap, s
     assert second.step == step
     train(second)
     assert digests(second) == digests(whole)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 6, 10])
+def test_a_state_saved_right_after_a_load_is_the_one_that_was_loaded(step):
+    """Also at a boundary, where the next stage is not entered yet."""
+    states = [in_three_stages(step).state_dict()]
+    for _ in range(2):
+        driver = in_three_stages()
+        driver.load_state_dict(copy.deepcopy(states[-1]))
+        assert driver.at_boundary
+        states.append(driver.state_dict())
+    assert [(it["step"], it["stage"]) for it in states] == [(step, states[0]["stage"])] * 3
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 6, 10])
+def test_a_run_that_goes_on_is_scored_with_the_expert_layers_of_the_one_that_never_stopped(step):
+    first, second = in_three_stages(step), in_three_stages()
+    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    scores, layers = [], []
+    for driver in (first, second):
+        with driver.evaluation() as model:
+            scores.append(model(rows(99)[0]))
+        layers.append(cast(Any, driver.model[0]).active_layers)
+    assert layers == [1 if step <= 2 else 2 if step <= 6 else 0] * 2
+    assert torch.equal(*scores)
 
 
 @pytest.mark.usefixtures("alone")
