@@ -146,7 +146,7 @@ class HostOptimizers(StageOptimizers):
         """Take over what :meth:`state_dict` gave.
 
         Raises:
-            ValueError: If it is the state of other parameters.
+            ValueError: If it is the state of other parameters, or of another kind of optimizer.
         """
         states = state_dict["optimizer"]["state"]
         own = {name: {} for name in ("tables", "dense")}
@@ -161,6 +161,7 @@ class HostOptimizers(StageOptimizers):
                 f"StageDriver.load_state_dict: the state lacks {missing} and has {unknown}, which "
                 "the model has not. Load it into the model, sites and optimizer that it is of."
             )
+        self._refuse_another_kind(own["dense"])
         self._tables.load_state_dict({"state": own["tables"]})
         held = cast(dict[Any, Any], self._keyed.state)
         for name, parameter in self._keyed.params.items():
@@ -170,6 +171,18 @@ class HostOptimizers(StageOptimizers):
                     key: _placed(key, value, before, cast(Tensor, parameter))
                     for key, value in own["dense"][name].items()
                 }
+
+    def _refuse_another_kind(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """A state of another kind of optimizer would be kept, and used by none."""
+        held = cast(dict[Any, Any], self._keyed.state)
+        for name, state in states.items() if self._begun else ():
+            given, kept = sorted(state), sorted(held.get(self._keyed.params[name], ()))
+            if given != kept:
+                raise ValueError(
+                    f"StageDriver.load_state_dict: the state of {name} is {given}, but the "
+                    f"optimizer of this run keeps {kept}. Build the optimizer, with the options, "
+                    "that it was saved with."
+                )
 
 
 def _split(

@@ -284,6 +284,7 @@ class StageDriver(Generic[Model]):
             "step": self.step,
             "stage": self._span.stage.name,
             "timeline": json.dumps(self._timeline.state_dict()),
+            "spans": json.dumps(self._spans()),
             **self._optimizers.state_dict(),
         }
 
@@ -294,17 +295,22 @@ class StageDriver(Generic[Model]):
             ValueError: If it is the state of another schedule, run or model.
         """
         step, stage = state_dict["step"], state_dict["stage"]
+        spans = json.loads(state_dict["spans"])
         self._timeline.load_state_dict(json.loads(state_dict["timeline"]))
         steps = self._timeline.total_steps
         here = self._timeline.at(max(0, step - 1)).stage.name
-        if step > steps or stage != here:
+        if step > steps or (stage, spans) != (here, self._spans()):
             raise ValueError(
                 f"StageDriver.load_state_dict: the state is of step {step} in stage {stage!r}, but "
-                f"this run has {steps} steps and is in stage {here!r} there. Give the schedule and "
-                "the total_steps that it was saved with."
+                f"this run has {steps} steps and is in stage {here!r} there; it was saved with "
+                f"{_listed(spans)}, and this run has {_listed(self._spans())}. Give the schedule "
+                "and the total_steps that it was saved with."
             )
         self._optimizers.load_state_dict(state_dict)
         self.go_on_from(step, {})
+
+    def _spans(self) -> list[list[Any]]:
+        return [[span.stage.name, span.start, span.stop] for span in self._timeline.spans]
 
     def _enter(self, span: StageSpan) -> None:
         self._refuse_attached()
@@ -360,6 +366,10 @@ def _optimizers(
     built = HostOptimizers(model, optimizer, parameter_groups)
     built.check(stages)
     return built
+
+
+def _listed(spans: list[list[Any]]) -> str:
+    return ", ".join(f"{name} (steps {start} to {stop})" for name, start, stop in spans)
 
 
 def _refuse_stale(stage: str, *_args: Any, **_kwargs: Any) -> NoReturn:

@@ -484,3 +484,41 @@ def test_the_state_of_another_run_is_refused():
     again = StageDriver(site(), StageSchedule.three_stages(num_layers=2), adam, total_steps=50)
     with pytest.raises(ValueError, match=r"the state lacks \['2.bias'\] and has \[\]"):
         again.load_state_dict(state)
+
+
+@pytest.mark.parametrize("step", [1, 20])
+@pytest.mark.parametrize(
+    ("total_steps", "share", "placed"),
+    [(51, 0.2, r"finetune \(steps 13 to 51\)"), (50, 0.4, r"\(steps 0 to 20\)")],
+)
+def test_the_state_of_other_spans_is_refused(step, total_steps, share, placed):
+    """Also where the step is in a stage of the same name."""
+    schedules = [
+        StageSchedule.three_stages(num_layers=2, backbone_share=it, frozen_share=0.06)
+        for it in (0.2, share)
+    ]
+    driver = StageDriver(site(), schedules[0], adam, total_steps=50)
+    run(driver, step)
+    other = StageDriver(site(), schedules[1], adam, total_steps=total_steps)
+    with pytest.raises(
+        ValueError, match=rf"finetune \(steps 13 to 50\), and this run .*{placed}.* Give the"
+    ):
+        other.load_state_dict(driver.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        (lambda groups: torch.optim.SGD(groups, lr=0.01), r"\[\]"),
+        (lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9), r"\['momentum_buffer'\]"),
+        (lambda groups: torch.optim.Adagrad(groups, lr=0.01), r"\['step', 'sum'\]"),
+        (lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True), ".*'max_exp_avg_sq'"),
+    ],
+)
+def test_the_state_of_another_kind_of_optimizer_is_refused(kind, kept):
+    driver = StageDriver(site(), ONE, adam, total_steps=5)
+    run(driver, 2)
+    other = StageDriver(site(), ONE, kind, total_steps=5)
+    message = r"is \['exp_avg', 'exp_avg_sq', 'step'\], but the optimizer of this run keeps "
+    with pytest.raises(ValueError, match=message + kept):
+        other.load_state_dict(driver.state_dict())
