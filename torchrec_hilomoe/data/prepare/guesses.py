@@ -1,6 +1,7 @@
 """What each column of somebody's table may be for, guessed from its name and its values."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ def guess(columns: Sequence[SeenColumn]) -> Guesses:
     """Give every column its place."""
     found = Guesses(candidate=[], history=[], pooled=[], dense=[], left_out=[])
     rest = [column for column in columns if not _place_special(column, columns, found)]
-    ids = [column for column in rest if _place_plain(column, found)]
+    ids = _of_one_separator([column for column in rest if _place_plain(column, found)], found)
     items = [c for c in ids if not c.is_list and c.words & ITEMS and not c.words & USERS]
     others = [c for c in ids if not c.is_list and not c.words & USERS]
     if items or others:
@@ -165,6 +166,20 @@ def _place_plain(column: SeenColumn, found: Guesses) -> bool:
         why += f"; {column.missing:.1%} are missing: prepare with --fill_dense 0"
     found.dense.append(Guess(column=column, why=why))
     return False
+
+
+def _of_one_separator(ids: Sequence[SeenColumn], found: Guesses) -> list[SeenColumn]:
+    """Leave out lists in text that are separated otherwise than most of them."""
+    counts = Counter(column.separator for column in ids if column.separator)
+    most = max(counts, key=lambda it: counts[it], default="")
+    for column in ids:
+        if column.separator not in ("", most):
+            why = (
+                f"its entries are separated by {column.separator!r}, but preparing takes one "
+                f"separator, and {most!r} is that of most lists"
+            )
+            found.left_out.append(Guess(column=column, why=why))
+    return [column for column in ids if column.separator in ("", most)]
 
 
 def _place_lists(lists: Sequence[SeenColumn], ids: Sequence[SeenColumn], found: Guesses) -> None:

@@ -52,7 +52,7 @@ def draft_schema(files: Sequence[str], *, out: str, rows: int = 100_000) -> Draf
     text = "\n".join(_lines(found, columns, files, out, dataset)) + "\n"
     write_text(out, text)
     Description.read(out)  # what prepare will do with it
-    return Draft(path=out, text=text, hint=_hint(found, columns, files, out, rows))
+    return Draft(path=out, text=text, hint=_hint(found, files, out, rows))
 
 
 def _lines(
@@ -135,9 +135,7 @@ def _no_label(columns: Sequence[SeenColumn]) -> str:
     return "no column holds 0 and 1; make one, such as of ratings by a threshold"
 
 
-def _hint(
-    found: Guesses, columns: Sequence[SeenColumn], files: Sequence[str], out: str, rows: int
-) -> str:
+def _hint(found: Guesses, files: Sequence[str], out: str, rows: int) -> str:
     folder, name = os.path.split(files[0])
     raw, steps = "RAW", []
     if name == "train.parquet" and len(files) == 1:
@@ -148,10 +146,13 @@ def _hint(
         read = f"scan_csv({list(files)}, try_parse_dates=True, infer_schema_length={rows})"
         sink = "sink_parquet('RAW/train.parquet', mkdir=True)"
         steps.append(f'python -c "import polars as pl; pl.{read}.{sink}"')
-    options = "".join({f" --separator '{c.separator}'": None for c in columns if c.separator})
+    lists = [*found.history, *found.pooled, *filter(None, [found.history_time])]
+    separators = {g.column.separator for g in lists} - {""}  # one, as others are left out
+    options = "".join(f" --separator '{separator}'" for separator in separators)
     options += " --fill_dense 0" if any(g.column.missing for g in found.dense) else ""
     steps.append(
-        f"python -m torchrec_hilomoe prepare parquet --raw {raw} --schema {out} --out DIR{options}"
+        f"python -m torchrec_hilomoe prepare parquet --raw {shlex.quote(raw)} "
+        f"--schema {shlex.quote(out)} --out DIR{options}"
     )
     recipe = "" if found.history else "--config dlrm-parquet "
     steps.append(f"python -m torchrec_hilomoe train {recipe}--data.path DIR --out_dir RUN")
@@ -159,9 +160,17 @@ def _hint(
 
 
 def _commented(line: str, why: str) -> str:
-    return f"{line:<{COMMENT_AT}}# {why}"
+    return f"{line:<{COMMENT_AT - 1}} # {why}"
 
 
 def _name(text: str) -> str:
     """As YAML reads it: plain where it can be taken for nothing else."""
-    return text if PLAIN.fullmatch(text) and text.lower() not in WORDS else json.dumps(text)
+    if PLAIN.fullmatch(text) and text.lower() not in WORDS:
+        return text
+    return f'"{"".join(map(_escaped, text))}"'
+
+
+def _escaped(character: str) -> str:
+    """As it is, unless YAML refuses it; YAML joins no surrogates, which JSON escapes by."""
+    escapes = not character.isprintable() and character <= "\uffff"
+    return json.dumps(character, ensure_ascii=escapes)[1:-1]

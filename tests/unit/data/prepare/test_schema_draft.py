@@ -1,6 +1,7 @@
 """``schema init``: where each column goes and why, and that prepare takes what it wrote."""
 
 import gzip
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,10 @@ def test_a_label_that_cannot_be_told_is_asked_for(tmp_path, labels, reason):
     assert f"# NOT FOUND: {reason}" in text
 
 
-@pytest.mark.parametrize("name", ["on", "a: b", "x\ny", "# no", "tables", "forward", "名", " "])
+NAMES = ["on", "a: b", "x\ny", "# no", "tables", "forward", "名", " ", "😀 id", "a\x7f", "a\u2028b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_no_name_of_a_column_harms_the_file(tmp_path, name):
     table = pa.table(
         {"click": [0, 1, 0, 1], name: ["a", "b", "a", "c"], "left out " + name: [1] * 4}
@@ -193,6 +197,38 @@ def test_no_name_of_a_column_harms_the_file(tmp_path, name):
     _, schema = draft(tmp_path, table)
     assert schema["candidate"][0]["name"] == name
     assert "forward" not in schema["vocabularies"]
+
+
+def test_the_reason_does_not_become_part_of_a_long_name(tmp_path):
+    long = "price_of_the_item_when_it_was_shown_last"
+    click, prices = [0, 1, 0, 1], [0.5, 1.5, 2.5, 3.5]
+    _, schema = draft(tmp_path, pa.table({"click": click, "item": list("abac"), long: prices}))
+    assert schema["dense"] == [long]
+
+
+def test_lists_of_another_separator_than_most_are_left_out(tmp_path):
+    lists = {"seen": "a|b", "tags": "x^y", "places": "p|q"}
+    rows = {"click": [0, 1] * 40, "item": ["a", "b"] * 40}
+    rows |= {name: [text, text[0]] + [text] * 78 for name, text in lists.items()}
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    pq.write_table(pa.table(rows), folder / "train.parquet")
+    file = str(tmp_path / "my shop.yaml")
+    found = draft_schema([str(folder / "train.parquet")], out=file)
+    reason = (
+        "# - tags: its entries are separated by '^', but preparing takes one separator, and '|' "
+    )
+    assert reason + "is that of most lists" in found.text
+    _, prepare, _ = found.hint.splitlines()
+    words = shlex.split(prepare)
+    options = dict(zip(words[5::2], words[6::2], strict=True))
+    wanted = {"--raw": str(folder), "--schema": file, "--out": "DIR", "--separator": "|"}
+    assert options == wanted
+    assert prepare.count("--separator") == 1
+    out = str(tmp_path / "out")
+    prepare_parquet(raw=str(folder), schema=file, out=out, separator="|")
+    assert check_prepared(out).faults == ()
+    assert load_schema(out).tables["places"] == 3
 
 
 def test_parts_of_one_table_are_looked_at_together(tmp_path):
