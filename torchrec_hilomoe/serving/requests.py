@@ -7,7 +7,8 @@ Shape legend:
     N  values
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from torchrec_hilomoe.serving.inputs import InputLayout
 __all__ = ["Requests", "Rows", "Values", "vocabulary_of"]
 
 Values = Literal["raw", "ids"]
-Rows = pa.Table | Mapping[str, Any]
+Rows = pa.Table | pa.RecordBatch | Mapping[str, Any]
 
 
 def vocabulary_of(table: str) -> str:
@@ -76,13 +77,20 @@ class Requests:
         """Return the needed columns of rows.
 
         Args:
-            rows: An Arrow table, or an array or list of each column.
+            rows: An Arrow table or record batch, or an array or list of each column.
             columns: Those that are needed; by default all but the label.
 
         Raises:
-            ValueError: If a column is missing, or is no column.
+            ValueError: If a column is missing, or is no column, or rows are something else.
         """
         columns = self.columns if columns is None else columns
+        if isinstance(rows, pa.RecordBatch):
+            rows = pa.Table.from_batches([rows])
+        if not isinstance(rows, pa.Table | Mapping):
+            raise ValueError(
+                f"the rows are a {type(rows).__name__}; give an Arrow table, such as "
+                "pyarrow.table(FRAME), or an array or list of each column."
+            )
         names = list(rows) if isinstance(rows, Mapping) else rows.column_names
         missing = [name for name in columns if names.count(name) != 1]
         if missing:
@@ -93,7 +101,7 @@ class Requests:
         if not isinstance(rows, Mapping):
             return rows.select(columns)
         try:
-            return pa.table({name: _array(rows[name]) for name in columns})
+            return pa.table({name: _array(name, rows[name]) for name in columns})
         except (pa.ArrowException, TypeError) as error:
             raise ValueError(
                 f"the rows are no columns of equal length ({' '.join(str(error).split())}); give "
@@ -126,6 +134,10 @@ class Requests:
         """
         label = pa.array(np.zeros(table.num_rows, dtype=np.int8))
         table = table.append_column(self._label, label)
+        for index, field in enumerate(table.schema):
+            if is_list(field.type) and pt.is_null(field.type.value_type):  # all are empty
+                column = table.column(index).cast(pa.list_(pa.int64()))
+                table = table.set_column(index, field.name, column)
         if faults := column_faults(table.schema, self._schema):
             raise ValueError(f"{where}: {'; '.join(faults)}. Give raw values, or other columns.")
         block = decode_block(table, self.layout.columns, None)
@@ -152,6 +164,12 @@ class Requests:
         values = pc.cast(values, stored_type(values.type))
         if pt.is_boolean(values.type):
             values = pc.cast(values, pa.int64())  # as preparing reads it
+        if pt.is_timestamp(values.type):
+            raise ValueError(
+                f"column {name!r} has values of type {values.type}, whose text depends on their "
+                "unit; give the texts that were prepared, such as '2026-01-31 12:00:00' of "
+                "whole seconds."
+            )
         table = self._tables[name]
         vocabulary = self._vocabularies.get(table)
         if pt.is_floating(values.type) or pt.is_nested(values.type):
@@ -176,12 +194,23 @@ class Requests:
         return np.array(found, dtype=np.int64)[coded.indices.to_numpy(zero_copy_only=False)]
 
 
-def _array(values: Any) -> pa.Array:
+def _array(name: str, values: Any) -> pa.Array:
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
     if isinstance(values, np.ndarray) and values.ndim > 1:
         values = list(values)
-    return pa.array(values)
+    if isinstance(values, Iterator):
+        values = list(values)
+    try:
+        return pa.array(values)
+    except OverflowError:  # Arrow takes whole numbers of Python for signed ones
+        for kind in (pa.uint64(), pa.list_(pa.uint64())):
+            with suppress(OverflowError, pa.ArrowException):
+                return pa.array(values, kind)
+        raise ValueError(
+            f"column {name!r} has whole numbers that 64 bits do not hold, signed or unsigned; "
+            "correct them, or give all as texts."
+        ) from None
 
 
 def _read(artifact: Artifact, table: str, schema: Schema) -> _Vocabulary:

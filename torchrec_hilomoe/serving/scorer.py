@@ -85,8 +85,8 @@ class Scorer:
         """Return the probability of a click for each row, ``(B,)`` float32, in their order.
 
         Args:
-            rows: An Arrow table, or an array or list of each column. The label, weights and times
-                are not needed, other columns are left alone.
+            rows: An Arrow table or record batch, or an array or list of each column. The label,
+                weights and times are not needed, other columns are left alone.
             values: Whether columns hold ``raw`` values, which go through the vocabularies, or the
                 ``ids`` of a prepared folder.
             where: What the rows are, for messages.

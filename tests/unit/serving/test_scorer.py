@@ -210,6 +210,55 @@ def test_booleans_are_hashed_as_preparing_hashes_them(of_texts, rows, encoded):
     assert found["user"].to_pylist() == want
 
 
+def test_fingerprints_of_64_bits_are_hashed_from_python_too(of_texts, rows):
+    prints = [2**63 + number for number in range(ROWS)]
+    plain = rows.drop_columns(["kind", "tags", "clicks_kind", "user"])
+    requests = Requests(of_texts.artifact)
+    names = ["item", "user"]
+    columns = {"item": plain["item"], "user": prints}
+    found = requests.encode(requests.table_of(columns, names))
+    want = hash_ids(pa.array([str(number) for number in prints]), SCHEMA.tables["user"])
+    assert found["user"].to_pylist() == want.tolist()
+    iterators = requests.table_of(columns | {"user": iter(prints)}, names)
+    assert iterators["user"].to_pylist() == prints
+    listed = requests.table_of(columns | {"user": [[number] for number in prints]}, names)
+    assert listed["user"].type == pa.list_(pa.uint64())
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64])
+@pytest.mark.parametrize("values", ["raw", "ids"])
+def test_whole_numbers_that_are_too_large_are_told(scorer, rows, number, values):
+    columns = rows.to_pydict()
+    for wrong in (columns | {"item": [number] * ROWS}, columns | {"views_item": [[number]] * ROWS}):
+        with pytest.raises(ValueError, match="item"):
+            scorer.score(wrong, values=values)
+
+
+def test_histories_may_all_be_empty(scorer, rows):
+    none = {name: [[]] * ROWS for name in ("clicks_item", "clicks_kind", "tags")}
+    columns = rows.to_pydict() | none
+    want = torch.from_numpy(scorer.score(columns))
+    assert_same(torch.from_numpy(scorer.score(columns, values="ids")), want)
+
+
+def test_rows_may_be_a_record_batch_but_no_frame(scorer, rows):
+    (batch,) = rows.combine_chunks().to_batches()
+    assert_same(torch.from_numpy(scorer.score(batch)), torch.from_numpy(scorer.score(rows)))
+    with pytest.raises(ValueError, match="the rows are a DataFrame; give an Arrow table"):
+        scorer.score(pl.DataFrame(rows))
+
+
+@pytest.mark.parametrize("column", ["user", "kind", "tags"])
+@pytest.mark.parametrize("unit", ["s", "ns"])
+def test_timestamps_are_refused_for_their_text_depends_on_the_unit(of_texts, column, unit):
+    moments = pa.array([0, 10**9], pa.timestamp(unit))
+    requests = Requests(of_texts.artifact)
+    with pytest.raises(
+        ValueError, match=rf"column '{column}' has values of type timestamp\[{unit}"
+    ):
+        requests.encode(pa.table({column: moments}))
+
+
 def test_values_are_raw_or_ids(scorer, rows):
     with pytest.raises(ValueError, match="values is 'id', but must be 'raw' or 'ids'"):
         scorer.score(rows, values="id")
