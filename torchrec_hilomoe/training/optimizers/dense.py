@@ -63,8 +63,7 @@ class DenseOptimizer:
         keyed = KeyedOptimizerWrapper(
             dict(parameters), lambda tensors: _optimizer(tensors, family, rate, momentum)
         )
-        begun = begin_state(keyed)
-        assert begun, f"{family} has no state before its first step"
+        assert not begin_state(keyed), f"{family} has no state before its first step"
         return cls(keyed)
 
     def set_decay(self, name: OptimizerName, weight_decay: float) -> None:
@@ -89,11 +88,14 @@ class DenseOptimizer:
         return cast(list[dict[str, Any]], self.keyed.param_groups)  # TorchRec: read-only
 
 
-def begin_state(keyed: KeyedOptimizer) -> bool:
-    """Make the state that says that no step was made, and return whether there is one.
+def begin_state(keyed: KeyedOptimizer) -> dict[str, dict[str, Any]]:
+    """Make the state that says that no step was made.
 
-    It is what a step without gradients leaves of an optimizer whose state begins at zero. Of
-    another one nothing is kept: its state then begins with its first step.
+    It is what a step without gradients leaves of an optimizer whose state begins at zero. Another
+    one keeps nothing of it: its state then begins with its first step.
+
+    Returns:
+        Of such another one, what it did not keep, by the parameter's name.
     """
     groups = cast(list[dict[str, Any]], keyed.param_groups)
     before = {parameter: set(state) for parameter, state in keyed.state.items()}
@@ -115,9 +117,11 @@ def begin_state(keyed: KeyedOptimizer) -> bool:
                 state[name] = torch.zeros_like(value) if isinstance(value, Tensor) else 0
             elif name not in before.get(parameter, ()) and isinstance(value, Tensor):
                 begun = begun and not local(value).any()
-    if not begun:
-        cast(dict, keyed.state).clear()
-    return begun
+    if begun:
+        return {}
+    held = dict(keyed.state)
+    cast(dict, keyed.state).clear()
+    return {name: held[parameter] for name, parameter in keyed.params.items() if parameter in held}
 
 
 def _optimizer(tensors: list, family: str, rate: float, momentum: float) -> torch.optim.Optimizer:

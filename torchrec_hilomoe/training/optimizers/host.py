@@ -78,7 +78,12 @@ class HostOptimizers(StageOptimizers):
         self._base = [parameter for parameter in base.values() if parameter not in tables]
         trust_optimizer(module)
         keyed = KeyedOptimizerWrapper({**base, **self._layers.views}, lambda _: optimizer)
-        self._begun = begin_state(keyed)
+        later = begin_state(keyed)
+        # Of an optimizer whose state begins with its first step: what is saved in its place until
+        # then, for DCP loads only what it is asked for. Only a count of steps tells it apart.
+        counted = all("step" in state for state in later.values())
+        self._later = later if counted else {}
+        self._complete, self._begins_later = counted, bool(self._later)
         self._keyed: KeyedOptimizer = keyed
         self._rates = _rates_of(keyed)
         self._table_rates = [float(group["lr"]) for group in groups_of(self._tables)]
@@ -130,6 +135,8 @@ class HostOptimizers(StageOptimizers):
 
     def set_rates(self, span: StageSpan, step: int, decay: float) -> None:
         """Multiply the host's rates by the stage's factors for ``step``."""
+        held = self._keyed.state
+        self._later = {n: s for n, s in self._later.items() if self._keyed.params[n] not in held}
         factor = decay * span.warmup(step)
         base, experts = span.stage.lr_scale * factor, span.stage.expert_lr_scale * factor
         for group, rate in zip(groups_of(self._keyed), self._rates, strict=True):
@@ -140,7 +147,8 @@ class HostOptimizers(StageOptimizers):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every parameter, by ``tables.`` or ``dense.`` and its name: views."""
-        return {"optimizer": {"state": states_of(self._combined)}}
+        later = {f"dense.{name}": state for name, state in self._later.items()}
+        return {"optimizer": {"state": {**later, **states_of(self._combined)}}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave.
@@ -153,36 +161,35 @@ class HostOptimizers(StageOptimizers):
         for key, state in states.items():
             kind, _, name = key.partition(".")
             own[kind][name] = state
-        wanted = {name for name, p in self._keyed.params.items() if p in self._keyed.state}
-        missing = sorted(wanted - own["dense"].keys()) if self._begun else []
+        kept = self._kept()
+        missing = sorted(kept.keys() - own["dense"].keys()) if self._complete else []
         unknown = sorted(own["dense"].keys() - self._keyed.params.keys())
         if missing or unknown:
             raise ValueError(
                 f"StageDriver.load_state_dict: the state lacks {missing} and has {unknown}, which "
                 "the model has not. Load it into the model, sites and optimizer that it is of."
             )
-        self._refuse_another_kind(own["dense"])
+        if self._complete:
+            _refuse_another_kind(own["dense"], kept)
         self._tables.load_state_dict({"state": own["tables"]})
         held = cast(dict[Any, Any], self._keyed.state)
         for name, parameter in self._keyed.params.items():
-            before = held.pop(parameter, {})
+            held.pop(parameter, None)
             if name in own["dense"]:
-                held[parameter] = {
-                    key: _placed(key, value, before, cast(Tensor, parameter))
+                state = {
+                    key: _placed(key, value, kept.get(name, {}), cast(Tensor, parameter))
                     for key, value in own["dense"][name].items()
                 }
+                if self._begins_later and not state["step"]:
+                    self._later[name] = state
+                else:
+                    held[parameter] = state
 
-    def _refuse_another_kind(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """A state of another kind of optimizer would be kept, and used by none."""
-        held = cast(dict[Any, Any], self._keyed.state)
-        for name, state in states.items() if self._begun else ():
-            given, kept = sorted(state), sorted(held.get(self._keyed.params[name], ()))
-            if given != kept:
-                raise ValueError(
-                    f"StageDriver.load_state_dict: the state of {name} is {given}, but the "
-                    f"optimizer of this run keeps {kept}. Build the optimizer, with the options, "
-                    "that it was saved with."
-                )
+    def _kept(self) -> dict[str, Mapping[str, Any]]:
+        """The state that each parameter has, or will have."""
+        held = self._keyed.state
+        begun = {name: held[p] for name, p in self._keyed.params.items() if p in held}
+        return {**self._later, **begun}
 
 
 def _split(
@@ -231,6 +238,20 @@ def _alike(
     sharded = [tensor for tensor in params if isinstance(tensor, DTensor)]
     plain = [tensor for tensor in params if not isinstance(tensor, DTensor)]
     return [{**group, "params": held, "experts": experts} for held in (sharded, plain) if held]
+
+
+def _refuse_another_kind(
+    states: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The state of another kind of optimizer would be kept, and used by none."""
+    for name, state in states.items():
+        given, wanted = sorted(state), sorted(kept.get(name, ()))
+        if given != wanted:
+            raise ValueError(
+                f"StageDriver.load_state_dict: the state of {name} is {given}, but the optimizer "
+                f"of this run keeps {wanted}. Build the optimizer, with the options, that it was "
+                "saved with."
+            )
 
 
 def _built(factory: Factory, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
@@ -27,6 +28,7 @@ from tests.helpers.staged_hosts import (
 from tests.helpers.towers import CONFIG, tower
 from torchrec_hilomoe import inject_hilomoe, Stage, StageDriver, StageSchedule
 from torchrec_hilomoe.hilomoe.inject import expert_parameters, set_auxiliary_loss_scale
+from torchrec_hilomoe.training.optimizers.host import Factory
 from torchrec_hilomoe.training.optimizers.stage_optimizers import StageOptimizer
 from torchrec_hilomoe.training.stages import Decay, PlateauConfig, StageTimeline
 
@@ -85,7 +87,7 @@ def run(driver: StageDriver, count: int) -> dict[str, torch.Tensor]:
     return copy.deepcopy(dict(driver.model.state_dict()))
 
 
-def in_three_stages(done: int = 0) -> StageDriver:
+def in_three_stages(done: int = 0, optimizer: Factory = adam) -> StageDriver:
     """A driver of a tower whose stages compute one layer, both, and none, after some steps."""
     torch.manual_seed(1)
     stages = (
@@ -93,7 +95,7 @@ def in_three_stages(done: int = 0) -> StageDriver:
         Stage(name="both", steps=4, expert_lr_scale=1.0),
         Stage(name="none", active_layers=0),
     )
-    driver = StageDriver(site(), StageSchedule(stages=stages), adam, total_steps=10)
+    driver = StageDriver(site(), StageSchedule(stages=stages), optimizer, total_steps=10)
     run(driver, done)
     return driver
 
@@ -292,6 +294,36 @@ def test_any_optimizer_starts_and_goes_on_as_without_a_driver(kind):
     second.model.load_state_dict(run(first, 3))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert_same(run(second, 3), plain.state_dict())
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("done", [0, 1, 5, 8])
+@pytest.mark.parametrize(
+    "kind",
+    [torch.optim.NAdam, torch.optim.Adamax, torch.optim.ASGD, torch.optim.Rprop, torch.optim.Adam],
+)
+def test_dcp_saves_and_loads_the_state_of_any_optimizer(kind, done, tmp_path):
+    """DCP loads only what a fresh driver asks for; of layers that never learned there is none."""
+
+    def built() -> StageDriver:
+        return in_three_stages(optimizer=lambda groups: kind(groups, lr=0.01))
+
+    def state(driver: StageDriver) -> dict[str, Any]:
+        return {"model": driver.model.state_dict(), "driver": driver.state_dict()}
+
+    first = built()
+    run(first, done)
+    dcp.save(state(first), checkpoint_id=tmp_path)
+    second = built()
+    asked = state(second)
+    dcp.load(asked, checkpoint_id=tmp_path)
+    second.model.load_state_dict(asked["model"])
+    second.load_state_dict(asked["driver"])
+    assert_same(run(second, 10 - done), run(first, 10 - done))
+    states = [driver.state_dict()["optimizer"]["state"] for driver in (first, second)]
+    assert states[0].keys() == states[1].keys()
+    for name, one in states[0].items():
+        assert_same(states[1][name], one)
 
 
 @pytest.mark.usefixtures("alone")
