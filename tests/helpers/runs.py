@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import distributed as dist
@@ -30,6 +31,7 @@ from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.inputs import schema_of
+from torchrec_hilomoe.training.metrics.predictions import Predictions
 from torchrec_hilomoe.training.run import run_training
 from torchrec_hilomoe.training.trainer import training_state
 
@@ -44,6 +46,7 @@ __all__ = [
     "run_app_here",
     "train",
     "train_and_signal",
+    "train_and_signal_in_validation",
 ]
 
 # Stages end after steps 5, 7, 9, 12 and 18: the backbone's, one of each expert layer, the rest.
@@ -87,6 +90,14 @@ def train_and_signal(
     argv = [*SMALL, f"--out_dir={out}", *overrides]
     seen = out / "checkpoints" / f"step_{step}"
     run_ranks(_train_and_signal, ranks, argv, rank, number, seen, joined=False)
+
+
+def train_and_signal_in_validation(
+    out: Path, *overrides: str, ranks: int, rank: int, number: signal.Signals
+) -> None:
+    """Train, and send a signal to one rank after the first batch of the first validation."""
+    argv = [*SMALL, f"--out_dir={out}", *overrides]
+    run_ranks(_train_and_signal_in_validation, ranks, argv, rank, number, joined=False)
 
 
 def load(folder: Path, *overrides: str, ranks: int) -> dict[str, Tensor]:
@@ -159,6 +170,20 @@ def _train_and_signal(argv: list[str], rank: int, number: signal.Signals, seen: 
     if os.environ["RANK"] == str(rank):
         threading.Thread(target=wait_and_signal, daemon=True).start()
     _train(argv)
+
+
+def _train_and_signal_in_validation(argv: list[str], rank: int, number: signal.Signals) -> None:
+    add, signalled = Predictions.add, []
+
+    def add_and_signal(self: Predictions, *columns: Tensor) -> None:
+        add(self, *columns)
+        if not signalled:
+            signalled.append(number)
+            os.kill(os.getpid(), number)
+
+    asked = os.environ["RANK"] == str(rank)
+    with patch.object(Predictions, "add", add_and_signal) if asked else contextlib.nullcontext():
+        _train(argv)
 
 
 def _load(argv: list[str], folder: Path) -> dict[str, list[Part]]:

@@ -22,6 +22,7 @@ from tests.helpers.runs import (
     SMALL,
     train,
     train_and_signal,
+    train_and_signal_in_validation,
 )
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint.loading import OF_A_RANK
@@ -42,12 +43,12 @@ def whole(request, tmp_path_factory):
     return out, request.param
 
 
-def assert_same_end(out, other):
-    ours, theirs = (read_tensors(run / "checkpoints" / "step_18") for run in (out, other))
+def assert_same_end(out, other, step=18):
+    ours, theirs = (read_tensors(run / "checkpoints" / f"step_{step}") for run in (out, other))
     assert ours.keys() == theirs.keys()
     different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert not different
-    ends = [checkpoint.open(run / "checkpoints" / "step_18").progress for run in (out, other)]
+    ends = [checkpoint.open(run / "checkpoints" / f"step_{step}").progress for run in (out, other)]
     assert ends[0] == ends[1]
 
 
@@ -161,6 +162,22 @@ def test_a_rank_asked_to_stop_stops_all_and_the_run_goes_on(whole, tmp_path):
     assert 3 <= checkpoint.open(stopped).progress.step < 18
     train(tmp_path, ranks=ranks)
     assert_same_end(out, tmp_path)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_asked_to_stop_in_a_validation_a_run_stops_there_and_validates_later(tmp_path, ranks):
+    options = ("--train.max_steps=9", "--train.evaluate_every=6")
+    out, other = tmp_path / "whole", tmp_path / "stopped"
+    train(out, *options, ranks=ranks)
+    asked = {"rank": ranks - 1, "number": signal.SIGTERM}
+    train_and_signal_in_validation(other, *options, ranks=ranks, **asked)
+    stopped = checkpoint.latest(other / "checkpoints")
+    assert stopped is not None
+    progress = checkpoint.open(stopped).progress
+    assert (progress.step, progress.to_validate, progress.best) == (6, True, None)
+    train(other, *options, ranks=ranks)
+    assert_same_end(out, other, step=9)
+    assert read_lines(other / METRICS_FILE) == read_lines(out / METRICS_FILE)
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(whole, tmp_path):

@@ -1,4 +1,4 @@
-"""Stopping between two steps when the scheduler, or a person, asks for it."""
+"""Stopping between two batches when the scheduler, or a person, asks for it."""
 
 import signal
 import time
@@ -8,17 +8,19 @@ from typing import Any, Self
 
 import torch
 from torch import distributed as dist
+from torch import Tensor
 
 __all__ = ["StopSignal"]
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
-ASK_EVERY = 10  # steps between two agreements of several ranks: one small all-reduce
 
 
 class StopSignal:
-    """Notices SIGTERM and Ctrl-C; all ranks agree on the step to stop after.
+    """Notices SIGTERM and Ctrl-C; all ranks agree on when to stop.
 
-    The first signal is kept for :meth:`requested`; a later one acts as it always does.
+    The first signal is kept for :meth:`requested`; a later one acts as it always does. Entering
+    and leaving it are collective calls. Several ranks tell each other, in a group of their own,
+    while they compute the next step: nobody waits for an answer that is not there yet.
 
     Args:
         echo_seconds: A signal within so many seconds of the first is the same one: a launcher
@@ -29,8 +31,14 @@ class StopSignal:
         self._echo_seconds = echo_seconds
         self._asked_at: float | None = None
         self._before: dict[signal.Signals, Handler] = {}
+        self._group: dist.ProcessGroup | None = None
+        self._answer: tuple[Tensor, dist.Work] | None = None  # on its way
 
     def __enter__(self) -> Self:
+        if dist.get_world_size() > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)  # every rank is one of it
+            self._group = group
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self
@@ -42,21 +50,36 @@ class StopSignal:
         trace: TracebackType | None,
     ) -> None:
         self._restore()
+        if kind is None:  # after an error the others may be gone
+            self._answered()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
 
-    def requested(self, step: int, *, urgent: bool = False) -> bool:
-        """Return whether to stop after ``step``, the same on every rank; a collective call.
+    def requested(self, *, urgent: bool = False) -> bool:
+        """Return whether to stop now, the same on every rank; a collective call.
+
+        Of several ranks, it is whether one of them wanted to at the call before this one.
 
         Args:
-            step: Steps done.
             urgent: Whether this rank has a reason of its own.
         """
         wanted = urgent or self._asked_at is not None
-        if dist.get_world_size() == 1:
+        if self._group is None:
             return wanted
-        if step % ASK_EVERY:
-            return False
+        if self._answered():
+            return True
         asked = torch.tensor([int(wanted)])
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        work = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._answer = asked, work
+        return False
+
+    def _answered(self) -> bool:
+        """Wait for the answer that is on its way, and return it."""
+        if self._answer is None:
+            return False
+        (asked, work), self._answer = self._answer, None
+        work.wait()
         return bool(asked.item())
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -58,6 +58,10 @@ class Intervals:
     early_stopping: PlateauConfig | None = None
 
 
+class _Stopped(Exception):  # noqa: N818
+    """All ranks have agreed to stop."""
+
+
 class Trainer:
     """Trains a sharded model through its stages.
 
@@ -113,6 +117,8 @@ class Trainer:
         self._ahead: Iterator[CTRBatch] = iter(())
         self._sure = 0  # the step up to which it reads
         self._saved_step: int | None = None
+        self._to_validate = False  # the last step's validation was stopped
+        self._stop: StopSignal | None = None
 
     @property
     def model(self) -> DistributedModelParallel:
@@ -155,6 +161,8 @@ class Trainer:
         ):
             raise CheckpointError(f"checkpoint {saved.path} is damaged: {problem}.")
         self._driver.go_on_from(progress.step, progress.schedule)
+        if progress.to_validate:
+            self._to_validate, self._saved_step = True, progress.step
         self._best.load_state_dict({"best": progress.best})
         self._stopping.load_state_dict({"best": progress.stopping})
 
@@ -187,18 +195,35 @@ class Trainer:
             NonFiniteError: With the step, what is no number, and the batch's position.
         """
         # Closed also when an error ends the run: a reader that waits would keep the process alive.
-        with closing(iter(loader)) as batches, StopSignal() as stop, self._watchdog:
+        with closing(iter(loader)) as batches, self._watchdog, StopSignal() as self._stop:
+            reached = self._fit(batches, validation)
+            self._stop = None
+            self._detach()
+            if not reached:
+                self.save()
+            self._wait_for_saver()
+        return reached
+
+    def _fit(self, batches: Iterator[CTRBatch], validation: Loader) -> bool:
+        """Return whether the end was reached, and not a signal; a collective call."""
+        try:
+            if self._to_validate:
+                self._evaluate_save(validation)
+                self._to_validate = False  # also if it no longer is to
             while not self.is_complete:
+                self._ask_to_stop(urgent=self._saver.failed)
                 self._read_on(batches, validation)
                 self._train()
-                self._log_evaluate_save(validation)
-                if stop.requested(self.step, urgent=self._saver.failed):
-                    self.save()
-                    self._wait_for_saver()
-                    return False
-            self._detach()
-            self._wait_for_saver()
+                if self._due(self._intervals.log_every) or self.step == self._driver.span.stop:
+                    self._log_step()
+                self._evaluate_save(validation)
+        except _Stopped:
+            return False
         return True
+
+    def _ask_to_stop(self, *, urgent: bool = False) -> None:
+        if self._stop is not None and self._stop.requested(urgent=urgent):
+            raise _Stopped
 
     def _read_on(self, batches: Iterator[CTRBatch], validation: Loader) -> None:
         """Enter the stage of the next step, and let it read batches as far as it surely lasts.
@@ -248,12 +273,12 @@ class Trainer:
         norm = self._optimizers.gradient_norm
         self._steps.add(self.step, self._driver.stage.name, output, seconds, norm)
 
-    def _log_evaluate_save(self, validation: Loader) -> None:
-        """Log, evaluate and save, where it is time to."""
-        if self._due(self._intervals.log_every) or self.step == self._driver.span.stop:
-            self._log_step()
+    def _evaluate_save(self, validation: Loader) -> None:
+        """Evaluate and save, where it is time to."""
         if self._due(self._intervals.evaluate_every) or self.step == self._timeline.total_steps:
+            self._to_validate = True
             metrics = self.validate("valid", validation)
+            self._to_validate = False
             if self._driver.observe(asdict(metrics)):
                 self._log_step(
                     f"stage {self._driver.stage.name}: a plateau, it ends at step {self.step}"
@@ -266,7 +291,8 @@ class Trainer:
         """Evaluate in the middle of, or after, training; a collective call."""
         self._detach()
         share_statistics(self.model.module)
-        metrics = evaluate(self.model, self._optimizers, loader, lambda _: self._watchdog.beat())
+        with closing(iter(loader)) as batches:
+            metrics = evaluate(self.model, self._optimizers, batches, lambda _: self._go_on())
         self._driver.train()
         if metrics.rows and not math.isfinite(metrics.logloss):
             raise NonFiniteError(
@@ -278,6 +304,10 @@ class Trainer:
             step=self.step, stage=self._driver.stage.name, split=split, metrics=metrics
         )
         return metrics
+
+    def _go_on(self) -> None:
+        self._watchdog.beat()
+        self._ask_to_stop()
 
     def save(self) -> None:
         """Write a checkpoint, unless one of this step was written; a collective call."""
@@ -295,6 +325,7 @@ class Trainer:
             stopping=self._stopping.best,
             schedule=self._timeline.state_dict(),
             decision=self.decision,
+            to_validate=self._to_validate,
         )
         heard = {} if self._auto is None else {"probe": self._auto.state_dict()}
         state = training_state(self.model, self._optimizers)

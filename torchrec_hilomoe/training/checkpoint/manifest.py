@@ -103,6 +103,7 @@ class Progress:
         stopping: Best validation by which the run is stopped early, if it may be.
         schedule: State of the stages' timeline, as JSON has it.
         decision: What ``route_by`` ``auto`` has chosen; None before it has, and without it.
+        to_validate: Whether the run was stopped in the validation after this step, which is due.
     """
 
     step: int
@@ -113,6 +114,7 @@ class Progress:
     stopping: Best | None = None
     schedule: Mapping[str, Any] = field(default_factory=dict)
     decision: RoutingDecision | None = None
+    to_validate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,7 @@ PARTS = {
     "format": int,
     "files": Mapping[str, FileChecksum],
 }
+LATER = "decision", "to_validate"  # older runs do not have them
 
 
 def write_manifest(folder: str, progress: Progress, files: Mapping[str, FileChecksum]) -> None:
@@ -179,7 +182,7 @@ def read_manifest(path: str | Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
             f"there is no checkpoint at {path} ({PROGRESS_FILE} is missing). Give the path of a "
-            "folder step_N, or --resume auto to go on from the newest in --out_dir if any."
+            "folder step_N, in the folder checkpoints of a run."
         ) from error
     except DocumentError as error:
         raise CheckpointError(f"{path}/{PROGRESS_FILE} is damaged: {error}. {OLDER}") from error
@@ -192,7 +195,7 @@ def read_manifest(path: str | Path) -> Manifest:
     try:
         if raw.pop("crc32", None) != own_checksum(raw):
             raise DocumentError("its own CRC-32 is another")
-        needed = [part for part in PARTS if part != "decision"]  # which older runs do not have
+        needed = [part for part in PARTS if part not in LATER]
         if problem := misfit_of_parts(raw, PARTS, needed):
             raise DocumentError(problem)
         files = {name: FileChecksum(**entry) for name, entry in raw["files"].items()}
@@ -224,7 +227,8 @@ def _progress_of(raw: Mapping[str, Any]) -> Progress:
         best=Best(**raw["best"]) if raw["best"] is not None else None,
         stopping=Best(**raw["stopping"]) if raw["stopping"] is not None else None,
         schedule=raw["schedule"],
-        decision=_decision_of(raw.get("decision")),  # runs from before it could be chosen
+        decision=_decision_of(raw.get("decision")),
+        to_validate=raw.get("to_validate", False),
     )
 
 
