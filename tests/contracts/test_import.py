@@ -6,7 +6,10 @@ import sys
 from tests.helpers.processes import run_command
 
 # What only extras or development install; the package imports each where it is used, if at all.
-OPTIONAL = ["hypothesis", "matplotlib", "optuna", "pytest", "sklearn", "tensorboard", "torchx"]
+OPTIONAL = [
+    *("fastapi", "hypothesis", "matplotlib", "optuna", "pytest", "sklearn", "tensorboard"),
+    *("torchx", "uvicorn"),
+]
 
 IMPORT_ALL = """
 import json, logging, os, pkgutil, random, signal, sys, threading, warnings

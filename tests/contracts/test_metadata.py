@@ -21,8 +21,8 @@ from torchrec_hilomoe.doctor import FBGEMM, PINNED, Release, RELEASES
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CPU_FBGEMM, CUDA_FBGEMM = (canonicalize_name(FBGEMM[device]) for device in ("cpu", "cuda"))
-# The CPU's takes the first one's place; FuxiCTR's preprocessing alone wants the others.
-LEFT_OUT = {CUDA_FBGEMM, "ray", "pydantic"}
+# The CPU's takes the first one's place; FuxiCTR's preprocessing alone wants the other.
+LEFT_OUT = {CUDA_FBGEMM, "ray"}
 
 
 def pins(name: str) -> dict[NormalizedName, str]:
@@ -60,7 +60,9 @@ def test_a_set_has_all_that_the_package_names_within_its_caps(release, device, l
     assert requirement.specifier.contains(version)
 
 
-@pytest.mark.parametrize("line", [*EXTRAS["dev"], *EXTRAS["plots"], *EXTRAS["sweep"]])
+@pytest.mark.parametrize(
+    "line", [*EXTRAS["dev"], *EXTRAS["plots"], *EXTRAS["server"], *EXTRAS["sweep"]]
+)
 def test_the_development_set_has_its_extras_within_their_caps(line):
     requirement = Requirement(line)
     assert requirement.specifier.contains(pins("dev.txt")[canonicalize_name(requirement.name)])

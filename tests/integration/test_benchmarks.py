@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from benchmarks import bench_serving, compare, growth_plot
+from benchmarks import bench_server, bench_serving, compare, growth_plot
 from benchmarks.harness import read_lines
 from benchmarks.launching import exit_code
 from benchmarks.side_by_side import contenders
@@ -195,3 +195,16 @@ def test_requests_are_timed_in_every_form(tmp_path, monkeypatch):
         for provider in ("plain", "experts")
     ]
     assert all(line["median_us"] <= line["p99_us"] for line in lines)
+
+
+@pytest.mark.slow
+def test_a_server_is_put_under_load(tmp_path, monkeypatch):
+    pytest.importorskip("fastapi", reason="pip install --no-deps -r requirements/dev.txt")
+    out = tmp_path / "lines.jsonl"
+    argv = ["--models", "dlrm", "--form", "program", "--candidates", "3", "--clients", "1", "3"]
+    monkeypatch.setattr("sys.argv", ["bench", *argv, "--seconds", "0.2", "--out", str(out)])
+    bench_server.main()
+    lines = read_lines(out)
+    assert [line["clients"] for line in lines] == [1, 3]
+    assert all(0 < line["median_us"] <= line["p99_us"] for line in lines)
+    assert all(line["requests"] >= 5 * line["clients"] for line in lines)
