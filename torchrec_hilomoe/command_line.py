@@ -38,6 +38,14 @@ __all__ = [
 
 DEFAULT_RECIPE = "bst-synthetic"
 LISTS_OF_LISTS = "model.hilomoe.route_by"
+# What a user calls a type that the parser names as Python does.
+WORDS = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "tuple": "a list",
+}
 
 
 class UsageError(ValueError):
@@ -191,6 +199,12 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
         if name not in recipe_names():
             near = get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
             hint = f"Did you mean {near[0]!r}?" if near else f"There are {_listed_recipes()}."
+            backbone = name.removesuffix("-parquet")
+            if backbone != name and f"{backbone}-movielens" in recipe_names():
+                hint = (
+                    "Data of your own need none: give --data.path DIR --model.backbone "
+                    f"{backbone}, where DIR is what apps/prepare.py wrote."
+                )
             raise UsageError(f"--config: there is no recipe {name!r}. {hint}")
         path, recipe = str(files("torchrec_hilomoe") / "recipes" / f"{name}.yaml"), name
     values = _read_yaml(path)
@@ -306,7 +320,9 @@ def _explain(error: Exception) -> str:
     text = re.sub(r"Does not validate against any of .*? Errors:;? |- Errors: ", "", text)
     text = re.sub(r"Problem with given class_path '[\w.]+': ", "", text)
     text = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", text)
-    if "Expected a tuple" in text:
+    for name, words in WORDS.items():
+        text = text.replace(f"Expected a {name}.", f"Expected {words}.")
+    if f"Expected {WORDS['tuple']}" in text:
         nested = text.startswith(LISTS_OF_LISTS)
         like = (
             "a list of lists: '[[a], [b, c]]'"

@@ -15,7 +15,7 @@ from torchrec_hilomoe.training import checkpoint
 MISTAKES = {
     "unknown flag": (["--train.max_stepz=3"], "train.max_stepz.*Did you mean 'train.max_steps'"),
     "unknown recipe": (["--config=bst-synthetik"], "bst-synthetik.*Did you mean 'bst-synthetic'"),
-    "wrong value": (["--train.batch_size=many"], "train.batch_size: Expected a int.*many"),
+    "wrong value": (["--train.batch_size=many"], "train.batch_size: Expected an integer.*many"),
     "batch of none": (["--train.batch_size=0"], "train.batch_size must be at least 1, got 0"),
     "negative seed": (["--seed=-1"], "seed must not be negative, got -1"),
     "missing data": (["--data.path=nowhere"], "no data folder nowhere.*torchrec_hilomoe prepare"),
