@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from torch import nn, Tensor
 
+from benchmarks.driving import BY_ROW
 from benchmarks.harness import append, environment, measure
 from benchmarks.rounding import off_by
 from torchrec_hilomoe.command_line import parse_run
@@ -51,7 +52,7 @@ def ranker(backbone: str, provider: str) -> CTRModel:
     if provider == "plain":
         argv.append("--model.hilomoe=null")
     else:
-        argv.append(f"--model.hilomoe.sites={MODELS[backbone]}")
+        argv.extend([f"--model.hilomoe.sites={MODELS[backbone]}", *BY_ROW])
     config = parse_run(argv).config
     torch.manual_seed(0)
     task = build_task(config.model, schema_of(config), torch.device("cpu"))

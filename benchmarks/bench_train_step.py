@@ -26,7 +26,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks.driving import ALL, assembled, check_same_state, copy_state
+from benchmarks.driving import ALL, assembled, BY_ROW, check_same_state, copy_state
 from benchmarks.harness import append, environment, measure
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.config import InjectionConfig, RunConfig
@@ -183,7 +183,7 @@ def main() -> None:
         fixed = ["--train.decay.kind", "constant", "--train.warmup_steps", "0"]
         rows = ["--data.train_rows", str(max(READY * batch_size, 65_536))]
         sizes = ["--train.batch_size", str(batch_size), "--data.eval_rows", "8192"]
-        config = parse_run([*fixed, *rows, *sizes, *overrides]).config
+        config = parse_run([*BY_ROW, *fixed, *rows, *sizes, *overrides]).config
         with init_distributed(config.train.device) as context:
             stamp = {
                 **environment(context.device.type),

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.driving import BY_ROW
 from benchmarks.harness import append
 from benchmarks.launching import exit_code, per_rank_threads, run_on_ranks, without_ranks
 from benchmarks.throughput.cases import Base, cases_of, parse_sweeps, SWEEPS
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
         run_on_ranks(MODULE, args.ranks, own)
         print(scaling_table(args.out, begin))
         return
-    config = parse_run([*(QUICK_MODEL if quick else []), *overrides]).config
+    config = parse_run([*BY_ROW, *(QUICK_MODEL if quick else []), *overrides]).config
     if config.train.gradient_accumulation_steps > 1:
         raise ValueError(
             "train.gradient_accumulation_steps must be 1, got "

@@ -32,6 +32,7 @@ PAGE = ROOT / "docs" / "releases.md"
 HEADER = "| torch / fbgemm / torchrec | Python | "
 BACKBONES = ("bst", "dcn", "dien", "din", "dlrm", "interformer", "transact")
 TRAIN = ("apps/train.py", "--train.device=cpu", "--data.eval_rows=8192")
+TRAIN += ("--model.hilomoe.routing=row", "--model.hilomoe.route_by=null")  # experts from the start
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 PYTEST = ("-m", "pytest", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider")
 PYTEST += ("--numprocesses=2", "--dist=loadfile")

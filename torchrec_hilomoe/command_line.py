@@ -6,7 +6,7 @@ import os
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
@@ -22,13 +22,15 @@ from torchrec_hilomoe.options import (
     renew_options,
     unknown_keys,
 )
-from torchrec_hilomoe.runtime.documents import DocumentError, parse_yaml, read_text
+from torchrec_hilomoe.runtime.documents import build, DocumentError, parse_yaml, read_text
 from torchrec_hilomoe.runtime.paths import path_manager
 
 __all__ = [
     "DEFAULT_RECIPE",
     "AppParser",
+    "Notes",
     "ParsedRun",
+    "Recorded",
     "UsageError",
     "check_flags",
     "parse_run",
@@ -46,10 +48,48 @@ WORDS = {
     "str": "a text",
     "tuple": "a list",
 }
+NOTES = "notes"  # in a recipe, beside its options
+# With these a run ends with the same numbers, or with those of another seed.
+HARMLESS = (
+    *("seed", "out_dir", "resume", "stall_seconds", "train.log_every"),
+    *(f"checkpoint.{name}" for name in ("every_steps", "keep", "folder", "asynchronous")),
+)
 
 
 class UsageError(ValueError):
     """The command line or a recipe is wrong; the message says what would be right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """A run that somebody has made.
+
+    Attributes:
+        command: How.
+        test_auc: What it brought.
+    """
+
+    command: str
+    test_auc: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notes:
+    """What a recipe's notes say of the same run without experts.
+
+    Attributes:
+        command: How it was run, but for the seed.
+        test_auc: What it brought with seed 0, 1 and so on.
+    """
+
+    command: str
+    test_auc: tuple[float, ...]
+
+    def of_seed(self, seed: int) -> Recorded | None:
+        """Return the run of a seed, if there is one."""
+        if not 0 <= seed < len(self.test_auc):
+            return None
+        return Recorded(command=f"{self.command} --seed {seed}", test_auc=self.test_auc[seed])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +100,13 @@ class ParsedRun:
         config: The whole run.
         resolved: Configuration as YAML, which ``--config`` takes back.
         recipe: Name of the recipe or of the file that it came from.
+        notes: Of the recipe; None where it has none, or an option makes it another run.
     """
 
     config: RunConfig
     resolved: str
     recipe: str
+    notes: Notes | None = None
 
 
 class AppParser(argparse.ArgumentParser):
@@ -101,8 +143,10 @@ def parse_run(argv: Sequence[str]) -> ParsedRun:
         UsageError: For an unknown flag, key, recipe or value.
     """
     overrides, given = _without_config(_spell_out_switches(argv))
-    values, recipe = _read_recipe(given)
-    return _parse(values, overrides, recipe, f"--config {given}")
+    values, recipe, notes = _read_recipe(given)
+    parsed = _parse(values, overrides, recipe, f"--config {given}")
+    same = all(name in HARMLESS for name, _ in _pairs(overrides))
+    return replace(parsed, notes=notes) if same else parsed
 
 
 def parse_saved(
@@ -192,8 +236,8 @@ def _without_config(argv: Sequence[str]) -> tuple[list[str], str]:
     return rest, name
 
 
-def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
-    """Return what a recipe or a file of the user's, maybe in a store, says, and its name."""
+def _read_recipe(name: str) -> tuple[dict[str, Any], str, Notes | None]:
+    """Return what a recipe or a file of the user's, maybe in a store, says, its name, its notes."""
     path, recipe = name, name.rpartition("/")[2].rpartition(".")[0]
     if not name.endswith((".yaml", ".yml")) and "/" not in name:
         if name not in recipe_names():
@@ -212,8 +256,20 @@ def _read_recipe(name: str) -> tuple[dict[str, Any], str]:
     if isinstance(data, dict) and isinstance(schema := data.get("data_schema"), str):
         # A file beside the recipe.
         data["data_schema"] = _read_yaml(os.path.join(os.path.dirname(path), schema))
+    notes = _pop_notes(values, path)
     _check_keys(values, f"{path}: there is no option ", repr)
-    return values, recipe
+    return values, recipe, notes
+
+
+def _pop_notes(values: dict[str, Any], path: str) -> Notes | None:
+    """Take the notes out of a recipe, so that options alone are left."""
+    if (notes := values.pop(NOTES, None)) is None:
+        return None
+    try:
+        built = build(Notes, notes)
+    except DocumentError as error:
+        raise UsageError(f"{path}: in {NOTES}, {error}.") from error
+    return replace(built, test_auc=tuple(built.test_auc))
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.driving import ALL, assembled, fill_table
+from benchmarks.driving import ALL, assembled, BY_ROW, fill_table
 from benchmarks.gpu.cases import Case, Setting
 from benchmarks.random_batches import click_log, draw_batches, Stream
 from tests.helpers.models import cancelled, dense_parameters, in_memory
@@ -273,6 +273,7 @@ def _options(backbone: str, setting: Setting) -> list[str]:
         f"--data.eval_rows={512 if setting.rehearsal else 4096}",
         "--train.warmup_steps=20",
         "--train.learning_rate=0.003",
+        *BY_ROW,
     ]
 
 

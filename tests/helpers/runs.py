@@ -49,7 +49,8 @@ __all__ = [
     "train_and_signal_in_validation",
 ]
 
-# Stages end after steps 5, 7, 9, 12 and 18: the backbone's, one of each expert layer, the rest.
+# Stages end after steps 5, 7, 9, 12 and 18: the backbone's, one of each expert layer, the rest. So
+# short a run would not find by itself what routes experts.
 SMALL = (
     "--train.max_steps=18",
     "--train.batch_size=64",
@@ -61,6 +62,8 @@ SMALL = (
     "--data.eval_rows=512",
     "--model.dropout=0.1",
     "--model.batch_norm=true",
+    "--model.hilomoe.routing=row",
+    "--model.hilomoe.route_by=null",
     "--checkpoint.keep=20",
 )
 

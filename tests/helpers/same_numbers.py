@@ -30,6 +30,7 @@ EXPERTS = {
 OPTIONS = ["--train.max_steps", "30", "--train.batch_size", "64", "--train.log_every", "1"]
 OPTIONS += ["--checkpoint.every_steps", "30", "--data.train_rows", "4096"]
 OPTIONS += ["--data.eval_rows", "2048", "--seed", "3"]
+OPTIONS += ["--model.hilomoe.routing", "row", "--model.hilomoe.route_by", "null"]
 LOSSES = ("step", "stage", "split", "auc", "logloss", "ne", "calibration", "auxiliary_loss")
 
 

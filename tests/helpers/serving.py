@@ -86,7 +86,8 @@ def save_ranker(
     schema: Schema = SCHEMA,
 ) -> str:
     """Save a checkpoint of a ranker, as a run of these options does; return its path."""
-    parsed = parse_run([f"--out_dir={folder}", *options])
+    by_row = ("--model.hilomoe.routing=row", "--model.hilomoe.route_by=null")
+    parsed = parse_run([f"--out_dir={folder}", *by_row, *options])
     documents = {"config.yaml": parsed.resolved, "schema.json": schema.to_json()}
     progress = Progress(step=3, stage=stage, position=START, total_steps=9, decision=decision)
     Saver(folder, keep=1, documents=documents).save({"model": task.state_dict()}, progress)

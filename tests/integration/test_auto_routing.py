@@ -14,6 +14,7 @@ from tests.helpers.runs import assert_same_metrics, read_lines, read_tensors, ru
 from tests.integration.test_tools import evaluate, use
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint.loading import OF_A_RANK
+from torchrec_hilomoe.training.log.reading import read_probe, read_summary
 from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
 
 # Experts begin after step 10 of 18. Of the steps before, 8 are heard: 4 fit, from step 2 on, and
@@ -225,6 +226,32 @@ def test_dry_run_counts_the_widest_views(deciding, tmp_path):
     assert counted[0]["flops"] == counted[1]["flops"]
 
 
+def test_a_run_too_short_to_judge_says_so_and_is_plain(deciding, tmp_path):
+    """No step is left without experts; nor, at first, one in which the backbone learns."""
+    short = (
+        *("--train.max_steps=3", "--train.backbone_share=0.1", "--train.frozen_share=0.9"),
+        *("--model.hilomoe.probe_steps=null", "--checkpoint.every_steps=1"),
+    )
+    out, again, data = tmp_path / "out", tmp_path / "again", f"--data.path={deciding}"
+    (ended,) = run_app(f"--out_dir={out}", *AUTO, *short, data)
+    assert ended.code == 0, ended.shown
+    assert "\nfound: cannot judge: 0 rows of the 128 that 4 experts need" in ended.shown
+    assert "The model stays plain." in ended.shown
+    found = decision_of(out, 3)
+    assert found is not None
+    assert (found.step, found.route_by) == (0, None)
+    summary = read_summary(out)
+    assert summary["route_by"]["verdict"] == read_probe(out)["verdict"] == found.verdict
+    assert summary["parameters"]["experts"] == 0
+    assert [stage["name"] for stage in summary["stages"]] == ["backbone_warmup"]
+    shutil.copytree(out / "checkpoints" / "step_1", again / "checkpoints" / "step_1")
+    train(again, *AUTO, *short, data)
+    assert decision_of(again, 3) == found
+    ours, theirs = (read_tensors(run / "checkpoints" / "step_3") for run in (out, again))
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -232,10 +259,6 @@ def test_dry_run_counts_the_widest_views(deciding, tmp_path):
         (["--model.hilomoe.routing=row"], r"route_by is auto.*routing is row\. Set routing"),
         (["--model.hilomoe.probe_steps=11"], r"probe_steps is 11, but .* 10 steps\. Lower it"),
         (["--model.hilomoe.probe_steps=1"], r"probe_steps must be at least 2 or null, got 1"),
-        (
-            ["--model.hilomoe.num_experts=128"],
-            r"2048 rows to judge with, but 128 experts need 4096",
-        ),
         (["--model.hilomoe.query_dim=3"], r"views need query_dim = None, got query_dim = 3"),
         (
             ["--train.stages=[{name: a, steps: 9, active_layers: 0}, {name: b, active_layers: 0}]"],

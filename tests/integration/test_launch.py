@@ -29,5 +29,6 @@ def test_two_ranks_train_to_the_end(form, tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["world_size"] == 2
     assert summary["steps"] == 6
+    assert summary["route_by"]["verdict"].startswith("cannot judge")  # too short to
     assert 0.0 < summary["test"]["auc"] < 1.0
     assert (out / "checkpoints" / "step_6").is_dir()

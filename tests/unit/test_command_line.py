@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,12 +222,41 @@ def test_a_mistake_is_told_with_what_would_be_right(argv, message):
         ("train: &a [*a]", "mine.yaml is nested more than 50 deep"),
         ("seed: 2020-01-01", "mine.yaml: Object of type date is not JSON serializable"),
         ("a: [", "--config: cannot read "),
+        ("notes: {command: a}", "mine.yaml: in notes, test_auc is missing."),
+        ("notes: {command: a, test_auc: [high]}", "in notes, test_auc[0] is 'high', and must be"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_told_too(tmp_path, text, message):
     with pytest.raises(UsageError, match=re.escape(message)) as told:
         parse_run(["--config", write(tmp_path, text)])
     assert "\n" not in str(told.value)
+
+
+NOTES = "notes: {command: python apps/train.py --config mine, test_auc: [0.7, 0.8]}\n"
+
+
+def test_notes_of_a_recipe_are_for_the_run_that_they_are_of(tmp_path):
+    mine = ["--config", write(tmp_path, NOTES + "train: {max_steps: 5}")]
+    notes = parse_run([*mine, "--seed", "1", "--out_dir=runs/a"]).notes
+    assert notes is not None
+    recorded = notes.of_seed(1)
+    assert recorded is not None
+    assert recorded.test_auc == 0.8
+    assert recorded.command == "python apps/train.py --config mine --seed 1"
+    assert notes.of_seed(2) is None
+    for another in ("--train.max_steps=6", "--model.hilomoe=null", "--data.path=some/where"):
+        assert parse_run([*mine, another]).notes is None
+    assert "notes" not in yaml.safe_load(parse_run(mine).resolved)
+
+
+def test_the_default_recipe_is_compared_with_its_plain_model():
+    notes = parse_run([]).notes
+    assert notes is not None
+    plain = parse_run(shlex.split(notes.command)[2:]).config
+    model = parse_run([]).config.model
+    assert plain == replace(
+        parse_run([]).config, model=replace(model, hilomoe=replace(model.hilomoe, enabled=False))
+    )
 
 
 OLD = [f"{group}.{old}" for group, renamed in RENAMED.items() for old in renamed]

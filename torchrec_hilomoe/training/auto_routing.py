@@ -3,7 +3,8 @@
 In the last steps before experts begin a probe listens to the steps of training. Every row is heard
 before it is trained on, and blocks of rows judge each other (`probe.pairs`), since a run has few
 rows to spare. At the boundary the views are chosen and experts are injected; where nothing stands
-out the model stays plain, and the stages that would train experts alone are left out.
+out, and in a run that is too short to tell, the model stays plain, and the stages that would train
+experts alone are left out.
 """
 
 import math
@@ -11,12 +12,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from torchrec_hilomoe.command_line import Recorded
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig, RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.hilomoe import ProbeReport
@@ -27,7 +29,14 @@ from torchrec_hilomoe.training.checkpoint import RoutingDecision
 from torchrec_hilomoe.training.listening import probe_of, run_unchanged
 from torchrec_hilomoe.training.stages import StageTimeline
 
-__all__ = ["AutoRouting", "Window", "chooses_routing", "decided_model", "window_of"]
+__all__ = [
+    "AutoRouting",
+    "Window",
+    "chooses_routing",
+    "decided_model",
+    "found_and_brought",
+    "window_of",
+]
 
 MOST_STEPS = 2000
 # Costs of a step that is heard, against what it says: benchmarks/LOG.md has them.
@@ -55,6 +64,30 @@ def _decided(experts: InjectionConfig, decision: RoutingDecision | None) -> Inje
     return replace(experts, route_by=decision.route_by)
 
 
+def found_and_brought(
+    decision: RoutingDecision, test_auc: float, plain: Recorded | None
+) -> Iterator[str]:
+    """Say at the end of a run what was found, and what experts brought.
+
+    Args:
+        decision: What was found.
+        test_auc: Of the run.
+        plain: What is known of the same run without experts.
+    """
+    if decision.route_by is None:
+        yield f"found: {decision.verdict} The model stayed plain."
+        return
+    features = ", ".join(dict.fromkeys(name for layer in decision.route_by for name in layer))
+    yield f"found: experts routed by {features}, predicted to gain {sum(decision.gains):.4f} nats"
+    if plain is None:
+        yield "brought: train the same without experts, and compare: --model.hilomoe null"
+    else:
+        yield (
+            f"brought: {test_auc - plain.test_auc:+.4f} test AUC; without experts it was "
+            f"{plain.test_auc:.4f}, as recorded of: {plain.command}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Window:
     """The steps to which a probe listens, counted from 0.
@@ -64,12 +97,14 @@ class Window:
         stop: Here experts begin.
         every: Steps of which one is heard.
         held_out: Whether nothing was trained on their rows before.
+        shortage: Why too little is heard to judge by; empty where it is enough.
     """
 
     start: int
     stop: int
     every: int
     held_out: bool
+    shortage: str = ""
 
     def hears(self, step: int) -> bool:
         """Whether a step is listened to."""
@@ -83,50 +118,62 @@ def window_of(config: RunConfig, timeline: StageTimeline, steps_per_epoch: int) 
     afresh. Otherwise rows of the validation split do, each other and what was heard.
 
     Raises:
-        ValueError: If no step is without experts, too few are, or nobody knows how many.
+        ValueError: If the schedule leaves no step without experts, or none with them, if nobody
+            knows when they begin, or more steps are to be listened to than there are.
     """
     experts, where = config.model.hilomoe, "model.hilomoe.route_by is auto"
-    plain = []
-    for span in timeline.spans:
-        if span.stage.active_layers != 0:
-            break
-        plain.append(span)
-    if len(plain) == len(timeline.spans):
+    stages = timeline.schedule.stages
+    plain = tuple(takewhile(lambda stage: stage.active_layers == 0, stages))
+    if len(plain) == len(stages):
         raise ValueError(f"{where}, but experts compute in no stage. Add one, or set hilomoe null.")
     if not plain:
         raise ValueError(
             f"{where}, which needs steps without experts, but the run begins with stage "
-            f"{timeline.spans[0].stage.name!r}: train.backbone_share is "
-            f"{config.train.backbone_share} and init_from is {config.init_from}. Raise "
-            "train.backbone_share, give the checkpoint of a plain model as init_from, or name the "
-            "features."
+            f"{stages[0].name!r}: train.backbone_share is {config.train.backbone_share} and "
+            f"init_from is {config.init_from}. Raise train.backbone_share, give the checkpoint of "
+            "a plain model as init_from, or name the features."
         )
-    for span in plain:
-        if span.stage.plateau is not None:
+    for stage in plain:
+        if stage.plateau is not None:
             raise ValueError(
                 f"{where}, which listens to the last steps before experts begin, but stage "
-                f"{span.stage.name!r} ends with a plateau of {span.stage.plateau.metric}, nobody "
+                f"{stage.name!r} ends with a plateau of {stage.plateau.metric}, nobody "
                 "knows when. Give that stage a length, or name the features."
             )
-    stop, fresh = plain[-1].stop, config.init_from is None
-    steps = experts.probe_steps or min(MOST_STEPS, math.ceil(stop * 2 / 3) if fresh else stop)
-    if steps > stop:
+    stop = max((span.stop for span in timeline.spans if span.stage in plain), default=0)
+    fresh, asked = config.init_from is None, experts.probe_steps
+    if asked is not None and asked > stop:
         raise ValueError(
-            f"model.hilomoe.probe_steps is {steps}, but experts begin after {stop} steps. Lower "
+            f"model.hilomoe.probe_steps is {asked}, but experts begin after {stop} steps. Lower "
             "it, or raise train.backbone_share."
         )
+    steps = asked or min(MOST_STEPS, math.ceil(stop * 2 / 3) if fresh else stop)
     every = max(1, steps * config.train.batch_size // WANTED_ROWS)
-    held_out = fresh and stop <= steps_per_epoch
-    start = stop - steps
-    window = Window(start=start, stop=stop, every=every, held_out=held_out)
-    rows = config.train.batch_size * len(range(start, stop, every))
-    if rows < (least := ROWS_OF_A_BUCKET * experts.num_experts):
-        raise ValueError(
-            f"model.hilomoe.probe_steps = {steps} of train.batch_size = {config.train.batch_size} "
-            f"give {rows} rows to judge with, but {experts.num_experts} experts need {least}. "
-            "Raise train.backbone_share and probe_steps, or lower num_experts."
+    heard = range(stop - steps, stop, every)
+    return Window(
+        start=heard.start,
+        stop=stop,
+        every=every,
+        held_out=fresh and stop <= steps_per_epoch,
+        shortage=_shortage(config, config.train.batch_size * len(heard), timeline, stop),
+    )
+
+
+def _shortage(config: RunConfig, rows: int, timeline: StageTimeline, stop: int) -> str:
+    """Say why a run that hears so many rows cannot judge; empty if it can."""
+    least = ROWS_OF_A_BUCKET * config.model.hilomoe.num_experts
+    if rows < least:
+        return (
+            f"cannot judge: {rows:,} rows of the {least:,} that "
+            f"{config.model.hilomoe.num_experts} experts need are heard before experts would "
+            "begin. Train for more steps, or raise train.backbone_share or probe_steps."
         )
-    return window
+    if stop >= timeline.total_steps:
+        return (
+            f"cannot judge: the run ends after {timeline.total_steps} steps, before experts would "
+            "begin. Train for more steps."
+        )
+    return ""
 
 
 class AutoRouting:
@@ -153,7 +200,7 @@ class AutoRouting:
         self._task, self._config, self._window = task, config, window
         self._experts = config.model.hilomoe
         self._probe = None
-        if decision is None:
+        if decision is None and not window.shortage:
             self._probe = probe_of(
                 task,
                 self._experts,
@@ -171,8 +218,9 @@ class AutoRouting:
         return self._experts.num_layers
 
     def is_due(self, step: int) -> bool:
-        """Whether it is to be decided before ``step``."""
-        return self.decision is None and step >= self._window.stop
+        """Whether it is to be decided before ``step``; at once, where nothing can be judged."""
+        late = step >= self._window.stop
+        return self.decision is None and (late or bool(self._window.shortage))
 
     @contextmanager
     def listening(self, step: int) -> Iterator[None]:
@@ -199,12 +247,15 @@ class AutoRouting:
             validation: Judges where the rows of training cannot.
 
         Raises:
-            ValueError: If what was heard is not enough to tell.
+            ValueError: If no feature varies.
         """
-        assert self._probe is not None
-        if not self._window.held_out:
-            self._judge_by(model, validation)
-        report = self._probe.report()
+        if self._window.shortage:
+            report = _no_report(self._window.shortage)
+        else:
+            assert self._probe is not None
+            if not self._window.held_out:
+                self._judge_by(model, validation)
+            report = self._probe.report()
         self.decision = RoutingDecision(
             step=step,
             route_by=report.route_by if report.pays else None,
@@ -246,6 +297,22 @@ class AutoRouting:
         """Go on from what :meth:`state_dict` gave."""
         if self._probe is not None:
             self._probe.load_state_dict(state_dict)
+
+
+def _no_report(verdict: str) -> ProbeReport:
+    """The report of a probe that has heard nothing."""
+    return ProbeReport(
+        features=(),
+        controls={},
+        layers=(),
+        route_by=(),
+        pays=False,
+        verdict=verdict,
+        costs=(),
+        not_judged={},
+        fit_rows=0,
+        held_out_rows=0,
+    )
 
 
 def _gpus(model: DistributedModelParallel) -> list[torch.device]:

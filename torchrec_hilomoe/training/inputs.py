@@ -23,7 +23,7 @@ __all__ = ["Split", "best_auc_of", "loader_of", "pipelining_of", "schedule_of", 
 Split = Literal["train", "valid", "test"]
 
 SHOWN_DIFFERENCES = 10
-PROBE_STEPS = 400  # after `init_from`
+PROBE_STEPS = 400  # after `init_from`, in a run of twice as many at least
 
 
 def schema_of(config: RunConfig) -> Schema:
@@ -89,8 +89,13 @@ def loader_of(
     )
 
 
-def schedule_of(config: RunConfig) -> StageSchedule:
-    """Return the schedule that a configuration means."""
+def schedule_of(config: RunConfig, total_steps: int | None = None) -> StageSchedule:
+    """Return the schedule that a configuration means.
+
+    Args:
+        config: The run.
+        total_steps: Its length, where that is known; it decides lengths, not names.
+    """
     train = config.train
     if train.stages is not None:
         return StageSchedule(stages=train.stages)
@@ -102,24 +107,26 @@ def schedule_of(config: RunConfig) -> StageSchedule:
         frozen_share=train.frozen_share,
         expert_lr_scale=train.expert_lr_scale,
         warmup_steps=train.warmup_steps,
-        probe_steps=_probe_steps(config),
+        probe_steps=_probe_steps(config, total_steps),
     )
 
 
-def _probe_steps(config: RunConfig) -> int:
+def _probe_steps(config: RunConfig, total_steps: int | None) -> int:
     """Steps that a run from a plain model begins with, to find what routes its experts."""
     experts = config.model.hilomoe
     if config.init_from is None or experts.route_by != "auto":
         return 0
-    return experts.probe_steps or PROBE_STEPS
+    half = PROBE_STEPS if total_steps is None else max(1, total_steps // 2)
+    return experts.probe_steps or min(PROBE_STEPS, half)
 
 
 def timeline_of(config: RunConfig, steps_per_epoch: int) -> StageTimeline:
     """Return where stages begin and end in a run of a configuration."""
     train = config.train
+    total_steps = train.max_steps or train.epochs * steps_per_epoch
     return StageTimeline(
-        schedule_of(config),
-        total_steps=train.max_steps or train.epochs * steps_per_epoch,
+        schedule_of(config, total_steps),
+        total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         decay=train.decay,
         evaluate_every=train.evaluate_every,

@@ -31,6 +31,7 @@ from torchrec_hilomoe.training.auto_routing import (
     AutoRouting,
     chooses_routing,
     decided_model,
+    found_and_brought,
     Window,
     window_of,
 )
@@ -173,6 +174,7 @@ def _run_in(
         chosen = decided_model(config.model, trainer.decision)
         cost = count_cost(build_task(chosen, schema), schema, config.model.embedding_dim)
     best = best_auc_of(config, "test") if context.is_main else None
+    plain = parsed.notes.of_seed(config.seed) if parsed.notes is not None else None
     summary = {
         "recipe": parsed.recipe,
         "dataset": schema.dataset,
@@ -180,6 +182,7 @@ def _run_in(
         "best_auc": best,
         **_costs(cost),
         "route_by": None if trainer.decision is None else asdict(trainer.decision),
+        "without_experts": None if plain is None else asdict(plain),
         "samples_per_second": trainer.samples_per_second,
         "steps": steps,
         "tested_step": trainer.step,
@@ -190,6 +193,9 @@ def _run_in(
     _write_summary(folder, context, summary)
     beside = f" (the best that any model can reach: {best:.4f})" if best is not None else ""
     logger.info("test AUC %.4f%s; written to %s", test.auc, beside, folder)
+    if trainer.decision is not None:
+        for line in found_and_brought(trainer.decision, test.auc, plain):
+            logger.info("%s", line)
 
 
 def how_to_go_on(config: RunConfig, folder: Path) -> str:

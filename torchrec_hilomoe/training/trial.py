@@ -15,6 +15,7 @@ from torchrec_hilomoe.training.run import run_training
 __all__ = ["main"]
 
 OPTIONS = (
+    "--model.hilomoe.route_by=[[category],[hour],[category_history]]",  # too short to find them
     "--data.train_rows=512",
     "--data.eval_rows=128",
     "--train.batch_size=64",

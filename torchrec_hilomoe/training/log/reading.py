@@ -44,6 +44,7 @@ SUMMARY = {
     "world_size": int,
     "versions": Mapping[str, str | None],
     "route_by": Mapping[str, Any] | None,
+    "without_experts": Mapping[str, Any] | None,
 }
 PROBE = {
     "verdict": str,

@@ -161,7 +161,7 @@ class RunLog:
         for found in report.features:
             best[found.name] = max(found.gain, best.get(found.name, found.gain))
         self._curves.numbers("predicted_gain", best, decision.step)
-        for line in report.table().splitlines()[:-1]:
+        for line in report.table().splitlines()[:-1] if report.features else ():
             self.say(line)
         stays = "" if decision.route_by is not None else " The model stays plain."
         self.say(f"route_by auto, step {decision.step}: {decision.verdict}{stays}")

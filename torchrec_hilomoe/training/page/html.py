@@ -116,6 +116,9 @@ def _tiles(run: RunFiles) -> str:
     shown = [(f"test {name}", f"{test[name]:.4f}") for name in TEST if _is_number(test.get(name))]
     if _is_number(run.summary.get("best_auc")):
         shown.append(("best possible auc", f"{run.summary['best_auc']:.4f}"))
+    without = run.summary.get("without_experts") or {}
+    if _is_number(without.get("test_auc")):
+        shown.append(("auc without experts, recorded", f"{without['test_auc']:.4f}"))
     if _is_number(run.summary.get("samples_per_second")):
         shown.append(("samples per second", f"{run.summary['samples_per_second']:,.0f}"))
     tiles = "".join(f"<div>{escape(name)}<b>{value}</b></div>" for name, value in shown)

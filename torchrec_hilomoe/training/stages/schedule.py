@@ -223,6 +223,7 @@ class StageTimeline:
             is never computed.
 
     Attributes:
+        schedule: The stages, as they were given.
         state: State that validations have changed, as :meth:`state_dict` saves it.
         spans: The stages, placed; a stage that may end early at its longest.
     """
@@ -244,7 +245,7 @@ class StageTimeline:
                     "between two validations."
                 )
         self.state = StageTimelineState()
-        self._schedule = schedule
+        self.schedule = schedule
         self._nominal_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._decay = decay or Decay()
@@ -325,25 +326,33 @@ class StageTimeline:
         """
         state = StageTimelineState(**state_dict)
         for name in state.ended:
-            self._schedule.named(name)
+            self.schedule.named(name)
         if state.best is not None and not math.isfinite(state.best):
             raise ValueError(f"the schedule's state is damaged: best is {state.best}.")
         self.state = state
         self.spans = self._place()
 
     def _place(self) -> tuple[StageSpan, ...]:
-        spans = self._schedule.place(
+        spans = self.schedule.place(
             self._nominal_steps, steps_per_epoch=self._steps_per_epoch, ended=self.state.ended
         )
         if not self._without_experts:
             return spans
-        kept = [span for span in spans if span.stage.train_backbone or span.stage.train_tables]
+        kept = [span for span in spans if _trains_more(span.stage)]
+        if not kept:  # in a short run the others may have no step
+            others = (stage for stage in self.schedule.stages if _trains_more(stage))
+            kept = [replace(spans[-1], stage=next(others, spans[-1].stage))]
         starts = [0, *(span.stop for span in kept)]
         stops = [*(span.stop for span in kept[:-1]), spans[-1].stop]
         return tuple(
             replace(span, start=start, stop=stop)
             for span, start, stop in zip(kept, starts, stops, strict=False)
         )
+
+
+def _trains_more(stage: Stage) -> bool:
+    """Whether a stage trains more than experts."""
+    return stage.train_backbone or stage.train_tables
 
 
 class MetricTracker:
