@@ -27,6 +27,7 @@ __all__ = [
     "Numbers",
     "Texts",
     "encode",
+    "encode_lists",
     "encoder_of",
     "encoders_of",
     "prepared_types",
@@ -156,12 +157,12 @@ def encode(parsed: pl.LazyFrame, schema: Schema, encoders: Mapping[str, Encoder]
                 column = column.map_batches(encoder.encode, return_dtype=pl.Int64).cast(pl.Int32)
             else:
                 kind = pl.List(pl.Int32)
-                column = column.map_batches(partial(_in_lists, encoder), return_dtype=kind)
+                column = column.map_batches(partial(encode_lists, encoder), return_dtype=kind)
         columns.append(column)
     return parsed.filter(pl.col(FAULT).is_null()).select(ROW, *columns)
 
 
-def _in_lists(encoder: Encoder, lists: pl.Series) -> pl.Series:
+def encode_lists(encoder: Encoder, lists: pl.Series) -> pl.Series:
     """Look all entries up at once: ``list.eval`` would call Python for every row."""
     array = lists.to_arrow()
     offsets = array.offsets.to_numpy() - array.offsets[0].as_py()

@@ -1,39 +1,202 @@
-"""A log of events becomes a prepared folder, in passes that hold a few users at a time.
+"""A log of events, such as purchases, becomes a prepared folder: a row needs its user's past.
 
     raw rows ─read→ events, sorted by user in runs ─parts of users→ counted, then encoded
       ─shards→ Parquet
 
-Memory holds vocabularies, which the model holds too, some batches, and for each thread a part. What
-is written is the same for any number of threads and parts.
+Memory holds vocabularies, which the model holds too, some batches, and for each thread a part. A
+data set is an :class:`EventLog`. What it gives depends on whole users only, so what is written is
+the same for any number of threads and parts.
 
 Shape legend:
     R  rows of a part
-    M  rows that are made at once
 """
 
 import logging
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Unpack
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.event_log import Encoding, EventLog, Tally
+from torchrec_hilomoe.data.prepare.counting import ValueCounts
+from torchrec_hilomoe.data.prepare.encoding import prepared_types
 from torchrec_hilomoe.data.prepare.event_runs import EventRuns, Part
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report, scratch_folder
 from torchrec_hilomoe.data.prepare.options import check_least, Common, Options
 from torchrec_hilomoe.data.prepare.records import BadRecords
 from torchrec_hilomoe.data.prepare.shards import Noted, shard_rows, Shards
+from torchrec_hilomoe.data.prepare.sources import RawFile
 from torchrec_hilomoe.data.prepare.split_rules import check_splits, waiting_shard
 from torchrec_hilomoe.data.prepare.streaming import in_order
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
-__all__ = ["history_group", "prepare_log"]
+__all__ = [
+    "Counted",
+    "Encoded",
+    "EventLog",
+    "Learned",
+    "Read",
+    "Tally",
+    "history_group",
+    "prepare_log",
+]
 
 logger = logging.getLogger(__name__)
 
 ENCODED_BYTES = 1 << 24  # about so much is made of a part at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """A batch of the raw file.
+
+    Attributes:
+        events: Of good records.
+        good: How many records those are.
+        bad: The other records: where each is, and what is there.
+    """
+
+    events: pl.DataFrame
+    good: int
+    bad: Sequence[tuple[int, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Counts that add up over users.
+
+    Attributes:
+        rows: That the events become.
+        trained: Of them, those that train.
+        entries: Of all their lists.
+        numbered: What gets numbers in order, such as users or requests.
+        longest: The most entries of a list that nobody cuts; the largest of all users counts.
+        notes: For the report.
+    """
+
+    rows: int = 0
+    trained: int = 0
+    entries: int = 0
+    numbered: int = 0
+    longest: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        notes = Counter(self.notes)
+        notes.update(other.notes)  # unlike a sum of counters, keeps zeros
+        return Tally(
+            rows=self.rows + other.rows,
+            trained=self.trained + other.trained,
+            entries=self.entries + other.entries,
+            numbered=self.numbered + other.numbered,
+            longest=max(self.longest, other.longest),
+            notes=notes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """Some users' events.
+
+    Attributes:
+        tally: What they come to.
+        values: Those that count, by the names in :attr:`EventLog.counted`.
+    """
+
+    tally: Tally
+    values: Mapping[str, pl.Series]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What is known once all users are counted.
+
+    Attributes:
+        schema: What the columns mean.
+        vocabularies: Raw values of tables that the schema names files of, that with id 1 first.
+        notes: Counts for the report that do not add up over users.
+    """
+
+    schema: Schema
+    vocabularies: Mapping[str, pl.Series] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Some users' events as ids, from which rows are made when they are written.
+
+    Attributes:
+        split_R: Index into ``shards.SPLITS`` of each row.
+        rows: Makes the columns of those from ``start`` to ``stop``.
+    """
+
+    split_R: np.ndarray
+    rows: Callable[[int, int], dict[str, Any]]
+
+
+class EventLog(ABC):
+    """How a data set's raw records become events, and some users' events become rows.
+
+    Attributes:
+        file: Where the records are.
+        columns: Those of the file that are needed, and the types that they are read as.
+        order: Columns of events that put them in order: the user first; the last one tells any two
+            events apart.
+        nothing: What to tell whoever names a file without any event.
+        counted: What is counted, and the type of its values.
+        records: Good ones of smaller files.
+    """
+
+    file: RawFile
+    columns: pa.Schema
+    order: tuple[str, ...]
+    nothing: str
+    counted: Mapping[str, type[pl.DataType]]
+    records: int = 0
+
+    @abstractmethod
+    def read(self, batch: pl.DataFrame) -> Read:
+        """Read a batch of the file's rows, in whichever thread."""
+
+    @abstractmethod
+    def finish_reading(self, bad: BadRecords) -> None:
+        """Read smaller files, once all rows are read.
+
+        Args:
+            bad: Is told of malformed records.
+
+        Raises:
+            DataError: If there is nothing to count, or a file is unreadable.
+        """
+
+    @abstractmethod
+    def count(self, events: pl.DataFrame) -> Counted:
+        """Count some users' events, sorted, in whichever thread."""
+
+    @abstractmethod
+    def learn(self, ranked: Mapping[str, pl.Series], total: Tally) -> Learned:
+        """Take what was counted.
+
+        Args:
+            ranked: All values, the most frequent first.
+            total: What all users come to.
+        """
+
+    @abstractmethod
+    def encode(self, events: pl.DataFrame, before: Tally) -> Encoded:
+        """Encode some users' events, in whichever thread.
+
+        Args:
+            events: All of them, sorted.
+            before: What the users before these came to.
+        """
 
 
 def prepare_log(
@@ -62,57 +225,49 @@ def prepare_log(
         log = open_log(local, options.seed)
         runs = EventRuns(local, log.order)
         records = _read(log, runs, workers, bad)
-        counting = log.counting(local, bad)
+        log.finish_reading(bad)
+        counts = {name: ValueCounts(local, name, kind=kind) for name, kind in log.counted.items()}
         parts = runs.parts(workers)
-        counted = in_order(
-            parts,
-            lambda part: counting.count(runs.read(part)),
-            workers=workers,
-            title="count",
-            unit="parts",
-            total=len(parts),
+
+        def count(part: Part) -> Tally:
+            found = log.count(pl.DataFrame(runs.read(part)))
+            for name, values in found.values.items():
+                counts[name].add(values)
+            return found.tally
+
+        tallies = in_order(
+            parts, count, workers=workers, title="count", unit="parts", total=len(parts)
         )
         # Of each part: what came before it; and in the end, everything.
-        *before, total = accumulate(counted, initial=Tally())
+        *before, total = accumulate(tallies, initial=Tally())
         if not total.trained:
             raise DataError(
                 f"{log.file.path} has too few events: none of its {total.rows} rows would be "
                 "trained on. Take a larger data set."
             )
-        encoding = counting.encoding()
-        schema = encoding.schema
+        learned = log.learn({name: found.ranked() for name, found in counts.items()}, total)
+        schema = learned.schema
         folder.write_schema(schema)
-        for table, values in encoding.vocabularies.items():
+        for table, values in learned.vocabularies.items():
             folder.write_vocabulary(table, values.to_arrow())
         rows_per_file = shard_rows(4 * total.entries / total.rows + 8 * len(schema.columns))
         shards = Shards(scratch=local, seed=options.seed, schema=schema)
-        _encode(encoding, runs, parts, before, total, rows_per_file, shards, workers)
+        _encode(log, runs, parts, before, total, rows_per_file, shards, workers)
         splits = shards.write_splits(folder, rows_per_file=rows_per_file, workers=workers)
         check_splits({name: split.rows for name, split in splits.items()}, None, log.file.path)
         report = Report(
             dataset=schema.dataset,
             options={**(named or {}), **lengths, "seed": options.seed},
-            rows_read=records + counting.records + bad.counts.total(),
+            rows_read=records + log.records + bad.counts.total(),
             rows_kept=sum(split.rows for split in splits.values()),
             rows_bad=dict(bad.counts),
             vocabularies=dict(schema.tables),
             splits=splits,
             unknown=shards.unknown,
-            notes={**encoding.notes, **total.notes},
+            notes={**learned.notes, **total.notes},
         )
         folder.write_report(report)
         return report
-
-
-def history_group(tables: Mapping[str, str], max_length: int) -> SequenceGroup:
-    """Return the usual history: columns ``history_NAME`` of tables by name, oldest event first."""
-    return SequenceGroup(
-        name="history",
-        fields=tuple(
-            IdFeature(name=f"history_{name}", table=table) for name, table in tables.items()
-        ),
-        max_length=max_length,
-    )
 
 
 def _read(log: EventLog, runs: EventRuns, workers: int, bad: BadRecords) -> int:
@@ -138,7 +293,7 @@ def _read(log: EventLog, runs: EventRuns, workers: int, bad: BadRecords) -> int:
 
 
 def _encode(
-    encoding: Encoding,
+    log: EventLog,
     runs: EventRuns,
     parts: Sequence[Part],
     before: Sequence[Tally],
@@ -148,23 +303,25 @@ def _encode(
     workers: int,
 ) -> None:
     """Write all rows to scratch files."""
-    at_once = _rows_at_once(encoding.schema)
-    waiting = -(-total.trained // rows_per_file)
+    types = prepared_types(shards.schema)
+    at_once = _rows_at_once(shards.schema)
+    waiting = max(1, -(-total.trained // rows_per_file))
 
     def work(number: int) -> list[Noted]:
-        encoded = encoding.encode(runs.read(parts[number]), before[number])
+        encoded = log.encode(pl.DataFrame(runs.read(parts[number])), before[number])
         noted: list[Noted] = []
         for piece, start in enumerate(range(0, len(encoded.split_R), at_once)):
             split_M = encoded.split_R[start : start + at_once]
-            rows_M = np.arange(start, start + len(split_M))
+            stop = start + len(split_M)
+            columns = pa.table(encoded.rows(start, stop))
             noted += shards.write_by_split(
                 f"{number:05d}-{piece:07d}",
-                encoded.rows(rows_M),
+                columns.cast(pa.schema([types.field(name) for name in columns.column_names])),
                 split_M,
                 waiting_shard(
-                    before[number].rows + rows_M,
+                    before[number].rows + np.arange(start, stop),
                     rows=total.rows,
-                    shards=max(1, waiting),
+                    shards=waiting,
                     seed=shards.seed,
                 ),
             )
@@ -183,3 +340,9 @@ def _rows_at_once(schema: Schema) -> int:
     entries = sum(feature.max_length for feature in schema.pooled)
     entries += sum(group.max_length * len(group.fields) for group in schema.sequences)
     return max(1, ENCODED_BYTES // (4 * entries + 8 * len(schema.columns)))
+
+
+def history_group(names: Sequence[str], max_length: int) -> SequenceGroup:
+    """Return the usual history: columns ``history_NAME`` of tables, oldest event first."""
+    fields = tuple(IdFeature(name=f"history_{name}", table=name) for name in names)
+    return SequenceGroup(name="history", fields=fields, max_length=max_length)
