@@ -16,6 +16,7 @@ from typing import Any, Unpack
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.hashing import mix64
@@ -116,10 +117,8 @@ class _Purchases(EventLog):
         raw = read_json(self._path)
         try:
             lists = {int(item): [int(attribute) for attribute in raw[item]] for item in raw}
-            items = pl.DataFrame(
-                {"item": list(lists), "attributes": list(lists.values())},
-                {"item": pl.Int64, "attributes": pl.List(pl.Int64)},
-            )
+            attributes = pa.array(lists.values(), pa.large_list(pa.int64()))
+            items = pl.DataFrame({"item": pa.array(lists, pa.int64()), "attributes": attributes})
         except (TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{self._path} is not item -> list of integers ({error}). {SOURCE}"
@@ -184,6 +183,8 @@ class _Purchases(EventLog):
         found = found.with_columns(negative=_draw_negatives(found, self._known, self._seed))
         item_N, category_N = self._facts(found["item"]).select("item", "category")
         clicks = found.filter(pl.col("position") > 0)
+        split_R = np.repeat(clicks["split"].to_numpy(), 2)
+        clicks = clicks.select("at", "position", "number", "item", "negative")
 
         def rows(start: int, stop: int) -> dict[str, Any]:
             rows_M = np.arange(start, stop)
@@ -201,7 +202,7 @@ class _Purchases(EventLog):
                 "user": part["number"].to_numpy(),
             }
 
-        return Encoded(split_R=np.repeat(clicks["split"].to_numpy(), 2), rows=rows)
+        return Encoded(split_R=split_R, rows=rows)
 
     def _facts(self, items: pl.Series) -> pl.DataFrame:
         """Return the ids of items, and of what is known of them."""
@@ -261,6 +262,7 @@ def _draw_negatives(purchases: pl.DataFrame, known_K: np.ndarray, seed: int) -> 
             f"user {user} has bought all {items} items of the training rows, so no item is left "
             "to draw a negative from; take a larger data set."
         )
+    had = np.append(had, np.iinfo(np.int64).max)  # whatever is looked up finds a place
     salt_N = mix64(mix64(np.full(len(user_N), seed)) ^ user_N.astype(np.uint64))
     keys_N = mix64(salt_N + purchases["position"].to_numpy().astype(np.uint64))
     drawn_N = np.empty(len(user_N), dtype=np.int64)
@@ -268,6 +270,7 @@ def _draw_negatives(purchases: pl.DataFrame, known_K: np.ndarray, seed: int) -> 
     while len(open_N):
         drawn = mix64(keys_N[open_N] + np.uint64(attempt)) % np.uint64(items)
         drawn_N[open_N] = drawn.astype(np.int64)
-        open_N = open_N[np.isin(number_N[open_N] * items + drawn_N[open_N], had)]
+        wanted = number_N[open_N] * items + drawn_N[open_N]
+        open_N = open_N[had[np.searchsorted(had, wanted)] == wanted]
         attempt += 1
     return pl.Series(known_K[drawn_N])

@@ -314,7 +314,7 @@ def _encode(
             split_M = encoded.split_R[start : start + at_once]
             stop = start + len(split_M)
             columns = pa.table(encoded.rows(start, stop))
-            noted += shards.write_by_split(
+            noted += shards.write(
                 f"{number:05d}-{piece:07d}",
                 columns.cast(pa.schema([types.field(name) for name in columns.column_names])),
                 split_M,

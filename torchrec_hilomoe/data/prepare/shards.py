@@ -1,8 +1,9 @@
 """Encoded rows wait in scratch files, each cut by where its rows belong, and leave as Parquet.
 
-A scratch file holds the rows of one raw piece: those of each shard together. A shard of training
-rows is a random share of them, small enough to be put in order in memory; so training rows leave in
-a random order, whatever the number of rows, and the same one for any number of threads.
+A scratch file holds the rows of one raw piece: those of each split, and each shard, together. A
+shard of training rows is a random share of them, small enough to be put in order in memory; so
+training rows leave in a random order, whatever the number of rows, and the same one for any number
+of threads.
 """
 
 import logging
@@ -10,6 +11,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -60,7 +62,7 @@ class Noted:
 
     Attributes:
         split: Its name.
-        places: What :meth:`Shards.write` returned.
+        places: Where they are, by shard.
         clicks: Among the rows.
         unknown: Ids of unknown values by table, among how many, and the rows of both.
     """
@@ -97,7 +99,7 @@ class Shards:
             if tables
         }
 
-    def write_by_split(
+    def write(
         self,
         name: str,
         rows: pa.Table,
@@ -107,7 +109,7 @@ class Shards:
         """Write some rows, in whichever thread.
 
         Args:
-            name: Of the scratch files, unique.
+            name: Of the scratch file, unique.
             rows: Of any splits.
             split_N: Which each row belongs to, an index into ``SPLITS``.
             shard_N: And to which shard, if it trains.
@@ -115,45 +117,36 @@ class Shards:
         Returns:
             What :meth:`note` is to be told, one after the other.
         """
+        if not len(split_N):
+            return []
+        shard_N = np.where(split_N == SPLITS.index("train"), shard_N, 0)
+        order = np.lexsort((shard_N, split_N))
+        rows = rows.take(pa.array(order)).combine_chunks()
+        keys_2N = np.stack([split_N, shard_N])[:, order]
+        begins = 1 + np.flatnonzero((keys_2N[:, 1:] != keys_2N[:, :-1]).any(axis=0))
+        path = os.path.join(self.scratch, f"{name}.rows")
+        places: dict[int, list[tuple[int, _Place]]] = {}
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+            for number, (start, stop) in enumerate(pairwise([0, *begins.tolist(), len(order)])):
+                (batch,) = rows.slice(start, stop - start).to_batches()
+                writer.write_batch(batch)
+                split, shard = keys_2N[:, start].tolist()
+                place = _Place(path=path, batch=number, start=0, stop=stop - start)
+                places.setdefault(split, []).append((shard, place))
         noted = []
-        for code in np.unique(split_N).tolist():
-            chosen = np.flatnonzero(split_N == code)
-            part = rows.take(pa.array(chosen))
-            shard = shard_N[chosen] if SPLITS[code] == "train" else np.zeros(len(chosen), np.int64)
+        first = 0
+        for split, found in places.items():
+            part = rows.slice(first, sum(place.rows for _, place in found))
+            first += part.num_rows
             noted.append(
                 Noted(
-                    split=SPLITS[code],
-                    places=self.write(f"{name}-{code}", part, shard),
+                    split=SPLITS[split],
+                    places=found,
                     clicks=int(part[self.schema.label].to_numpy().sum()),
                     unknown=_count_unknown(part, self.schema),
                 )
             )
         return noted
-
-    def write(self, name: str, rows: pa.Table, shard_N: np.ndarray) -> list[tuple[int, _Place]]:
-        """Write a piece's rows, in whichever thread.
-
-        Args:
-            name: Of the scratch file, unique.
-            rows: Of the piece.
-            shard_N: Which shard each row belongs to.
-
-        Returns:
-            What :meth:`note` is to be told.
-        """
-        path = os.path.join(self.scratch, f"{name}.rows")
-        rows = rows.take(pa.array(np.argsort(shard_N, kind="stable")))
-        shards, counts = np.unique(shard_N, return_counts=True)
-        places = []
-        with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
-            for number, (shard, stop, size) in enumerate(
-                zip(shards.tolist(), np.cumsum(counts).tolist(), counts.tolist(), strict=True)
-            ):
-                part = rows.slice(stop - size, size).combine_chunks()
-                (batch,) = part.to_batches()
-                writer.write_batch(batch)
-                places.append((shard, _Place(path=path, batch=number, start=0, stop=size)))
-        return places
 
     def note(self, noted: "Noted") -> None:
         """Remember where rows are; called in the order of the raw rows."""
@@ -240,9 +233,9 @@ def _count_unknown(rows: pa.Table, schema: Schema) -> dict[str, Counter[str]]:
         if is_list:
             ends_N = column.offsets.to_numpy()[1:] - column.offsets[0].as_py()
             unknown_T = np.searchsorted(ends_N, unknown_T, "right")
-        in_row[feature.table] = np.union1d(in_row.get(feature.table, []), unknown_T)
-    for table, unknown in in_row.items():
-        found[table].update({"rows_with_unknown": len(unknown), "rows": rows.num_rows})
+        in_row.setdefault(feature.table, np.zeros(rows.num_rows, dtype=bool))[unknown_T] = True
+    for table, unknown_N in in_row.items():
+        found[table].update({"rows_with_unknown": int(unknown_N.sum()), "rows": rows.num_rows})
     return found
 
 

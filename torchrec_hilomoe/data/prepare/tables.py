@@ -114,7 +114,7 @@ def prepare_tables(
                 at_N = begins[number] + batch[ROW].to_numpy()
                 code = codes[number]
                 split_N = rule.split(at_N, batch) if not code else np.full(len(at_N), code)
-                noted = shards.write_by_split(
+                noted = shards.write(
                     f"{number:05d}-{part:07d}",
                     batch.select(schema.columns).to_arrow().cast(prepared_types(schema)),
                     split_N,
