@@ -9,8 +9,8 @@ from typing import Unpack
 
 from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.options import Common
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Plan
-from torchrec_hilomoe.data.prepare.public_sets import counted, csv_inputs, prepare_set
+from torchrec_hilomoe.data.prepare.plan import counted, csv_inputs, HoldOut, Plan
+from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
 __all__ = ["amazon_electronics_schema", "prepare_amazon_electronics"]
@@ -71,7 +71,7 @@ def prepare_amazon_electronics(
         ValueError: If an option is out of range.
     """
     schema = amazon_electronics_schema(max_history=max_history)
-    return prepare_set(
+    return prepare_tables(
         csv_inputs(raw, source=SOURCE),
         Plan(schema=schema),
         hold_out=HoldOut(valid_percent=valid_percent, by="group"),

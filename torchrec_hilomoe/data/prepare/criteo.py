@@ -15,9 +15,9 @@ import polars as pl
 from torchrec_hilomoe.data.prepare.folder import Report, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import check_least, Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
-from torchrec_hilomoe.data.prepare.public_sets import prepare_set
 from torchrec_hilomoe.data.prepare.records import find_raw
 from torchrec_hilomoe.data.prepare.sources import CsvFile
+from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, VocabularyRule
 from torchrec_hilomoe.runtime.paths import path_manager
 
@@ -88,7 +88,7 @@ def prepare_criteo(
         constants={"group": 0},
         dense=_squeezed,
     )
-    return prepare_set(
+    return prepare_tables(
         _inputs(raw),
         plan,
         hold_out=HoldOut(valid_percent=valid_percent, test_percent=test_percent, by="tail"),

@@ -16,8 +16,6 @@ import polars as pl
 import pyarrow as pa
 
 from torchrec_hilomoe.data.hashing import hash_ids
-from torchrec_hilomoe.data.prepare.parsing import FAULT
-from torchrec_hilomoe.data.prepare.sources import ROW
 from torchrec_hilomoe.data.schema import PooledFeature, Schema
 
 __all__ = [
@@ -143,8 +141,8 @@ def encoders_of(schema: Schema, vocabularies: Mapping[str, pl.Series]) -> dict[s
     return encoders
 
 
-def encode(parsed: pl.LazyFrame, schema: Schema, encoders: Mapping[str, Encoder]) -> pl.LazyFrame:
-    """Return ``ROW`` and the prepared columns of the good rows of what was parsed."""
+def encode(rows: pl.DataFrame, schema: Schema, encoders: Mapping[str, Encoder]) -> pl.DataFrame:
+    """Return the prepared columns of good rows that were parsed."""
     tables = {feature.name: feature.table for feature in schema.id_features}
     columns = []
     for name, (limit, keep) in _limits(schema).items():
@@ -159,7 +157,7 @@ def encode(parsed: pl.LazyFrame, schema: Schema, encoders: Mapping[str, Encoder]
                 kind = pl.List(pl.Int32)
                 column = column.map_batches(partial(encode_lists, encoder), return_dtype=kind)
         columns.append(column)
-    return parsed.filter(pl.col(FAULT).is_null()).select(ROW, *columns)
+    return rows.select(columns)
 
 
 def encode_lists(encoder: Encoder, lists: pl.Series) -> pl.Series:

@@ -7,9 +7,9 @@ from typing import Unpack
 
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import Common
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Plan
-from torchrec_hilomoe.data.prepare.public_sets import counted, csv_inputs, prepare_set
+from torchrec_hilomoe.data.prepare.plan import counted, csv_inputs, HoldOut, Plan
 from torchrec_hilomoe.data.prepare.records import find_raw
+from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.prepare.vectors import Vectors
 from torchrec_hilomoe.data.schema import (
     FrozenTable,
@@ -92,7 +92,7 @@ def prepare_microvideo(
     """
     vectors = Vectors(find_raw(raw, VECTORS, SOURCE))
     schema = microvideo_schema(width=vectors.width, max_history=max_history)
-    return prepare_set(
+    return prepare_tables(
         csv_inputs(raw, source=SOURCE),
         Plan(schema=schema, raw=RAW, given={"item": vectors.keys}),
         hold_out=HoldOut(valid_percent=valid_percent, by="time"),

@@ -19,8 +19,8 @@ from torchrec_hilomoe.data.prepare.column_kinds import is_text, refuse_types, st
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
-from torchrec_hilomoe.data.prepare.public_sets import prepare_set
 from torchrec_hilomoe.data.prepare.sources import ParquetFile
+from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.prepare.vectors import Vectors
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.runtime.paths import open_binary, open_text, path_manager
@@ -92,7 +92,7 @@ def prepare_parquet(
     by_time = "time" if plan.schema.time is not None else "rows"
     if valid_by == "time" and plan.schema.time is None:
         raise ValueError("--valid_by is 'time', but the schema names no time; choose another.")
-    return prepare_set(
+    return prepare_tables(
         inputs,
         plan,
         hold_out=HoldOut(

@@ -13,10 +13,12 @@ import pyarrow as pa
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.column_kinds import read_type, refuse_types
-from torchrec_hilomoe.data.prepare.sources import RawFile
-from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.prepare.folder import vocabulary_file
+from torchrec_hilomoe.data.prepare.records import find_raw
+from torchrec_hilomoe.data.prepare.sources import CsvFile, RawFile
+from torchrec_hilomoe.data.schema import Schema, VocabularyRule
 
-__all__ = ["HOLD_OUT", "HoldOut", "Inputs", "Plan"]
+__all__ = ["HOLD_OUT", "HoldOut", "Inputs", "Plan", "counted", "csv_inputs"]
 
 HOLD_OUT = ("rows", "group", "time", "tail")
 
@@ -137,3 +139,27 @@ class Plan:
                 for name in self.wanted
             ]
         )
+
+
+def counted(table: str, min_count: int) -> VocabularyRule:
+    """Return the rule of the public benchmark sets' own preprocessing for a counted vocabulary.
+
+    A value is known if one of the columns that share the vocabulary has it ``min_count`` times; id
+    0 is padding and the last id is "unknown". With ``--valid_percent 0`` training rows are all of
+    ``train.csv``, and vocabularies have the benchmarks' sizes.
+    """
+    return VocabularyRule(
+        kind="counted", min_count=min_count, unknown="last", file=vocabulary_file(table)
+    )
+
+
+def csv_inputs(raw: str, *, source: str) -> Inputs:
+    """Find ``train.csv`` and ``test.csv``, plain or gzipped.
+
+    Raises:
+        DataError: If one is missing.
+    """
+    train, test = (
+        CsvFile(find_raw(raw, name, source), source=source) for name in ("train.csv", "test.csv")
+    )
+    return Inputs(train=(train,), test=(test,))

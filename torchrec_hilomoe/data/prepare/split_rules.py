@@ -15,11 +15,9 @@ import polars as pl
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.hashing import mix64
-from torchrec_hilomoe.data.prepare.options import Options
 from torchrec_hilomoe.data.prepare.order_statistics import OrderStatistics
-from torchrec_hilomoe.data.prepare.parsing import FAULT, parse
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
-from torchrec_hilomoe.data.prepare.streaming import stream
+from torchrec_hilomoe.data.prepare.plan import HoldOut
+from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["SplitRule", "check_splits", "find_rule", "time_borders", "waiting_shard"]
 
@@ -83,48 +81,31 @@ class SplitRule:
 
 
 def find_rule(
-    inputs: Inputs, plan: Plan, hold_out: HoldOut, options: Options, scratch: str
+    hold_out: HoldOut, schema: Schema, seed: int, *, rows: int, times: OrderStatistics
 ) -> SplitRule:
-    """Find where rows of training files go; what has files of its own is not held out.
+    """Find where rows of training files go.
 
     Args:
-        inputs: The files. They are read once more if rows are held out by time or from the end.
-        plan: What their columns mean.
-        hold_out: What is asked for.
-        options: Seed and threads.
-        scratch: A local folder.
+        hold_out: What is asked for, and no file of its own has.
+        schema: What the rows are.
+        seed: Of random choices.
+        rows: How many rows training files have.
+        times: Of good ones, if the schema has a time.
 
     Raises:
         DataError: If there are too few different times.
     """
-    hold_out = replace(
-        hold_out,
-        valid_percent=0 if inputs.valid else hold_out.valid_percent,
-        test_percent=0 if inputs.test else hold_out.test_percent,
-    )
-    rule = SplitRule(hold_out=hold_out, seed=options.seed)
+    rule = SplitRule(hold_out=hold_out, seed=seed)
     valid, test = hold_out.valid_percent, hold_out.test_percent
     if not valid + test or hold_out.by == "rows":
         return rule
     if hold_out.by == "group":
-        return replace(rule, column=plan.schema.group)
+        return replace(rule, column=schema.group)
     if hold_out.by == "tail":
-        rows = sum(file.rows() for file in inputs.train)
         return replace(
             rule, borders=(rows - rows * (valid + test) // 100, rows - rows * test // 100)
         )
-    time = plan.schema.time
-    assert time is not None, "a hold-out by time has one"
-    times = OrderStatistics(scratch, "times")
-    for file in inputs.train:
-        for batch in stream(
-            file.batches(plan.types(file)),
-            lambda rows: parse(rows, plan).filter(pl.col(FAULT).is_null()).select(time),
-            workers=options.workers,
-            title="times",
-        ):
-            times.add(batch[time].to_numpy())
-    return replace(rule, borders=time_borders(times, valid, test), column=time)
+    return replace(rule, borders=time_borders(times, valid, test), column=schema.time)
 
 
 def time_borders(times: OrderStatistics, valid: int, test: int) -> tuple[int, int]:

@@ -15,10 +15,10 @@ import polars as pl
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.options import Common
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
-from torchrec_hilomoe.data.prepare.public_sets import counted, prepare_set
+from torchrec_hilomoe.data.prepare.plan import counted, HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.records import find_raw
 from torchrec_hilomoe.data.prepare.sources import CsvFile, MALFORMED, PLACE, ROW
+from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema, SequenceGroup
 
 __all__ = ["prepare_taobao_ad", "taobao_ad_schema"]
@@ -145,7 +145,7 @@ def prepare_taobao_ad(
         reshape=_from_raw_layout if raw_layout else None,
         reads=_raw_fields() if raw_layout else None,
     )
-    return prepare_set(
+    return prepare_tables(
         Inputs(train=(files[0],), test=(files[1],)),
         plan,
         hold_out=HoldOut(valid_percent=valid_percent, by="rows"),

@@ -11,8 +11,7 @@ import pytest
 from tests.helpers.processes import run_command
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare import split_rules, tables
-from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report
-from torchrec_hilomoe.data.prepare.options import Options
+from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.sources import CsvFile
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
@@ -35,20 +34,19 @@ def write(path: Path, rows: range) -> CsvFile:
     return CsvFile(str(path), block_bytes=4096)
 
 
-def prepare(inputs: Inputs, out: Path, *, workers=2, hold_out=HELD, **options) -> Report:
-    settings = Options(
-        out=str(out), seed=3, workers=workers, max_bad_rows=options.pop("max_bad_rows", 0)
+def prepare(
+    inputs: Inputs, out: Path, *, workers=2, hold_out=HELD, max_bad_rows=0, scratch=None
+) -> Report:
+    return prepare_tables(
+        inputs,
+        Plan(schema=SCHEMA),
+        hold_out=hold_out,
+        out=str(out),
+        seed=3,
+        workers=workers,
+        max_bad_rows=max_bad_rows,
+        scratch=scratch,
     )
-    with prepared_folder(str(out), overwrite=False) as folder:
-        return prepare_tables(
-            folder,
-            inputs,
-            Plan(schema=SCHEMA),
-            settings,
-            hold_out=hold_out,
-            vectors={},
-            named=options,
-        )
 
 
 def places(out: Path, split: str) -> list[int]:
@@ -126,11 +124,7 @@ def test_scratch_files_go_where_they_are_told_and_vanish(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     inputs = Inputs(train=(write(tmp_path / "a", range(100)),))
-    options = Options(out=str(tmp_path / "out"), workers=1, max_bad_rows=0, scratch=str(scratch))
-    with prepared_folder(options.out, overwrite=False) as folder:
-        prepare_tables(
-            folder, inputs, Plan(schema=SCHEMA), options, hold_out=HELD, vectors={}, named={}
-        )
+    prepare(inputs, tmp_path / "out", workers=1, scratch=str(scratch))
     assert list(scratch.iterdir()) == []
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
