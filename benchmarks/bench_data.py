@@ -7,7 +7,8 @@
 temporary one. Every row's ids, labels and dense values are summed per column through both paths
 before anything is timed; a difference stops the run. One JSON line per contender. The cases:
 ``rate`` against pyarrow, ``peers`` against other loaders, ``memory`` over the size of the files,
-``padding`` with and without sorting by length.
+``padding`` with and without sorting by length, ``prepare`` of raw files in the form of
+AmazonElectronics_x1 (``--against TREE``: beside another checkout of the package, in pairs).
 """
 
 import argparse
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -228,6 +230,49 @@ def bench_padding(folder: Path, args: argparse.Namespace) -> list[dict]:
     return lines
 
 
+def bench_prepare(folder: Path, args: argparse.Namespace) -> list[dict]:
+    """Prepare generated raw files in fresh processes; all trees must write the same."""
+    trees = {"this": os.getcwd()} | ({"against": str(args.against)} if args.against else {})
+    found: dict[str, list[dict]] = {name: [] for name in trees}
+    sums: set[str] = set()
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        raw = Path(scratch)
+        write_raw(raw / "train.csv", args.rows)
+        write_raw(raw / "test.csv", args.rows // 8)
+        megabytes = sum(path.stat().st_size for path in raw.iterdir()) >> 20
+        code = Path(__file__).with_name("prepare_once.py").read_text()
+        for _, (name, tree) in itertools.product(range(args.rounds), trees.items()):
+            command = [sys.executable, "-c", code, str(raw), str(raw / "out")]
+            env = {**os.environ, "PYTHONPATH": tree}
+            out = subprocess.run(
+                command, check=True, capture_output=True, text=True, cwd=tree, env=env
+            ).stdout
+            line = json.loads(out.splitlines()[-1])
+            sums.add(line.pop("sum"))
+            found[name].append(line)
+    if len(sums) > 1:
+        raise SystemExit("runs have written different folders")
+    lines = []
+    for name, runs in found.items():
+        medians = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        about = {"case": "prepare", "tree": name, "rows": args.rows, "raw_mb": megabytes}
+        lines.append({**about, **medians, "rounds": len(runs), **stamp()})
+    return lines
+
+
+def write_raw(path: Path, rows: int) -> None:
+    """Write skewed ids and histories of nine events on average."""
+    rng = np.random.default_rng(rows)
+    with path.open("w") as sink:
+        sink.write("label,user_id,item_id,cate_id,item_history,cate_history\n")
+        for _ in range(rows):
+            events = rng.zipf(1.2, size=min(int(rng.geometric(1 / 9)), 100)) % 63_001
+            joined = ("^".join(map(str, ids.tolist())) for ids in (events, events % 801))
+            item = int(rng.zipf(1.2)) % 63_001
+            label, user = int(rng.integers(2)), int(rng.integers(190_000))
+            sink.write(f"{label},{user},{item},{item % 801},{','.join(joined)}\n")
+
+
 def size_of(folder: Path) -> int:
     """Bytes of the training split's files."""
     return sum(path.stat().st_size for path in (folder / "train").glob("*.parquet"))
@@ -278,6 +323,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="time spent, at least 5 rounds")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["rate", "peers", "padding"])
     parser.add_argument("--memory", nargs="+", type=int, default=[100, 400, 1600], metavar="MB")
+    parser.add_argument("--against", type=Path, help="another checkout, for the case prepare")
+    parser.add_argument("--rounds", type=int, default=5, help="of the case prepare")
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file")
     parser.add_argument("--plot", type=Path, help="draw what --out holds")
     parser.add_argument("--peak_of", type=Path, help=argparse.SUPPRESS)  # in the fresh process
@@ -301,7 +348,13 @@ def main() -> None:
         plot(read_lines(args.out), args.plot)
 
 
-CASES = {"rate": bench, "peers": bench_peers, "memory": bench_memory, "padding": bench_padding}
+CASES = {
+    "rate": bench,
+    "peers": bench_peers,
+    "memory": bench_memory,
+    "padding": bench_padding,
+    "prepare": bench_prepare,
+}
 
 if __name__ == "__main__":
     main()

@@ -15,7 +15,8 @@ class Common(TypedDict, total=False):
             training rows are written; 0 by default.
         workers: Threads; 2 by default.
         max_bad_rows: Malformed raw records that are skipped before it is fatal; 100 by default.
-        scratch: Local folder for rows that wait; by default beside the result.
+        scratch: Local folder for rows that wait, which take about as much room as the raw files; by
+            default beside the result.
         overwrite: Replace prepared data that is in the way.
     """
 

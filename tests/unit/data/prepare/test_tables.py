@@ -1,7 +1,8 @@
-"""The two passes on many pieces and shards: every row once, in an order that nothing changes."""
+"""Tables of many pieces and shards: every row once, in an order that nothing changes."""
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,19 @@ def write(path: Path, rows: range) -> CsvFile:
 
 
 def prepare(
-    inputs: Inputs, out: Path, *, workers=2, hold_out=HELD, max_bad_rows=0, scratch=None
+    inputs: Inputs,
+    out: Path,
+    *,
+    workers=2,
+    hold_out=HELD,
+    max_bad_rows=0,
+    scratch=None,
+    schema=SCHEMA,
+    columns=None,
 ) -> Report:
     return prepare_tables(
         inputs,
-        Plan(schema=SCHEMA),
+        Plan(schema=schema, raw=columns or {}),
         hold_out=hold_out,
         out=str(out),
         seed=3,
@@ -84,6 +93,32 @@ def test_every_row_is_somewhere_once_in_an_order_of_its_own(tmp_path):
     first = [int(row) for row in pq.read_table(files[0])["place"].to_pylist()]
     assert max(first) - min(first) > 1000
     assert abs(np.corrcoef(first, np.arange(len(first)))[0, 1]) < 0.25
+
+
+@pytest.mark.parametrize("by", ["rows", "group", "time", "tail"])
+def test_raw_files_are_read_once(tmp_path, monkeypatch, by):
+    """They may be remote, and parsing them is half of the work."""
+    read = []
+    batches = CsvFile.batches
+
+    def spy(self, columns):
+        read.append(Path(self.path).name)
+        yield from batches(self, columns)
+
+    monkeypatch.setattr(CsvFile, "batches", spy)
+    inputs = Inputs(
+        train=(write(tmp_path / "a", range(900)), write(tmp_path / "b", range(900, 1500)))
+    )
+    report = prepare(
+        inputs,
+        tmp_path / "out",
+        hold_out=HoldOut(valid_percent=30, by=by),
+        schema=replace(SCHEMA, time="at"),
+        columns={"at": "place"},
+    )
+    assert read == ["a", "b"]
+    assert report.rows_kept == 1500
+    assert report.splits["valid"].rows > 0
 
 
 def test_a_split_may_be_empty_and_keeps_its_columns(tmp_path):
