@@ -1,5 +1,8 @@
 """What a request costs: eager, as a program of torch.export, and compiled by AOTInductor.
 
+The form ``request`` is the program that computes one user's histories once; others take them for
+each candidate anew.
+
     python -m benchmarks.bench_serving --out benchmarks/results/serving.jsonl
 
 A request is one user and some candidates, on generated data with the sizes of the recipe
@@ -30,19 +33,24 @@ from torchrec_hilomoe.data.synthetic import SyntheticSource
 from torchrec_hilomoe.hilomoe.inject import sites_of
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import CTRModel
-from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE
+from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE, REQUEST_FILE
 from torchrec_hilomoe.serving.export import export_model, ExportOptions
-from torchrec_hilomoe.serving.inputs import InputLayout, ProgramInputs
+from torchrec_hilomoe.serving.inputs import (
+    InputLayout,
+    ProgramInputs,
+    RequestInputs,
+    RequestLayout,
+)
 from torchrec_hilomoe.serving.model import ServedModel
 from torchrec_hilomoe.serving.package import load_package
-from torchrec_hilomoe.serving.program import load_program
+from torchrec_hilomoe.serving.program import load_program, load_request
 from torchrec_hilomoe.serving.tables import Precision
 from torchrec_hilomoe.training.inputs import schema_of
 
 Form = Callable[..., Tensor]
 MODELS = {"bst": "[head]", "din": "[head]", "dlrm": "[all]"}
 CANDIDATES = (1, 10, 200, 1000)
-FORMS = ("eager", "program", "package")
+FORMS = ("eager", "program", "request", "package")
 TERMS = 512  # of the longest sum: no map is wider
 
 
@@ -69,11 +77,13 @@ def forms_of(model: CTRModel, tables: Precision) -> dict[str, Form]:
         artifact = Artifact(path)
         program = load_program(f"{path}/{PROGRAM_FILE}")
         package = load_package(artifact)
-    return {"eager": ServedModel(model, tables), "program": program, "package": package}
+        request = load_request(f"{path}/{REQUEST_FILE}", program)
+    eager = ServedModel(model, tables)
+    return {"eager": eager, "program": program, "request": request, "package": package}
 
 
-def request(layout: InputLayout, candidates: int) -> ProgramInputs:
-    """One user and some candidates."""
+def request(layout: InputLayout, candidates: int) -> dict[str, ProgramInputs | RequestInputs]:
+    """One user and some candidates, as each form takes them."""
     source = SyntheticSource(world="composed", split="test", rows=max(CANDIDATES), seed=0)
     table = source.read(0, 0).slice(0, candidates)
     own = {field.name for field in layout.schema.candidate}
@@ -81,14 +91,18 @@ def request(layout: InputLayout, candidates: int) -> ProgramInputs:
     for index, name in enumerate(table.column_names):
         if name not in own:
             table = table.set_column(index, name, table.column(name).take(first))
-    return layout.of(decode_block(table, layout.columns, None).rows)
+    rows = decode_block(table, layout.columns, None)
+    own_layout = RequestLayout(layout)
+    own = decode_block(table, own_layout.candidates.columns, None).rows
+    of_rows = dict.fromkeys(FORMS, layout.of(rows.rows))
+    return of_rows | {"request": own_layout.of(rows.pieces([0, 1])[0], own)}
 
 
-def check(found: Mapping[str, Form], inputs: ProgramInputs) -> None:
+def check(found: Mapping[str, Form], inputs: Mapping[str, ProgramInputs | RequestInputs]) -> None:
     """Refuse to time a wrong answer."""
-    want = found["eager"](*inputs.arguments)
+    want = found["eager"](*inputs["eager"].arguments)
     for name in FORMS[1:]:
-        assert off_by(found[name](*inputs.arguments), want, terms=TERMS) <= 1, name
+        assert off_by(found[name](*inputs[name].arguments), want, terms=TERMS) <= 1, name
 
 
 def main() -> None:
@@ -120,15 +134,20 @@ def main() -> None:
 
 @torch.inference_mode()
 def lines_of(
-    forms: Mapping[str, Mapping[str, Form]], inputs: ProgramInputs, seconds: float
+    forms: Mapping[str, Mapping[str, Form]],
+    inputs: Mapping[str, ProgramInputs | RequestInputs],
+    seconds: float,
 ) -> Iterator[dict[str, Any]]:
     """Time every form of both models; the ratio is to the plain model in the same form."""
     for found in forms.values():
         check(found, inputs)
+    whole = inputs["eager"]
+    assert isinstance(whole, ProgramInputs)
     for form in FORMS:
-        calls = {who: partial(found[form], *inputs.arguments) for who, found in forms.items()}
+        taken = inputs[form].arguments
+        calls = {who: partial(found[form], *taken) for who, found in forms.items()}
         for who, figures in measure(calls, seconds, "cpu").items():
-            rate = inputs.rows / figures.median_us * 1e6
+            rate = whole.rows / figures.median_us * 1e6
             row = {"form": form, "provider": who, "candidates_per_second": rate}
             yield {**row, **asdict(figures)}
 

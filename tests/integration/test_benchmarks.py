@@ -191,7 +191,7 @@ def test_requests_are_timed_in_every_form(tmp_path, monkeypatch):
     assert [(line["candidates"], line["form"], line["provider"]) for line in lines] == [
         (candidates, form, provider)
         for candidates in (1, 20)
-        for form in ("eager", "program", "package")
+        for form in ("eager", "program", "request", "package")
         for provider in ("plain", "experts")
     ]
     assert all(line["median_us"] <= line["p99_us"] for line in lines)

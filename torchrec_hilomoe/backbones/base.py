@@ -45,6 +45,14 @@ class Backbone(nn.Module, ABC):
         self.include_history_mean = False
 
     @property
+    def shares_histories(self) -> bool:
+        """Whether it takes histories that all rows share, and computes once what it can of them.
+
+        A map that ``tokens`` names must not need to know then whose its events are.
+        """
+        return False
+
+    @property
     def tokens(self) -> Mapping[str, str]:
         """Modules that say whose the events are that a map sees in one jagged list.
 

@@ -22,7 +22,7 @@ from torchrec_hilomoe.backbones.base import Backbone, check_histories, HookPoint
 from torchrec_hilomoe.backbones.layers.attention import SelfAttention
 from torchrec_hilomoe.backbones.layers.jagged import Tokens, tokens_of
 from torchrec_hilomoe.backbones.layers.mlp import MLP
-from torchrec_hilomoe.embeddings.features import FeatureWidths, SequenceFeatures
+from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
 
 __all__ = ["BST", "Transformer", "TransformerLayer"]
 
@@ -62,8 +62,15 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x_NW: Tensor, offsets: Tensor, max_seqlen: int) -> Tensor:
         """Return ``(N, W)``, or ``(B, W)`` if ``targets_only``; see :class:`SelfAttention`."""
-        attended_NW = self.dropout(self.attention(x_NW, offsets, max_seqlen))
-        x_NW = x_NW[offsets[:-1]] if self.targets_only else x_NW
+        attended_NW = self.attention(x_NW, offsets, max_seqlen)
+        return self._mapped(x_NW[offsets[:-1]] if self.targets_only else x_NW, attended_NW)
+
+    def of_all(self, target_BW: Tensor, events_TW: Tensor) -> Tensor:
+        """As ``forward`` if ``targets_only``, where all rows have the same events."""
+        return self._mapped(target_BW, self.attention.of_all(target_BW, events_TW))
+
+    def _mapped(self, x_NW: Tensor, attended_NW: Tensor) -> Tensor:
+        attended_NW = self.dropout(attended_NW)
         hidden_NW = self.norm_attention(x_NW + attended_NW if self.residual else attended_NW)
         mapped_NW = self.dropout(self.ffn_out(F.leaky_relu(self.ffn_in(hidden_NW))))
         return self.norm_ffn(hidden_NW + mapped_NW if self.residual else mapped_NW)
@@ -85,6 +92,12 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x_NW = layer(x_NW, offsets, max_seqlen)
         return x_NW
+
+    def of_all(self, target_BW: Tensor, events_TW: Tensor) -> Tensor:
+        """As ``forward``, where all rows have the same events and there is a layer for targets."""
+        (layer,) = self.layers
+        assert isinstance(layer, TransformerLayer)
+        return layer.of_all(target_BW, events_TW)
 
 
 class BST(Backbone):
@@ -138,6 +151,7 @@ class BST(Backbone):
         position_dim = widths.embedding if position_dim is None else position_dim
         dropout = head_dropout if dropout is None else dropout
         self.pooling = pooling
+        self._shares_histories = pooling == "target" and num_layers == 1
         self.positions = nn.ParameterList(
             nn.Parameter(torch.empty(history.max_length + 1, position_dim))
             for history in widths.histories
@@ -179,6 +193,11 @@ class BST(Backbone):
                     found |= {f"transformers.{i}.{name}.{part}": f"rows.{i}" for part in parts}
         return found
 
+    @property
+    def shares_histories(self) -> bool:
+        """See :class:`Backbone`; above a first layer events know of the target."""
+        return self._shares_histories
+
     def reset_positions(self) -> None:
         """Start the learnable positions as sines and cosines of the distance to the target."""
         for position in self.positions:
@@ -189,8 +208,10 @@ class BST(Backbone):
         """Return logits ``(B,)``."""
         sample_BS = self.sample_of(features)
         summaries = [
-            self._summary(index, tokens_of(features.histories[index], features.max_seqlen))
-            for index in range(len(self.transformers))
+            self._summary_of_all(index, history)
+            if history.shared
+            else self._summary(index, tokens_of(history, features.max_seqlen))
+            for index, history in enumerate(features.histories)
         ]
         return self.head(torch.cat([sample_BS, *summaries], dim=1))
 
@@ -203,6 +224,19 @@ class BST(Backbone):
         if self.pooling == "target":
             return x_NW
         return torch.segment_reduce(x_NW, "mean", offsets=offsets, axis=0)
+
+    def _summary_of_all(self, index: int, history: History) -> Tensor:
+        """As `_summary`, where all rows have the same events."""
+        target_BW, events_TW = history.target, history.events
+        if self.positions:
+            position = self.positions[index]
+            own_BW = position[:1].expand(target_BW.shape[0], -1)
+            recency_T = torch.arange(events_TW.shape[0], 0, -1, device=events_TW.device)
+            target_BW = torch.cat([target_BW, own_BW], dim=1)
+            events_TW = torch.cat([events_TW, F.embedding(recency_T, position)], dim=1)
+        transformer = self.transformers[index]
+        assert isinstance(transformer, Transformer)
+        return transformer.of_all(target_BW, events_TW)
 
 
 def _sinusoids(count: int, width: int) -> Tensor:

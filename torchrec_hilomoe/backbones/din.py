@@ -90,11 +90,21 @@ class DIN(Backbone):
         """See :class:`Backbone`."""
         return {f"attentions.{i}.*": f"rows.{i}" for i in range(len(self.rows))}
 
+    @property
+    def shares_histories(self) -> bool:
+        """See :class:`Backbone`."""
+        return True
+
     def forward(self, features: SequenceFeatures) -> Tensor:
         """Return logits ``(B,)``."""
         sample_BS = self.sample_of(features)
         pooled = []
         for index, history in enumerate(features.histories):
+            if history.shared:
+                attention = self.attentions[index]
+                assert isinstance(attention, TargetAttention)
+                pooled.append(attention.of_all(history.target, history.events))
+                continue
             layout = layout_of(history)
             layout = Layout(offsets=self.rows[index](layout.offsets), row=layout.row)
             pooled.append(self.attentions[index](history.target, history.events, layout))

@@ -64,6 +64,11 @@ class DLRM(Backbone):
             batch_norm=batch_norm,
         )
 
+    @property
+    def shares_histories(self) -> bool:
+        """See :class:`Backbone`; it takes their means."""
+        return True
+
     def forward(self, features: SequenceFeatures) -> Tensor:
         """Return logits ``(B,)``."""
         self.sample_of(features)

@@ -64,20 +64,22 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class History:
-    """One behaviour sequence of each row, jagged.
+    """One behaviour sequence of each row, jagged; or one of all rows.
 
     Attributes:
         events: ``(T, W)``, row after row, oldest event first.
-        lengths: ``(B,)`` int64, events of each row.
+        lengths: ``(B,)`` int64, events of each row; ``(1,)`` if they are shared.
         target: ``(B, W)``, the candidate in the layout of an event: the fields that share a
             table stand in the same place, and a field that only events have is zero.
         times: ``(T,)`` int64, when each event happened, in seconds; None where the data do not say.
+        shared: Whether every row has these events, those of one user with many candidates.
     """
 
     events: Tensor
     lengths: Tensor
     target: Tensor
     times: Tensor | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class LookedUp:
         num_tokens: As in :class:`~torchrec_hilomoe.embeddings.features.ModelInputs`.
         time: As there.
         times: As there.
+        shared: Whether histories are those of one user, whom all rows are of; ``lengths`` are
+            ``(1,)`` then.
     """
 
     unpooled: Mapping[str, Tensor]
@@ -43,6 +45,7 @@ class LookedUp:
     num_tokens: int | None = None
     time: Tensor | None = None
     times: tuple[Tensor, ...] = ()
+    shared: bool = False
 
 
 def lay_out(
@@ -85,6 +88,7 @@ def lay_out(
                 [by_table.get(field.table, absent_BD) for field in group.fields], dim=1
             ),
             times=None if group.time is None else moments[group.time],
+            shared=found.shared,
         )
         for group, lengths_B in zip(schema.sequences, found.lengths, strict=True)
     )

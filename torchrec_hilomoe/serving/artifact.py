@@ -2,7 +2,9 @@
 
 - ``manifest.json``: what it is of, and the size and CRC-32 of every other file; written last;
 - ``program.pt2``: the model, tables included;
-- ``package.pt2``: the same as machine code, where it was asked for;
+- ``request.pt2``: the same for one user with many candidates, without weights; where there are
+  histories;
+- ``package.pt2``: ``program.pt2`` as machine code, where it was asked for;
 - ``schema.json``: the columns that the model was trained on;
 - ``vocabularies/``: raw values and their ids, a file a table.
 """
@@ -26,6 +28,7 @@ from torchrec_hilomoe.training.checkpoint.storage import find_difference
 __all__ = [
     "PACKAGE_FILE",
     "PROGRAM_FILE",
+    "REQUEST_FILE",
     "Artifact",
     "Origin",
     "artifact_folder",
@@ -35,6 +38,7 @@ __all__ = [
 MANIFEST_FILE = "manifest.json"
 PROGRAM_FILE = "program.pt2"
 PACKAGE_FILE = "package.pt2"
+REQUEST_FILE = "request.pt2"
 FORMAT = 1
 AGAIN = "Export the checkpoint again: python -m torchrec_hilomoe export CHECKPOINT --out DIR"
 

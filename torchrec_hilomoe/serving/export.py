@@ -30,11 +30,17 @@ from torchrec_hilomoe.serving.artifact import (
     Origin,
     PACKAGE_FILE,
     PROGRAM_FILE,
+    REQUEST_FILE,
     write_manifest,
 )
-from torchrec_hilomoe.serving.model import ServedModel
+from torchrec_hilomoe.serving.model import ServedModel, ServedRequest
 from torchrec_hilomoe.serving.package import compile_package
-from torchrec_hilomoe.serving.program import export_program, load_program, save_program
+from torchrec_hilomoe.serving.program import (
+    export_program,
+    load_program,
+    save_program,
+    save_request,
+)
 from torchrec_hilomoe.serving.requests import vocabulary_of
 from torchrec_hilomoe.serving.tables import Precision
 from torchrec_hilomoe.training import checkpoint
@@ -174,6 +180,8 @@ def export_model(
         served = ServedModel(model, options.tables)
         program = export_program(served)
         save_program(program, f"{folder}/{PROGRAM_FILE}")
+        if model.sparse.schema.sequences:
+            save_request(export_program(ServedRequest(served)), f"{folder}/{REQUEST_FILE}")
         if options.package:
             compile_package(served, f"{folder}/{PACKAGE_FILE}")
         model.sparse.schema.save(f"{folder}/{SCHEMA_FILE}")

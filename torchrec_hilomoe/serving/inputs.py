@@ -26,11 +26,12 @@ from torchrec_hilomoe.data.decode import Rows
 from torchrec_hilomoe.data.layout import ColumnLayout
 from torchrec_hilomoe.data.schema import Schema
 
-__all__ = ["InputLayout", "ProgramInputs"]
+__all__ = ["InputLayout", "ProgramInputs", "RequestInputs", "RequestLayout"]
 
 EXAMPLE_ROWS = 13
 EXAMPLE_LONGEST = 17
 EXAMPLE_STEPS = 19  # of a schema without histories, which never has one
+EXAMPLE_EVENTS = 23  # of a request's first history; each other has one more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,11 @@ class ProgramInputs:
         """In the program's order."""
         return (self.singles, self.lists, self.lengths, self.dense, self.longest, self.steps)
 
+    @property
+    def free(self) -> tuple[int | tuple[int, ...], ...]:
+        """The dimension of each argument that differs from request to request."""
+        return (1, tuple(0 for _ in self.lists), 1, 0, 0, 0)
+
 
 class InputLayout:
     """Which column of a schema is where among the inputs.
@@ -92,6 +98,15 @@ class InputLayout:
     def list_columns(self) -> tuple[str, ...]:
         """The columns of :attr:`ProgramInputs.lists`."""
         return tuple(name for lists in self.columns.lists for name in lists.ids)
+
+    @cached_property
+    def independent(self) -> tuple[int, ...]:
+        """Places of arguments, lists taken apart, whose free sizes no two of which are one."""
+        places, at = [0], 1
+        for parallel in self.columns.lists:
+            places.append(at)
+            at += len(parallel.ids)
+        return (*places, at + 2, at + 3)
 
     def of(self, rows: Rows) -> ProgramInputs:
         """Return the inputs of decoded rows."""
@@ -148,6 +163,90 @@ class InputLayout:
             dense=torch.zeros(rows, len(self.schema.dense)),
             longest=torch.zeros(EXAMPLE_LONGEST, dtype=torch.int64),
             steps=torch.zeros(steps, dtype=torch.int64),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestInputs:
+    """What a program for requests takes: rows without histories, and one user's histories.
+
+    Attributes:
+        rows: Of the candidates.
+        events: ``(T,)`` int64 of each column of the sequence groups.
+        user_lengths: ``(G, 1)`` int64, events of each group.
+        longest: ``(L,)`` and
+        steps: ``(N,)`` int64, of the user's longest history; their sizes count alone.
+    """
+
+    rows: ProgramInputs
+    events: tuple[Tensor, ...]
+    user_lengths: Tensor
+    longest: Tensor
+    steps: Tensor
+
+    @property
+    def arguments(self) -> tuple[Tensor | tuple[Tensor, ...], ...]:
+        """In the program's order."""
+        rows = (self.rows.singles, self.rows.lists, self.rows.lengths, self.rows.dense)
+        return (*rows, self.events, self.user_lengths, self.longest, self.steps)
+
+    @property
+    def free(self) -> tuple[int | tuple[int, ...] | None, ...]:
+        """As :attr:`ProgramInputs.free`; there is always one user."""
+        return (*self.rows.free[:4], tuple(0 for _ in self.events), None, 0, 0)
+
+
+class RequestLayout:
+    """Which column of a schema is where among a request's inputs.
+
+    Args:
+        whole: Of the same schema; it has histories.
+
+    Attributes:
+        user: Of the user's one row, histories included.
+        candidates: Of all but histories.
+        events: The columns of histories.
+    """
+
+    def __init__(self, whole: InputLayout) -> None:
+        self.user = whole
+        self.candidates = InputLayout(replace(whole.schema, sequences=()))
+        self.events = tuple(field.name for field in whole.schema.sequence_fields)
+
+    @cached_property
+    def independent(self) -> tuple[int, ...]:
+        """As :attr:`InputLayout.independent`."""
+        *places, at, _ = self.candidates.independent
+        for group in self.user.schema.sequences:
+            places.append(at)
+            at += len(group.fields)
+        return (*places, at + 1, at + 2)
+
+    def of(self, user: Rows, candidates: Rows) -> RequestInputs:
+        """Return the inputs of one decoded row of the user's, and of those of the candidates."""
+        one, rows = self.user.of(user), self.candidates.of(candidates)
+        return RequestInputs(
+            rows=rows,
+            events=one.lists[: len(self.events)],
+            user_lengths=one.lengths[: len(self.user.schema.sequences)],
+            longest=one.longest,
+            steps=one.steps,
+        )
+
+    def example(self) -> RequestInputs:
+        """As :meth:`InputLayout.example`."""
+        groups = self.user.schema.sequences
+        counts = [EXAMPLE_EVENTS + place for place in range(len(groups))]
+        return RequestInputs(
+            rows=self.candidates.example(),
+            events=tuple(
+                torch.zeros(count, dtype=torch.int64)
+                for group, count in zip(groups, counts, strict=True)
+                for _ in group.fields
+            ),
+            user_lengths=torch.tensor(counts).unsqueeze(1),
+            longest=torch.zeros(EXAMPLE_LONGEST, dtype=torch.int64),
+            steps=torch.zeros(EXAMPLE_STEPS, dtype=torch.int64),
         )
 
 

@@ -122,25 +122,29 @@ class Requests:
                 table = table.set_column(index, name, self._ids(name, column))
         return table
 
-    def decode(self, table: pa.Table, where: str = "the rows") -> DecodedBlock:
+    def decode(
+        self, table: pa.Table, where: str = "the rows", layout: InputLayout | None = None
+    ) -> DecodedBlock:
         """Check and cut rows of ids.
 
         Args:
             table: Of all columns but the label.
             where: What they are, for messages.
+            layout: Of these columns; by default of all.
 
         Raises:
             ValueError: If a column has a wrong type, or a row is bad; it is named.
         """
+        layout = self.layout if layout is None else layout
         label = pa.array(np.zeros(table.num_rows, dtype=np.int8))
         table = table.append_column(self._label, label)
         for index, field in enumerate(table.schema):
             if is_list(field.type) and pt.is_null(field.type.value_type):  # all are empty
                 column = table.column(index).cast(pa.list_(pa.int64()))
                 table = table.set_column(index, field.name, column)
-        if faults := column_faults(table.schema, self._schema):
+        if faults := column_faults(table.schema, layout.schema):
             raise ValueError(f"{where}: {'; '.join(faults)}. Give raw values, or other columns.")
-        block = decode_block(table, self.layout.columns, None)
+        block = decode_block(table, layout.columns, None)
         if block.bad:
             row = min(block.bad)
             raise ValueError(

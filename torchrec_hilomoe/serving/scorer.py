@@ -5,7 +5,8 @@ Shape legend:
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,9 +15,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE
+from torchrec_hilomoe.data.decode import DecodedBlock
+from torchrec_hilomoe.data.decode import Rows as DecodedRows
+from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE, REQUEST_FILE
+from torchrec_hilomoe.serving.inputs import RequestLayout
 from torchrec_hilomoe.serving.package import load_package
-from torchrec_hilomoe.serving.program import load_program
+from torchrec_hilomoe.serving.program import load_program, load_request
 from torchrec_hilomoe.serving.requests import Requests, Rows, Values
 
 __all__ = ["Scorer"]
@@ -69,7 +73,14 @@ class Scorer:
         self._requests = Requests(artifact)
         program = artifact.file(PROGRAM_FILE)
         assert program is not None
-        self._run = load_package(artifact) if compiled else load_program(program)
+        self._of_request: RequestLayout | None = None
+        if compiled:
+            self._run = load_package(artifact)
+        else:
+            self._run = model = load_program(program)
+            if (request := artifact.file(REQUEST_FILE)) is not None:
+                self._of_request = RequestLayout(self._requests.layout)
+                self._run_request = load_request(request, model)
         origin = artifact.origin
         logger.info(
             "%s: %s of step %d, %d expert layers, tables in %s, computed by the %s",
@@ -104,7 +115,8 @@ class Scorer:
     ) -> np.ndarray:
         """Return the probability of a click for each candidate of one user.
 
-        The user's values are looked up in the vocabularies once. The program computes each
+        The user's values are looked up in the vocabularies once. Where all histories are the
+        user's, a program of its own computes once what they alone decide; a package computes each
         candidate's row by itself.
 
         Args:
@@ -123,10 +135,22 @@ class Scorer:
         table = self._requests.table_of(candidates, own)
         if values == "raw":
             one, table = self._encode(one), self._encode(table)
-        every_B = np.zeros(table.num_rows, dtype=np.int64)
+        layout = self._of_request
+        histories = () if layout is None else layout.events
+        once = bool(histories) and set(histories) <= set(shared) and table.num_rows > 0
+        every_B = pa.array(np.zeros(table.num_rows, dtype=np.int64))
         for name, column in zip(shared, one.columns, strict=True):
-            table = table.append_column(name, column.take(pa.array(every_B)))
-        return self._score(table.select(names), "the candidates")
+            if not (once and name in histories):
+                table = table.append_column(name, column.take(every_B))
+        if layout is None or not once:
+            return self._score(table.select(names), "the candidates")
+        where = "the candidates"
+        block = self._requests.decode(table, where, layout.candidates)
+        first = table.slice(0, 1)
+        for name in histories:
+            first = first.append_column(name, one.column(name))
+        decoded = self._requests.decode(first.select(names), "the user with the first candidate")
+        return self._in_pieces(block, partial(self._of_user, decoded.rows))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -143,6 +167,10 @@ class Scorer:
                 for name in self._requests.columns
             }
             self.score(empty, values="ids")
+            if self._of_request is not None:
+                user = {name: [] for name in self._of_request.events}
+                own = {name: column for name, column in empty.items() if name not in user}
+                self.score_request(user, own, values="ids")
 
     def _encode(self, table: pa.Table) -> pa.Table:
         return self._requests.encode(table)
@@ -150,14 +178,23 @@ class Scorer:
     def _score(self, table: pa.Table, where: str) -> np.ndarray:
         if not table.num_rows:
             return np.zeros(0, dtype=np.float32)
-        block = self._requests.decode(table, where)
-        borders = [*range(0, table.num_rows, ROWS_AT_ONCE), table.num_rows]
+        return self._in_pieces(self._requests.decode(table, where), self._of_rows)
+
+    def _in_pieces(
+        self, block: DecodedBlock, logits_of: Callable[[DecodedRows], Tensor]
+    ) -> np.ndarray:
+        rows = block.rows.dense.shape[0]
+        borders = [*range(0, rows, ROWS_AT_ONCE), rows]
         with torch.inference_mode():
-            parts = [self._probabilities(rows) for rows in block.pieces(borders)]
+            parts = [torch.sigmoid(logits_of(piece)) for piece in block.pieces(borders)]
         return torch.cat(parts).numpy()
 
-    def _probabilities(self, rows: Any) -> Tensor:
-        return torch.sigmoid(self._run(*self._requests.layout.of(rows).arguments))
+    def _of_rows(self, rows: DecodedRows) -> Tensor:
+        return self._run(*self._requests.layout.of(rows).arguments)
+
+    def _of_user(self, user: DecodedRows, candidates: DecodedRows) -> Tensor:
+        assert self._of_request is not None
+        return self._run_request(*self._of_request.of(user, candidates).arguments)
 
 
 def _check_values(values: str) -> None:

@@ -1,6 +1,7 @@
 """``Scorer``: raw values or ids, rows in order, one sentence for what cannot be scored."""
 
 import threading
+import zipfile
 
 import numpy as np
 import polars as pl
@@ -18,7 +19,10 @@ from torchrec_hilomoe.data.schema import VocabularyRule
 from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.serving import export_model, Scorer
 from torchrec_hilomoe.serving import scorer as scorer_module
+from torchrec_hilomoe.serving.archive import ArtifactError
+from torchrec_hilomoe.serving.artifact import PROGRAM_FILE, REQUEST_FILE
 from torchrec_hilomoe.serving.files import score_files
+from torchrec_hilomoe.serving.program import load_program, load_request
 from torchrec_hilomoe.serving.requests import Requests
 
 ROWS = 40
@@ -81,8 +85,14 @@ def test_a_request_is_its_rows(scorer, rows):
         kind = rows.schema.field(name).type
         table = replace_column(table, name, pa.array([one[name]] * ROWS, kind))
     want = torch.from_numpy(scorer.score(table))
-    assert_same(torch.from_numpy(scorer.score_request(user, candidates)), want)
-    assert_same(torch.from_numpy(scorer.score_request(user, candidates, values="ids")), want)
+    # What of a history is computed once adds up otherwise.
+    rounding = of_sums(64) * torch.finfo(torch.float32).eps
+    by_value = torch.from_numpy(scorer.score_request(user, candidates))
+    assert_within(by_value, want, rounding)
+    assert_same(torch.from_numpy(scorer.score_request(user, candidates, values="ids")), by_value)
+    part = {name: it for name, it in user.items() if name != "clicks_item"}
+    others = candidates.append_column("clicks_item", table["clicks_item"])
+    assert_same(torch.from_numpy(scorer.score_request(part, others)), want)
     assert scorer.score_request(user, candidates.slice(0, 0)).shape == (0,)
 
 
@@ -319,3 +329,30 @@ def test_files_that_are_missing_or_none_are_told(scorer, files):
         score_files(scorer, twice, str(files / "out"))
     with pytest.raises(ValueError, match="is the folder of"):
         score_files(scorer, twice[:1], str(files / "data"))
+
+
+def test_what_is_wrong_with_a_request_is_said_of_the_user_or_the_candidates(scorer, rows):
+    one = rows.slice(5, 1).to_pylist()[0]
+    own = ("item", "kind", "price")
+    user = {name: value for name, value in one.items() if name not in own}
+    candidates = rows.select(own).to_pydict()
+    with pytest.raises(ValueError, match=r"the user with the first candidate: row 0: views_item"):
+        scorer.score_request(user | {"views_item": [-1]}, candidates)
+    with pytest.raises(ValueError, match=r"the candidates: row 3: item has id 20"):
+        scorer.score_request(user, candidates | {"item": [1] * 3 + [20] + [1] * (ROWS - 4)})
+    with pytest.raises(ValueError, match=r"the candidates: row 0: place has id 999"):
+        scorer.score_request(user | {"place": 999}, candidates)
+
+
+def test_a_request_shares_the_models_weights(exported_once):
+    model = load_program(str(exported_once / PROGRAM_FILE))
+    path = exported_once / REQUEST_FILE
+    request = load_request(str(path), model)
+    held = [{it.data_ptr() for it in them.state_dict().values()} for them in (model, request)]
+    assert held[0] == held[1]
+    with zipfile.ZipFile(path) as archive:  # and its file has none of them
+        sizes = [it.file_size for it in archive.infolist() if "data/weights/weight_" in it.filename]
+    assert set(sizes) <= {4, 8}
+    other = torch.nn.Linear(2, 2)
+    with pytest.raises(ArtifactError, match=r"request\.pt2 is of another model"):
+        load_request(str(path), other)

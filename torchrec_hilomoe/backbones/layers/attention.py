@@ -144,6 +144,27 @@ class SelfAttention(nn.Module):
             return self.output(attended_BLW.squeeze(1))
         return self.output(unpad(attended_BLW, offsets, x_NW.shape[0]))
 
+    def of_all(self, target_BW: Tensor, events_NW: Tensor) -> Tensor:
+        """What each row's target attends to: itself and events that all rows have, ``(B, W)``.
+
+        As ``forward`` if ``targets_only``, with keys and values of the events computed once.
+        """
+        query_BHD, own_BHD, value_BHD = (
+            part(target_BW).unflatten(1, (self.num_heads, -1))
+            for part in (self.query, self.key, self.value)
+        )
+        keys_HNE, values_HNE = (
+            part(events_NW).unflatten(1, (self.num_heads, -1)).transpose(0, 1)
+            for part in (self.key, self.value)
+        )
+        query_BHD = query_BHD * query_BHD.shape[2] ** -0.5
+        own_BH1 = (query_BHD * own_BHD).sum(dim=2, keepdim=True)
+        events_HBN = query_BHD.transpose(0, 1) @ keys_HNE.transpose(1, 2)
+        shares_HBL = torch.cat([own_BH1.transpose(0, 1), events_HBN], dim=2).softmax(dim=2)
+        of_events_HBE = shares_HBL[:, :, 1:] @ values_HNE
+        attended_HBE = of_events_HBE + shares_HBL[:, :, :1] * value_BHD.transpose(0, 1)
+        return self.output(attended_HBE.transpose(0, 1).flatten(1))
+
     def _heads(self, x_BLW: Tensor) -> Tensor:
         return x_BLW.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 

@@ -70,7 +70,8 @@ def sum_rows(values_TW: Tensor, offsets: Tensor) -> Tensor:
 
 def mean_rows(history: History) -> Tensor:
     """Return ``(B, W)``, the mean of each row's events; zero for a row without any."""
-    return mean_of(history.events, history.lengths)
+    means_BW = mean_of(history.events, history.lengths)
+    return means_BW.expand(history.target.shape[0], -1) if history.shared else means_BW
 
 
 def mean_of(values_TW: Tensor, lengths_B: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn, Tensor
+from torch.nn import functional as F
 
 from torchrec_hilomoe.backbones.layers.jagged import Layout, softmax_rows, sum_rows
 from torchrec_hilomoe.backbones.layers.mlp import Activation, MLP
@@ -60,6 +61,32 @@ class TargetAttention(nn.Module):
         """Return ``(B, W)``, the weighted sum of each row's events; zero where there is none."""
         weights_T = self.weights(target_BW, events_TW, layout)
         return sum_rows(weights_T.unsqueeze(1) * events_TW, layout.offsets)
+
+    def of_all(self, target_BW: Tensor, events_TW: Tensor) -> Tensor:
+        """As ``forward``, ``(B, W)``, where all rows have the same events.
+
+        The first map splits: ``M [t, h, t - h, t * h]``, with ``M`` in four parts, is ``(M_1 + M_3
+        + M_4 diag(h)) t + (M_2 - M_3) h``. What it says of the events is computed once, and no row
+        is laid beside each of them. A map with experts takes them side by side.
+        """
+        first, *others = self.mlp.hidden
+        rows, events = target_BW.shape[0], events_TW.shape[0]
+        if type(first) is nn.Linear:
+            by_t_HW, by_h_HW, by_minus_HW, by_times_HW = first.weight.chunk(4, dim=1)
+            maps_THW = by_t_HW + by_minus_HW + by_times_HW * events_TW.unsqueeze(1)
+            of_events_TH = F.linear(events_TW, by_h_HW - by_minus_HW, first.bias)
+            hidden_BF = F.linear(target_BW, maps_THW.flatten(0, 1), of_events_TH.flatten())
+            hidden_NH = hidden_BF.view(rows * events, first.out_features)
+        else:
+            beside = (target_BW.repeat_interleave(events, dim=0), events_TW.repeat(rows, 1))
+            target_NW, events_NW = beside
+            parts = [target_NW, events_NW, target_NW - events_NW, target_NW * events_NW]
+            hidden_NH = first(torch.cat(parts, dim=1))
+        for layer in others:
+            hidden_NH = layer(hidden_NH)
+        scores_BT = self.mlp.output(hidden_NH).view(rows, events)
+        weights_BT = scores_BT.softmax(dim=1) if self.softmax else scores_BT
+        return weights_BT @ events_TW
 
 
 def compare(target_BW: Tensor, events_TW: Tensor, row_T: Tensor, offsets: Tensor) -> Tensor:
