@@ -11,7 +11,7 @@ from torchrec_hilomoe.serving.archive import ArtifactError
 from torchrec_hilomoe.serving.artifact import Artifact, artifact_folder
 from torchrec_hilomoe.training.checkpoint.manifest import own_checksum
 
-FILES = ["manifest.json", "program.pt2", "schema.json"]
+FILES = ["manifest.json", "program.pt2", "request.pt2", "schema.json"]
 
 
 def rewrite(artifact, **changes):
