@@ -224,6 +224,8 @@ class HiLoMoELinear(nn.Module):
         if torch.jit.is_tracing():
             refuse_torchscript()
         self.has_run = True
+        if not isinstance(x, Tensor):  # TorchRec's awaitable, for which PyTorch's functions wait
+            x = torch.atleast_1d(x)
         if self._active_layers == 0:
             return F.linear(x, self.weight, self.bias)
         router = self.router
