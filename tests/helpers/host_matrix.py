@@ -5,6 +5,7 @@
 are compared to the bit: with two ranks a mean is exact to the last addition.
 """
 
+import argparse
 import re
 import sys
 import warnings
@@ -15,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import distributed as dist
 from torch import nn, Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -29,6 +29,7 @@ from torchrec.distributed.types import ModuleSharder
 from tests.helpers.hosts import FEATURES, Host, HOSTS, injected, plain, ROWS, rows_of
 from tests.helpers.processes import ROOT, run_ranks
 from tests.helpers.rounding import assert_same, assert_within, float64_rounding
+from tests.helpers.sharded import load_whole
 from torchrec_hilomoe.hilomoe import expert_parameters, set_auxiliary_loss_scale, sites_of
 
 __all__ = ["ALONE", "ON_RANKS", "outcomes", "read_table", "table_of"]
@@ -189,14 +190,7 @@ def under_dmp(host: Host) -> None:
         device=torch.device("cpu"),
         sharders=[cast(ModuleSharder[nn.Module], sharder)],
     )
-    whole = injected(host).state_dict()
-    for name, held in model.state_dict().items():  # DMP starts tables anew
-        if isinstance(held, ShardedTensor):
-            for shard in held.local_shards():
-                place = zip(shard.metadata.shard_offsets, shard.metadata.shard_sizes, strict=True)
-                shard.tensor.copy_(whole[name][tuple(slice(at, at + size) for at, size in place)])
-        elif "embedding_bags." in name:
-            held.copy_(whole[name])
+    load_whole(model, injected(host).state_dict())  # DMP starts tables anew
     stepped(model, dist.get_rank())
     assert_same(gradients(model, tables=False), mean_of_ranks(host))
 
@@ -262,6 +256,7 @@ def read_table(page: Path = PAGE) -> str:
 
 def main() -> None:
     """Write the table."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     found = {title: outcomes(title, list(HOSTS)) for title in (*ALONE, *ON_RANKS)}
     before, _, rest = PAGE.read_text().partition(START)
     _, _, after = rest.partition(END)
