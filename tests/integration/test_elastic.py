@@ -40,6 +40,8 @@ OPTIONS = (
     "--model.batch_norm=false",
     "--model.embedding_dim=4",
     "--model.hilomoe.num_layers=1",
+    "--model.hilomoe.routing=row",
+    "--model.hilomoe.route_by=null",
     "--checkpoint.every_steps=4",
     "--checkpoint.keep=20",
 )
