@@ -9,6 +9,7 @@ from typing import Literal
 from benchmarks.random_batches import click_log, Stream
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.training.pipelines.pipeline import resolved_kind
 
 __all__ = ["SWEEPS", "Base", "Case", "cases_of", "parse_sweeps"]
 
@@ -87,8 +88,8 @@ class Base:
         if not self.skew > 0:
             raise ValueError(f"--skew must be above 0 (1 draws all ids alike), got {self.skew}.")
 
-    def case(self) -> Case:
-        """The case that varies nothing."""
+    def case(self, ranks: int) -> Case:
+        """The case that varies nothing, on so many ranks."""
         model, train = self.config.model, self.config.train
         schema = self.schema or click_log(self.rows, self.max_length)
         max_seqlen = max((group.max_length for group in schema.sequences), default=1)
@@ -97,7 +98,7 @@ class Base:
             layers=model.hilomoe.num_layers if model.hilomoe.enabled else 0,
             experts=model.hilomoe.num_experts if model.hilomoe.enabled else 0,
             sites=",".join(model.hilomoe.sites) if model.hilomoe.enabled else "",
-            pipeline="none" if train.debug else train.pipeline,
+            pipeline="none" if train.debug else resolved_kind(train.pipeline, ranks),
             feed="ready",
             batch_size=train.batch_size,
             length=min(self.length, max_seqlen),
@@ -222,7 +223,7 @@ def cases_of(base: Base, sweeps: Mapping[str, list[int] | None], ranks: int) -> 
     Raises:
         ValueError: If a case cannot be, with the option that would make it possible.
     """
-    start = base.case()
+    start = base.case(ranks)
     cases: list[Case] = []
     for name, values in sweeps.items():
         _check_sweep(name, base)

@@ -50,6 +50,8 @@ class TrainConfig:
         pipeline: Kind of pipeline: ``base`` copies ahead, ``sparse_dist`` exchanges ids ahead
             too; on GPUs also ``prefetch``, which fills the caches of tables in host memory ahead,
             and ``semi_sync``, which looks up one step early, in tables that are one step old.
+            ``auto`` is ``base`` for one rank, which has nobody to exchange ids with, and
+            ``sparse_dist`` for several.
         debug: Whether to train without a pipeline: the same steps, one after the other.
         precision: Number format of the dense part's computation: ``fp32``, or ``bf16`` or ``fp16``
             under autocast. Parameters, tables and optimizer states stay float32.
@@ -80,7 +82,7 @@ class TrainConfig:
     expert_lr_scale: float = 5.0
     stages: tuple[Stage, ...] | None = None
     init_optimizer: bool = True
-    pipeline: Literal["base", "sparse_dist", "prefetch", "semi_sync"] = "sparse_dist"
+    pipeline: Literal["auto", "base", "sparse_dist", "prefetch", "semi_sync"] = "auto"
     debug: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False

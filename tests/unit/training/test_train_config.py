@@ -36,7 +36,7 @@ def test_what_is_out_of_range_is_refused(options, message):
     [
         (
             "--train.pipeline=spars_dist",
-            "train.pipeline: Expected one of 'base', 'sparse_dist', 'pre",
+            "train.pipeline: Expected one of 'auto', 'base', 'sparse_d",
         ),
         ("--train.precision=int8", "train.precision: Expected one of 'fp32', 'bf16', 'fp16'"),
         (

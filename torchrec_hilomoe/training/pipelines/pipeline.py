@@ -29,7 +29,15 @@ from torchrec_hilomoe.training.metrics import Metrics, Predictions
 from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
 from torchrec_hilomoe.training.pipelines.microbatches import split_microbatches
 
-__all__ = ["Pipeline", "PipelineKind", "PipelineOptions", "evaluate", "predict", "warm_up_buckets"]
+__all__ = [
+    "Pipeline",
+    "PipelineKind",
+    "PipelineOptions",
+    "evaluate",
+    "predict",
+    "resolved_kind",
+    "warm_up_buckets",
+]
 
 # Of two numbers there is one sum, whichever comes first.
 ORDER_MATTERS_ABOVE = 2
@@ -70,7 +78,7 @@ def warm_up_buckets(model: DistributedModelParallel, batch: CTRBatch) -> None:
         parameter.grad = None
 
 
-PipelineKind = Literal["base", "sparse_dist", "prefetch", "semi_sync"]
+PipelineKind = Literal["auto", "base", "sparse_dist", "prefetch", "semi_sync"]
 
 OVERLAPPING: dict[PipelineKind, type[TrainPipelineSparseDist]] = {
     "sparse_dist": TrainPipelineSparseDist,
@@ -79,18 +87,31 @@ OVERLAPPING: dict[PipelineKind, type[TrainPipelineSparseDist]] = {
 }
 
 
+def resolved_kind(kind: PipelineKind, ranks: int) -> PipelineKind:
+    """Say what ``auto`` is: a rank that is alone has nobody to exchange ids with.
+
+    Example:
+        >>> resolved_kind("auto", 1), resolved_kind("auto", 2)
+        ('base', 'sparse_dist')
+    """
+    if kind != "auto":
+        return kind
+    return "base" if ranks == 1 else "sparse_dist"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PipelineOptions:
     """How steps are driven.
 
     Attributes:
-        kind: Name of the way in which steps overlap.
+        kind: Name of the way in which steps overlap; ``auto`` is ``base`` for one rank, and
+            ``sparse_dist`` for several.
         debug: Whether steps run one after the other, without a pipeline.
         gradient_accumulation_steps: Number of micro-batches of a step.
         sequences: Sequence groups of the schema, by which micro-batches are split.
     """
 
-    kind: PipelineKind = "sparse_dist"
+    kind: PipelineKind = "auto"
     debug: bool = False
     gradient_accumulation_steps: int = 1
     sequences: tuple[SequenceGroup, ...] = ()
@@ -239,9 +260,10 @@ def _pipeline(
 ) -> TrainPipeline[CTRBatch, TaskOutput]:
     if options.debug:
         return Unpipelined(model, optimizer, device)
-    if options.kind == "base":
+    kind = resolved_kind(options.kind, dist.get_world_size())
+    if kind == "base":
         return TrainPipelineBase(model, optimizer, device)
-    return OVERLAPPING[options.kind](model, optimizer, device, execute_all_batches=True)
+    return OVERLAPPING[kind](model, optimizer, device, execute_all_batches=True)
 
 
 def _joined(outputs: Sequence[TaskOutput]) -> TaskOutput:

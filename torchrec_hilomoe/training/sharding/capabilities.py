@@ -50,7 +50,7 @@ CAPABILITIES: Mapping[str, Capability] = MappingProxyType(
             kernels=("fused",),
             table_optimizers=("rowwise_adagrad", "adagrad", "sgd"),
             decaying=(),
-            pipelines=("base", "sparse_dist"),
+            pipelines=("auto", "base", "sparse_dist"),
         ),
         "cuda": Capability(
             pooled=(
@@ -65,7 +65,7 @@ CAPABILITIES: Mapping[str, Capability] = MappingProxyType(
             kernels=("fused", "fused_uvm", "fused_uvm_caching"),
             table_optimizers=("rowwise_adagrad", "adagrad", "sgd", "adam"),
             decaying=("rowwise_adagrad", "adam"),
-            pipelines=("base", "sparse_dist", "prefetch", "semi_sync"),
+            pipelines=("auto", "base", "sparse_dist", "prefetch", "semi_sync"),
         ),
     }
 )

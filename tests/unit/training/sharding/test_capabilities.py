@@ -32,9 +32,9 @@ STAGES = StageSchedule.three_stages(num_layers=2).stages
             {"pipeline": "prefetch"},
             "cpu",
             "train.pipeline is 'prefetch', which looks tables up on a stream of its own, which a "
-            "CPU does not have; on cpu use one of base, sparse_dist.",
+            "CPU does not have; on cpu use one of auto, base, sparse_dist.",
         ),
-        ({"pipeline": "semi_sync"}, "cpu", "on cpu use one of base, sparse_dist"),
+        ({"pipeline": "semi_sync"}, "cpu", "on cpu use one of auto, base, sparse_dist"),
         (
             {"table_weight_decay": 0.1},
             "cpu",
