@@ -105,9 +105,14 @@ USES = {
         why="the collectives that torch.compile can trace",
         files=(
             "torchrec_hilomoe/backbones/layers/batch_norm.py",
-            "torchrec_hilomoe/hilomoe/losses.py",
+            "torchrec_hilomoe/hilomoe/ranks.py",
         ),
         there="torch.distributed._functional_collectives.all_reduce",
+    ),
+    "torch.distributed.distributed_c10d._resolve_process_group": Use(
+        why="a model keeps the name of its group, because a group cannot be copied or pickled",
+        files=("torchrec_hilomoe/hilomoe/ranks.py",),
+        there="torch.distributed.distributed_c10d._resolve_process_group",
     ),
     "torch.nn.modules.batchnorm._BatchNorm": Use(
         why="what is common to all batch norms, which freeze and are counted alike",

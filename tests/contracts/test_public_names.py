@@ -89,10 +89,15 @@ def test_signatures():
         "dtype": None,
         "router": None,
     }
-    assert list(arguments(inject_hilomoe)) == ["model", "config", "sites"]
+    assert list(arguments(inject_hilomoe)) == [
+        "model",
+        "config",
+        "sites",
+        "process_group",
+    ]
     assert arguments(inject_hilomoe)["config"] is ...
     shared = ["model", "config", "sites", "query_module", "query_width", "tokens", "views", "name"]
-    shared += ["query_entry"]
+    shared += ["query_entry", "process_group"]
     assert list(arguments(inject_shared_router)) == shared
     assert list(arguments(routing_report))[0] == "model"
 

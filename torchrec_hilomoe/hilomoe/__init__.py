@@ -2,11 +2,11 @@
 
 Read in this order: `config` (the options), `reference` (the equations as loops), `routing` (which
 experts a row uses), `experts` (what they add to it), `function` (both with their gradient; `fused`
-is the same in Triton), `losses` (how routers are kept balanced), `plan` (which backend), `linear`
-(the module), `router` (one for several sites) and `passes` (whose routing a site gets that is
-recomputed), `inject` (how an existing model gets them, and what one tells them), `monitor` and
-`report` (what the routers do, in training and in a pass), `probe` (which features should route,
-before there is an expert).
+is the same in Triton), `losses` (how routers are kept balanced) and `ranks` (over whom), `plan`
+(which backend), `linear` (the module), `router` (one for several sites) and `passes` (whose routing
+a site gets that is recomputed), `inject` (how an existing model gets them, and what one tells
+them), `monitor` and `report` (what the routers do, in training and in a pass), `probe` (which
+features should route, before there is an expert).
 """
 
 from torchrec_hilomoe.hilomoe.base_checkpoint import load_base_checkpoint
@@ -20,6 +20,7 @@ from torchrec_hilomoe.hilomoe.inject import (
     remove_hilomoe,
     routers_of,
     set_auxiliary_loss_scale,
+    set_process_group,
     sites_of,
 )
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
@@ -72,5 +73,6 @@ __all__ = [
     "routers_of",
     "routing_report",
     "set_auxiliary_loss_scale",
+    "set_process_group",
     "sites_of",
 ]

@@ -33,8 +33,9 @@ from torchrec_hilomoe.hilomoe.dispatch import (
     in_a_transform,
     without_autocast,
 )
-from torchrec_hilomoe.hilomoe.losses import RoutingRecord, sum_over_ranks, wide
+from torchrec_hilomoe.hilomoe.losses import LossWeights, RoutingRecord, wide
 from torchrec_hilomoe.hilomoe.plan import Plan
+from torchrec_hilomoe.hilomoe.ranks import RankGroup, size_of, sum_over_ranks
 from torchrec_hilomoe.hilomoe.routing import Routing
 
 __all__ = ["SiteOutput", "hilomoe", "mix_rows", "record_of", "rms_norm", "route_samples"]
@@ -81,7 +82,8 @@ def hilomoe(
     query_proj: Tensor | None,
     config: HiLoMoEConfig,
     plan: Plan,
-    loss_weights: tuple[float, float] | None,
+    loss_weights: LossWeights | None,
+    group: RankGroup | None = None,
 ) -> SiteOutput:
     """Compute a site that routes its own rows.
 
@@ -97,6 +99,7 @@ def hilomoe(
         plan: How to compute it.
         loss_weights: Of the balance and the z loss, whose gradient joins in backward; None computes
             no losses.
+        group: Over which ranks they are; None are all.
     """
     x_ND, query_NQ = _rows(x, weight), None
     if config.query_dim is not None or config.query_norm:
@@ -106,7 +109,9 @@ def hilomoe(
         if config.query_norm:
             query_NQ = rms_norm(query_NQ)
     tensors = (x_ND, query_NQ, weight, bias, down_LERD, up_LERO, keys_LEQ)
-    y_NO, counts_LE, _, *routed = apply_under_autocast(_Site, tensors, config, plan, loss_weights)
+    y_NO, counts_LE, _, *routed = apply_under_autocast(
+        _Site, tensors, config, plan, loss_weights, group
+    )
     return SiteOutput(
         y=_unflattened(y_NO, x),
         routing=operators.routing_of(routed[:4]),
@@ -120,12 +125,13 @@ def route_samples(
     keys_LEQ: Tensor,
     config: HiLoMoEConfig,
     plan: Plan,
-    loss_weights: tuple[float, float] | None,
+    loss_weights: LossWeights | None,
+    group: RankGroup | None = None,
 ) -> tuple[Routing, Tensor | None]:
     """Compute the first half alone: the routing, with differentiable gates, and the counts."""
     with without_autocast(query_BQ.device.type):
         gates_LkB, counts_LE, _, *others = apply_function(
-            _Route, wide(query_BQ), wide(keys_LEQ), config, plan, loss_weights
+            _Route, wide(query_BQ), wide(keys_LEQ), config, plan, loss_weights, group
         )
     return operators.routing_of((gates_LkB, *others)), None if loss_weights is None else counts_LE
 
@@ -183,7 +189,7 @@ def mix_rows(
 
 
 def record_of(
-    counts_LE: Tensor | None, routing: Routing, config: HiLoMoEConfig
+    counts_LE: Tensor | None, routing: Routing, config: HiLoMoEConfig, group: RankGroup | None
 ) -> RoutingRecord | None:
     """What a site or router keeps of a training pass; None of one that computes no losses."""
     # No value to keep are a proxy of FX, and a tensor inside of one of functorch's transforms.
@@ -194,6 +200,7 @@ def record_of(
         scores_LEN=routing.scores_LEN,
         logsumexp_LN=routing.logsumexp_LN,
         top_k=config.top_k,
+        ranks=size_of(group),
     )
 
 
@@ -230,9 +237,9 @@ class _Site(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        *tensors, config, plan, loss_weights = args
+        *tensors, config, plan, loss_weights, group = args
         y_NO, counts_LE, *others = call_kernel(operators.site, config, plan, *tensors)
-        return y_NO, _shared(counts_LE, loss_weights), *others
+        return y_NO, _shared(counts_LE, loss_weights, group), *others
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -243,13 +250,13 @@ class _Site(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_NO, *_):
-        config, plan, loss_weights = ctx.options
+        config, plan, loss_weights, _ = ctx.options
         needs = ctx.needs_input_grad[:7]
         saved = ctx.saved_tensors
         grads = call_backward(
             operators.site_backward, config, plan, grad_NO, saved, loss_weights, needs[:4]
         )
-        return *_wanted(grads, needs), None, None, None
+        return *_wanted(grads, needs), None, None, None, None
 
 
 class _Route(torch.autograd.Function):
@@ -259,9 +266,9 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        query, keys, config, plan, loss_weights = args
+        query, keys, config, plan, loss_weights, group = args
         counts_LE, memory, gates, *others = call_kernel(operators.route, config, plan, query, keys)
-        return gates, _shared(counts_LE, loss_weights), memory, *others
+        return gates, _shared(counts_LE, loss_weights, group), memory, *others
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -272,12 +279,12 @@ class _Route(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_gates, *_):
-        config, plan, loss_weights = ctx.options
+        config, plan, loss_weights, _ = ctx.options
         saved = ctx.saved_tensors
         grads = call_backward(
             operators.route_backward, config, plan, grad_gates, saved, loss_weights
         )
-        return *_wanted(grads, ctx.needs_input_grad[:2]), None, None, None
+        return *_wanted(grads, ctx.needs_input_grad[:2]), None, None, None, None
 
 
 class _Mix(torch.autograd.Function):
@@ -305,9 +312,9 @@ class _Mix(torch.autograd.Function):
         return *_wanted(grads, needs), None, None, None
 
 
-def _shared(counts_LE: Tensor, loss_weights: tuple[float, float] | None) -> Tensor:
+def _shared(counts_LE: Tensor, loss_weights: LossWeights | None, group: RankGroup | None) -> Tensor:
     """Of all ranks where losses are computed, else of this one."""
-    return counts_LE if loss_weights is None else sum_over_ranks(counts_LE)
+    return counts_LE if loss_weights is None else sum_over_ranks(counts_LE, group)
 
 
 def _wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, Self
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.fx._symbolic_trace import is_fx_tracing
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -16,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.ranks import process_group_of
 from torchrec_hilomoe.hilomoe.router import SampleRouter
 
 __all__ = ["HostWatch", "stop_watching", "trust_optimizer"]
@@ -78,7 +80,7 @@ class HostWatch:
         for site in sites.values():
             site.has_run = False
         if (model.training, torch.is_grad_enabled()) == LEARNING:
-            _refuse_unused(sites)
+            _refuse_under_ddp(sites)
             if not self._settled:
                 _LISTENING.add(self)
                 _listen_to_optimizers()
@@ -246,11 +248,33 @@ class _Versions:
         )
 
 
-def _refuse_unused(sites: Mapping[str, HiLoMoELinear]) -> None:
-    """DDP waits for the gradients of all parameters that it was given."""
+def _refuse_under_ddp(sites: Mapping[str, HiLoMoELinear]) -> None:
+    """DDP waits for the gradients of all parameters that it was given, and for its own ranks."""
     ddp = DistributedDataParallel._get_active_ddp_module()
-    if ddp is None or ddp.find_unused_parameters or ddp.static_graph:
+    if ddp is None:
         return
+    _refuse_other_ranks(sites, ddp.process_group)
+    if not (ddp.find_unused_parameters or ddp.static_graph):
+        _refuse_unused(sites)
+
+
+def _refuse_other_ranks(sites: Mapping[str, HiLoMoELinear], group: Any) -> None:
+    """What is averaged over some ranks, and adds up over others, waits for them or is no mean."""
+    ranks = dist.get_process_group_ranks(group)
+    for name, site in sites.items():
+        if site.active_layers == 0 or site.config.balance_weight == site.config.z_weight == 0:
+            continue
+        own = dist.get_process_group_ranks(process_group_of(site.group))
+        if sorted(own) != sorted(ranks):
+            raise ValueError(
+                f"The auxiliary losses of {name!r} add up over ranks {own}, but "
+                f"DistributedDataParallel averages gradients over ranks {ranks}. Call "
+                "set_process_group(model, group) with DDP's process_group, or give it to injection."
+            )
+
+
+def _refuse_unused(sites: Mapping[str, HiLoMoELinear]) -> None:
+    """No backward brings gradients of experts that do not compute."""
     idle = [
         name
         for name, site in sites.items()

@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 import torch
+from torch import distributed as dist
 from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
@@ -20,22 +21,29 @@ from torchrec_hilomoe.hilomoe.host_watch import HostWatch, stop_watching
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.losses import attached_losses
 from torchrec_hilomoe.hilomoe.module_names import check_module
+from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.router import SampleRouter
 
 __all__ = [
     "auxiliary_loss",
     "expert_parameters",
+    "group_of",
     "inject_hilomoe",
     "inject_shared_router",
     "remove_hilomoe",
     "routers_of",
     "set_auxiliary_loss_scale",
+    "set_process_group",
     "sites_of",
 ]
 
 
 def inject_hilomoe(
-    model: nn.Module, config: HiLoMoEConfig, sites: Sequence[str] = ("*head*",)
+    model: nn.Module,
+    config: HiLoMoEConfig,
+    sites: Sequence[str] = ("*head*",),
+    *,
+    process_group: dist.ProcessGroup | None = None,
 ) -> list[str]:
     """Replace linear maps by sites, in place; outputs stay bit-identical until training.
 
@@ -47,6 +55,8 @@ def inject_hilomoe(
         model: Any model that is not yet wrapped for distributed training.
         config: Options of all sites.
         sites: Shell patterns over qualified names, such as ``"over_arch.*"``.
+        process_group: Ranks that train the model, where these are not all of the job; see
+            `set_process_group`.
 
     Returns:
         The names of the replaced maps.
@@ -59,15 +69,15 @@ def inject_hilomoe(
     Raises:
         ValueError: If the model is wrapped; if there is no pattern, or one matches no
             ``nn.Linear``; if a map is matched twice, carries experts already, is shared, tied, or
-            has hooks; if its parent reads its weight instead of calling it. The model is then as it
-            was.
+            has hooks; if its parent reads its weight instead of calling it; if earlier sites are of
+            other ranks. The model is then as it was.
 
     Example:
         >>> tower = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> inject_hilomoe(tower, HiLoMoEConfig(num_experts=4), sites=["0"])
         ['0']
     """
-    names = _inject(model, config, sites, None)
+    names = _inject(model, config, sites, None, RankGroup.of(process_group, "inject_hilomoe"))
     set_auxiliary_loss_scale(model, 1.0)
     return names
 
@@ -77,8 +87,15 @@ def _inject(
     config: HiLoMoEConfig,
     sites: Sequence[str],
     router: SampleRouter | None,
+    group: RankGroup | None,
 ) -> list[str]:
     refuse_wrapped(model)
+    if sites_of(model) and group_of(model) != group:
+        raise ValueError(
+            f"inject_hilomoe: the model's sites add up over {group_of(model) or 'all ranks'}, and "
+            f"these would over {group or 'all ranks'}. Give all sites of a model the same "
+            "process_group, or call set_process_group(model, group) before this."
+        )
     # A map that is used in two places is listed under both names, so that either is refused.
     modules = model.named_modules(remove_duplicate=False)
     linears = {name: m for name, m in modules if type(m) is nn.Linear and name}
@@ -87,6 +104,7 @@ def _inject(
     fresh, built = nn.Linear(1, 1, device="meta"), {}
     for name in chosen:  # all of them before the first is put in its place: one may be refused
         site = HiLoMoELinear.from_linear(linears[name], config, router)
+        site.group = group
         carry_over(linears[name], site, fresh, name)
         built[name] = site
     say_passed_over(model, sites)
@@ -106,6 +124,7 @@ def inject_shared_router(
     views: Sequence[Sequence[range]] | None = None,
     name: str = "hilomoe_router",
     query_entry: str | int | None = None,
+    process_group: dist.ProcessGroup | None = None,
 ) -> list[str]:
     """Inject sites that share one router, which decides once per sample.
 
@@ -130,6 +149,7 @@ def inject_shared_router(
         name: Of the router in the model; to be given where a model has several.
         query_entry: Where that module returns a dict or a tuple: the key or place of the query in
             it. A ``KeyedTensor`` is read as its ``values()``.
+        process_group: As for `inject_hilomoe`.
 
     Returns:
         The names of the replaced maps.
@@ -167,7 +187,8 @@ def inject_shared_router(
         )
     # Without memory, and so without random numbers, until nothing is left to be refused.
     router = SampleRouter(query_width, config, device="meta", views=views)
-    names = _inject(model, config, sites, router)
+    router.group = RankGroup.of(process_group, "inject_shared_router")
+    names = _inject(model, config, sites, router, router.group)
     chosen = [sites_of(model)[site] for site in names]
     weight = chosen[0].weight
     model.add_module(name, router.to_empty(device=weight.device).to(weight.dtype))
@@ -345,3 +366,49 @@ def set_auxiliary_loss_scale(model: nn.Module, scale: float) -> None:
         site.auxiliary_scale = scale / len(sites)
     for attached in attached_losses(model).values():
         attached.scale = scale
+
+
+def set_process_group(model: nn.Module, process_group: dist.ProcessGroup | None) -> None:
+    """Say which ranks train the model; None, as it is at first, are all of the job.
+
+    Over them the auxiliary losses and what is said of routers are added up, so that ranks outside
+    need not take part. Injection takes the group, too. Where DDP, or TorchRec's
+    ``DistributedModelParallel``, is given a group, it must be this one. A copy of the model keeps
+    the group, and so does a pickle of it, which looks for a group of that name and those ranks
+    where it trains.
+
+    Args:
+        model: With sites, wrapped or not.
+        process_group: What ``torch.distributed.new_group`` returned; this rank is in it.
+
+    Raises:
+        ValueError: If it is no process group, or this rank is not in it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
+        >>> set_process_group(model, None)
+    """
+    group = RankGroup.of(process_group, "set_process_group")
+    for holder in (
+        *sites_of(model).values(),
+        *routers_of(model).values(),
+        *attached_losses(model).values(),
+    ):
+        holder.group = group
+
+
+def group_of(model: nn.Module) -> RankGroup | None:
+    """The ranks that train the model; None are all of the job.
+
+    Raises:
+        ValueError: If its sites are of several groups.
+    """
+    found = {site.group: name for name, site in sites_of(model).items()}
+    if len(found) > 1:
+        listed = "; ".join(f"{name!r}: {group or 'all ranks'}" for group, name in found.items())
+        raise ValueError(
+            f"The model's sites are of several process groups: {listed}. Call "
+            "set_process_group(model, group)."
+        )
+    return next(iter(found), None)

@@ -19,6 +19,7 @@ from torchrec_hilomoe.hilomoe.dispatch import refuse_torchscript
 from torchrec_hilomoe.hilomoe.function import hilomoe, mix_rows, record_of, SiteOutput
 from torchrec_hilomoe.hilomoe.losses import loss_weights, RoutingRecord
 from torchrec_hilomoe.hilomoe.plan import plan_for
+from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.router import SampleRouter
 
 __all__ = ["ROUTING", "HiLoMoELinear", "is_of_experts"]
@@ -63,6 +64,7 @@ class HiLoMoELinear(nn.Module):
         active_layers: How many expert layers compute, 0 to ``L``; 0 is exactly ``nn.Linear``.
         auxiliary_scale: Factor on the auxiliary loss's gradient; set for a whole model by
             ``set_auxiliary_loss_scale``.
+        group: Over which ranks that loss is; set for a whole model by ``set_process_group``.
         plan: How it computes, decided when it was built.
         has_run: Set by each forward, for who wants to know whether the host calls the site.
         tokens: With a given router, the module that the router hears of whose the site's tokens
@@ -109,6 +111,7 @@ class HiLoMoELinear(nn.Module):
         if router is None and config.query_dim is not None:
             self.query_proj = parameter(config.query_dim, in_features)
         self.auxiliary_scale = 1.0
+        self.group: RankGroup | None = None
         self.has_run = False
         self.tokens: str | None = None
         self._given = () if router is None else (router,)  # a tuple, so that it is not registered
@@ -257,9 +260,10 @@ class HiLoMoELinear(nn.Module):
             None if config.query_dim is None else self.query_proj,
             config,
             self.plan,
-            loss_weights(config, self.auxiliary_scale) if self.training else None,
+            loss_weights(config, self.auxiliary_scale, self.group) if self.training else None,
+            self.group,
         )
-        if (record := record_of(out.counts_LE, out.routing, config)) is not None:
+        if (record := record_of(out.counts_LE, out.routing, config, self.group)) is not None:
             self._record = record
         return out
 

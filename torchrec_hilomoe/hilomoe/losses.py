@@ -10,7 +10,8 @@ are all-reduced (a few numbers, started in forward, waited for in backward); the
 all ranks comes with them, since every row makes ``k`` choices. ``P`` is differentiable and stays
 local: each rank's gradient is that of ``world_size`` times its own rows' part of ``P``, hence the
 average over ranks, which data-parallel training takes, is the gradient of the global loss, also
-when ranks hold unequal numbers of rows. All ranks must run the same training forwards.
+when ranks hold unequal numbers of rows. All ranks must run the same training forwards; they are all
+of the job, or those of a group (`inject.set_process_group`).
 
 **Scale.** The gradient that arrives at the output does not reveal by what the host multiplied its
 loss, so hosts that do must say so (`inject.set_auxiliary_loss_scale`): ``1 / K`` when they divide
@@ -26,24 +27,24 @@ Shape legend:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn, Tensor
-from torch.distributed import _functional_collectives as collectives
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.ranks import RankGroup, size_of, sum_over_ranks
 
 __all__ = [
     "AttachedLoss",
     "LossGradients",
+    "LossWeights",
     "RoutingLosses",
     "RoutingRecord",
     "attached_losses",
     "choice_counts",
     "loss_gradients",
     "loss_weights",
-    "sum_over_ranks",
 ]
 
 
@@ -64,22 +65,38 @@ class RoutingRecord:
         scores_LEN: This rank's scores.
         logsumexp_LN: Of this rank's logits.
         top_k: Choices of a row.
+        ranks: How many there are.
     """
 
     counts_LE: Tensor
     scores_LEN: Tensor
     logsumexp_LN: Tensor
     top_k: int
+    ranks: int
 
     def losses(self) -> RoutingLosses:
         """Waits for the other ranks' counts."""
-        rows = _rows(self.counts_LE, self.top_k, self.scores_LEN.shape[2])
-        E, part = self.counts_LE.shape[1], _world_size() / rows
+        rows = _rows(self.counts_LE, self.top_k, self.scores_LEN.shape[2], self.ranks)
+        E, part = self.counts_LE.shape[1], self.ranks / rows
         balance_L = (self.counts_LE * self.scores_LEN.sum(dim=2)).sum(dim=1)
         return RoutingLosses(
             balance_L=balance_L * (E / self.top_k / rows * part),
             z_L=self.logsumexp_LN.square().sum(dim=1) * part,
         )
+
+
+class LossWeights(NamedTuple):
+    """What an operator is told of the losses, as the numbers that it can take.
+
+    Attributes:
+        balance: Weight of the balance loss.
+        z: Weight of the z loss.
+        ranks: Number of ranks over which counts are added up.
+    """
+
+    balance: float
+    z: float
+    ranks: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +119,6 @@ def choice_counts(chosen_LkN: Tensor, num_experts: int) -> Tensor:
     return zeros_LE.scatter_add_(1, chosen_LF, torch.ones_like(chosen_LF))
 
 
-def sum_over_ranks(counts_LE: Tensor) -> Tensor:
-    """Start to add up the counts of all ranks; reading the result waits for it."""
-    if _world_size() == 1:
-        return counts_LE
-    world = dist.group.WORLD
-    assert world is not None
-    return collectives.all_reduce(counts_LE, "sum", world)
-
-
 def loss_gradients(
     counts_LE: Tensor, num_rows: int, top_k: int, weights: Sequence[float]
 ) -> LossGradients:
@@ -120,20 +128,24 @@ def loss_gradients(
         counts_LE: Choices of each expert by the rows of all ranks.
         num_rows: This rank's rows.
         top_k: Choices of a row.
-        weights: Of balance and of z.
+        weights: As :class:`LossWeights`.
     """
-    (L, E), (balance_weight, z_weight) = counts_LE.shape, weights
-    rows = _rows(counts_LE, top_k, num_rows)
-    part = _world_size() / rows / L
+    (L, E), (balance_weight, z_weight, ranks) = counts_LE.shape, weights
+    rows = _rows(counts_LE, top_k, num_rows, ranks)
+    part = ranks / rows / L
     return LossGradients(
         scores_LE=counts_LE * (balance_weight * E / top_k / rows * part), z=part * z_weight
     )
 
 
-def loss_weights(config: HiLoMoEConfig, scale: float) -> tuple[float, float] | None:
+def loss_weights(
+    config: HiLoMoEConfig, scale: float, group: RankGroup | None
+) -> LossWeights | None:
     """Of balance and z in a training pass; None where no loss would be learned from."""
-    weights = (config.balance_weight * scale, config.z_weight * scale)
-    return weights if torch.is_grad_enabled() and weights != (0.0, 0.0) else None
+    balance, z = config.balance_weight * scale, config.z_weight * scale
+    if not torch.is_grad_enabled() or (balance, z) == (0.0, 0.0):
+        return None
+    return LossWeights(balance=balance, z=z, ranks=float(size_of(group)))
 
 
 def wide(t: Tensor) -> Tensor:
@@ -141,15 +153,11 @@ def wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def _rows(counts_LE: Tensor, top_k: int, num_rows: int) -> Tensor | int:
+def _rows(counts_LE: Tensor, top_k: int, num_rows: int, ranks: float) -> Tensor | int:
     """The rows of all ranks; at least 1, because a batch without rows has no loss."""
-    if _world_size() == 1:
+    if ranks == 1:
         return max(num_rows, 1)
     return (counts_LE[0].sum() / top_k).clamp(min=1)
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 # Opaque to FX: they ask for the process group.
@@ -165,6 +173,7 @@ class AttachedLoss(nn.Module):
 
     Attributes:
         scale: Factor on the gradient; set for a whole model by ``set_auxiliary_loss_scale``.
+        group: Over which ranks the mean is; set for a whole model by ``set_process_group``.
 
     Example:
         >>> attached, x = AttachedLoss(0.5), torch.ones(2, requires_grad=True)
@@ -178,6 +187,7 @@ class AttachedLoss(nn.Module):
         super().__init__()
         self.weight = weight
         self.scale = 1.0
+        self.group: RankGroup | None = None
         self._value: Tensor | None = None
 
     @property
@@ -203,7 +213,7 @@ class AttachedLoss(nn.Module):
         """
         if not self.learns:
             return carrier
-        mean = mean_of_ranks(lost, items)
+        mean = mean_of_ranks(lost, items, self.group)
         if isinstance(mean, Tensor):  # an FX proxy is no value to keep
             self._value = mean.detach()
         return attach(carrier, mean, self.weight * self.scale)
@@ -222,10 +232,11 @@ def attached_losses(model: nn.Module) -> dict[str, AttachedLoss]:
     return {name: m for name, m in model.named_modules() if isinstance(m, AttachedLoss)}
 
 
-def mean_of_ranks(lost: Tensor, items: Tensor) -> Tensor:
+def mean_of_ranks(lost: Tensor, items: Tensor, group: RankGroup | None) -> Tensor:
     """Divide by the mean number of items a rank has, so that ranks' average is the mean of all."""
     items = items.detach().long()
-    all_items, ranks = sum_over_ranks(torch.stack([items, torch.ones_like(items)])).unbind()
+    mine = torch.stack([items, torch.ones_like(items)])
+    all_items, ranks = sum_over_ranks(mine, group).unbind()
     return lost * ranks / all_items.clamp(min=1)
 
 

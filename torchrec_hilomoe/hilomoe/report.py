@@ -23,10 +23,11 @@ import torch.distributed as dist
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from torchrec_hilomoe.hilomoe.inject import routers_of, sites_of
+from torchrec_hilomoe.hilomoe.inject import group_of, routers_of, sites_of
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.losses import choice_counts
 from torchrec_hilomoe.hilomoe.monitor import share_of_largest
+from torchrec_hilomoe.hilomoe.ranks import process_group_of, size_of
 from torchrec_hilomoe.hilomoe.router import SampleRouter
 from torchrec_hilomoe.hilomoe.routing import Routing
 
@@ -183,8 +184,10 @@ def record_routing(model: nn.Module) -> Iterator[None]:
 def routing_report(model: nn.Module) -> RoutingReport:
     """Report what `record_routing` recorded; with more than one rank, all must call it.
 
+    All are those of the model's process group, if it has one (``set_process_group``).
+
     Raises:
-        ValueError: If nothing was recorded on any rank.
+        ValueError: If nothing was recorded on any rank, or sites are of several process groups.
 
     Example:
         >>> from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_hilomoe
@@ -203,10 +206,10 @@ def routing_report(model: nn.Module) -> RoutingReport:
     router_of = {name: names.get(site.router, name) for name, site in sites.items()}
     nothing = _Recorded()
     local = {name: _recorded.get(module, nothing) for name, module in {**sites, **routers}.items()}
-    ranks = [local]
+    ranks, group = [local], group_of(model)
     if dist.is_available() and dist.is_initialized():
-        ranks = [local] * dist.get_world_size()
-        dist.all_gather_object(ranks, local)
+        ranks = [local] * size_of(group)
+        dist.all_gather_object(ranks, local, group=process_group_of(group))
     parts = {name: [part for rank in ranks for part in rank[name].parts] for name in routers}
     squares = {name: torch.stack([rank[name].squares for rank in ranks]).sum(0) for name in sites}
     if not any(parts.values()):

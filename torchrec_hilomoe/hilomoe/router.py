@@ -30,9 +30,10 @@ from torch.utils.hooks import RemovableHandle
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.dispatch import refuse_torchscript
 from torchrec_hilomoe.hilomoe.function import record_of, rms_norm, route_samples
-from torchrec_hilomoe.hilomoe.losses import loss_weights, RoutingRecord
+from torchrec_hilomoe.hilomoe.losses import loss_weights, LossWeights, RoutingRecord
 from torchrec_hilomoe.hilomoe.passes import RoutedPass, RoutedPasses
 from torchrec_hilomoe.hilomoe.plan import Plan, plan_for
+from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.routing import Routing
 
 __all__ = ["SampleRouter", "check_views", "parts_of", "places_of"]
@@ -62,6 +63,7 @@ class SampleRouter(nn.Module):
         query_width: ``Q``.
         active_layers: As for a site; the sites set it.
         auxiliary_scale: As for a site, for all sites that share this router together.
+        group: As for a site.
         query_entry: Which entry of the query module's output is the query; None where it is one.
 
     Example:
@@ -114,6 +116,7 @@ class SampleRouter(nn.Module):
             self.query_proj = nn.Parameter(torch.empty(V, width, device=device, dtype=dtype))
         self.active_layers = L
         self.auxiliary_scale = 1.0
+        self.group: RankGroup | None = None
         self.query_entry: str | int | None = None
         self._hooks: list[RemovableHandle] = []
         self._routing: Routing | None = None
@@ -255,9 +258,10 @@ class SampleRouter(nn.Module):
             self._keys()[: self.active_layers],
             config,
             self.plan,
-            loss_weights(config, self.auxiliary_scale) if self.training else None,
+            loss_weights(config, self.auxiliary_scale, self.group) if self.training else None,
+            self.group,
         )
-        if (record := record_of(counts_LE, routing, config)) is not None:
+        if (record := record_of(counts_LE, routing, config, self.group)) is not None:
             self._record = record
         return routing
 
@@ -312,7 +316,8 @@ def _route(
     keys_LEQ: Tensor,
     config: HiLoMoEConfig,
     plan: Plan,
-    weights: tuple[float, float] | None,
+    weights: LossWeights | None,
+    group: RankGroup | None,
 ) -> tuple[Routing, Tensor | None]:
     """As `route_samples`, if a router of this width can take the query."""
     if query_BD.dim() != 2 or query_BD.shape[1] != width:
@@ -328,7 +333,7 @@ def _route(
         q_BQ = parts_of(q_BQ, ranges)
     elif config.query_norm:
         q_BQ = rms_norm(q_BQ)
-    return route_samples(q_BQ, keys_LEQ, config, plan, weights)
+    return route_samples(q_BQ, keys_LEQ, config, plan, weights, group)
 
 
 def check_views(views: Sequence[Sequence[range]], width: int, config: HiLoMoEConfig) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import distributed as dist
 from torch import Tensor
 
+from torchrec_hilomoe.hilomoe.ranks import process_group_of, RankGroup, size_of
 from torchrec_hilomoe.hilomoe.router import parts_of
 
 __all__ = ["ALL", "RANDOM", "FeatureBuckets"]
@@ -37,6 +38,7 @@ class FeatureBuckets:
         draws: Draws of keys for each.
         seed: Of the keys.
         device: Where queries are.
+        group: Ranks that share the samples; None are all.
 
     Attributes:
         names: The features, then ``all`` and ``random``.
@@ -49,7 +51,9 @@ class FeatureBuckets:
         draws: int,
         seed: int,
         device: torch.device,
+        group: RankGroup | None = None,
     ) -> None:
+        self._group = group
         self.names = (*features, ALL, RANDOM)
         self._ranges, self._experts, self._draws = dict(features), experts, draws
         generator = torch.Generator().manual_seed(seed)
@@ -72,7 +76,7 @@ class FeatureBuckets:
         if not self._numbers or self._edges:
             return True
         columns = [self._ranges[name].start for name in self._numbers]
-        values_NV = gathered(query_BQ[:, columns])
+        values_NV = gathered(query_BQ[:, columns], self._group)
         if len(values_NV) == 0:
             return False
         quantiles = torch.arange(1, self._experts, device=values_NV.device) / self._experts
@@ -135,15 +139,16 @@ def earlier(x_B: Tensor) -> Tensor:
     return torch.empty_like(place_B).scatter_(0, order_B, place_B - run_B)
 
 
-def gathered(values_NV: Tensor) -> Tensor:
+def gathered(values_NV: Tensor, group: RankGroup | None) -> Tensor:
     """The values of all ranks; a collective call."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if size_of(group) == 1:
         return values_NV
-    counts = values_NV.new_zeros(dist.get_world_size(), dtype=torch.int64)
-    counts[dist.get_rank()] = len(values_NV)
-    dist.all_reduce(counts)
+    ranks = process_group_of(group)
+    counts = values_NV.new_zeros(size_of(group), dtype=torch.int64)
+    counts[dist.get_rank(ranks)] = len(values_NV)
+    dist.all_reduce(counts, group=ranks)
     padded = values_NV.new_zeros(int(counts.max()), values_NV.shape[1])
     padded[: len(values_NV)] = values_NV
     parts: Sequence[Tensor] = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(list(parts), padded)
+    dist.all_gather(list(parts), padded, group=ranks)
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])

@@ -20,6 +20,7 @@ from torchrec_hilomoe.hilomoe.probe.interactions import (
 from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
 from torchrec_hilomoe.hilomoe.probe.verdict import Evidence
 from torchrec_hilomoe.hilomoe.probe.wider import Wider
+from torchrec_hilomoe.hilomoe.ranks import RankGroup
 
 __all__ = ["SiteSums"]
 
@@ -42,6 +43,7 @@ class SiteSums:
         thin_events: Whether of a site's events only about one a sample is kept.
         paired: Whether blocks of rows are compared, all with all, and none fits.
         device: Where the rows are.
+        group: Ranks that share the rows; None are all.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class SiteSums:
         thin_events: bool,
         paired: bool,
         device: torch.device,
+        group: RankGroup | None = None,
     ) -> None:
         self.name, self.module, self.tokens = name, module, tokens
-        self._config, self._blocks = config, blocks
+        self._config, self._blocks, self._group = config, blocks, group
         self._sketch, self._seed, self._thin = sketch, seed, thin_events
         widths = (min(module.in_features, sketch), min(module.out_features, sketch))
         sizes = (units, config.num_experts, *widths)
@@ -100,7 +103,7 @@ class SiteSums:
         """
         if self.pairs is not None:
             return
-        add_over_ranks((*self.fit.tensors, *self._wider.fit_tensors))
+        add_over_ranks((*self.fit.tensors, *self._wider.fit_tensors), self._group)
         if not self.fit.rows:
             raise ValueError(
                 f"InteractionProbe.sites: {self.name!r} had no gradient in a backward pass "
@@ -121,7 +124,8 @@ class SiteSums:
         if judged is None:
             judged, wider = self.held_out, self._wider
         assert judged is not None
-        add_over_ranks((*judged.tensors, *(wider.tensors if wider else ()), self._seen))
+        found = (*judged.tensors, *(wider.tensors if wider else ()), self._seen)
+        add_over_ranks(found, self._group)
         self._check_rows("held-out", float(judged.rows))
         weight_KE = self.fit.weight_KE if self.pairs is None else self.pairs.weight_KE
         used_KD = (weight_KE > 0).sum(dim=1).unflatten(0, (len(names), draws))

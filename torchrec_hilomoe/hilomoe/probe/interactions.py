@@ -23,6 +23,8 @@ import torch
 from torch import distributed as dist
 from torch import Tensor
 
+from torchrec_hilomoe.hilomoe.ranks import process_group_of, RankGroup, size_of
+
 __all__ = [
     "BucketRows",
     "Directions",
@@ -275,12 +277,12 @@ class HeldOutSums:
         return Statistics(slope_K=slope_BK[0], size_K=size_BK[0], overlap_KK=overlap_KK)
 
 
-def add_over_ranks(tensors: Sequence[Tensor]) -> None:
+def add_over_ranks(tensors: Sequence[Tensor], group: RankGroup | None) -> None:
     """Add up tensors of float64 over the ranks, in place; a collective call."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if size_of(group) == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    dist.all_reduce(flat, group=process_group_of(group))
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 

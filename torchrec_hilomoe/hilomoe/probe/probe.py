@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
@@ -29,6 +30,7 @@ from torchrec_hilomoe.hilomoe.probe.checks import check_columns, check_features,
 from torchrec_hilomoe.hilomoe.probe.gathered import SiteSums
 from torchrec_hilomoe.hilomoe.probe.heard import HeardPass, LossTerms
 from torchrec_hilomoe.hilomoe.probe.verdict import conclude, ProbeReport
+from torchrec_hilomoe.hilomoe.ranks import RankGroup
 
 __all__ = ["InteractionProbe"]
 
@@ -67,6 +69,7 @@ class InteractionProbe:
             seen in fewer rows, for ``blocks`` times the memory. What `fit` hears counts as not held
             out, and may be nothing. There is no control ``wider``.
         seed: Of keys and projections.
+        process_group: Ranks that train the model, where these are not all of the job.
 
     Raises:
         ValueError: If a name, a pattern or a range of columns means nothing, or there are fewer
@@ -124,6 +127,7 @@ class InteractionProbe:
         thin_events: bool = False,
         paired: bool = False,
         seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         counts = {"draws": draws, "sketch": sketch, "every": every, "hidden": hidden}
         counts["blocks"] = blocks - 1
@@ -143,7 +147,7 @@ class InteractionProbe:
         self._query_module, self._loss_terms = query_module, loss_terms
         self._token_modules = tuple(dict.fromkeys(tokens.values()))
         self._draws, self._blocks, self._sketch, self._seed = draws, blocks, sketch, seed
-        self._every = every
+        self._every, self._group = every, RankGroup.of(process_group, "InteractionProbe")
         self._hidden, self._thin_events, self._paired = hidden, thin_events, paired
         self._modules = match_sites(modules, sites)
         self._tokens = {
@@ -308,7 +312,7 @@ class InteractionProbe:
         """Begin the sums, also where this rank will have no row."""
         config = self._config
         buckets = FeatureBuckets(
-            self._features, config.num_experts, self._draws, self._seed, device
+            self._features, config.num_experts, self._draws, self._seed, device, self._group
         )
         self._sites = [
             SiteSums(
@@ -324,6 +328,7 @@ class InteractionProbe:
                 thin_events=self._thin_events,
                 paired=self._paired,
                 device=device,
+                group=self._group,
             )
             for name, module in self._modules.items()
         ]

@@ -24,7 +24,12 @@ from torchrec_hilomoe.training.stages.staging import (
     set_training_mode,
     share_statistics,
 )
-from torchrec_hilomoe.training.stages.wrapping import check_wrapper, unwrapped, Wrap
+from torchrec_hilomoe.training.stages.wrapping import (
+    check_wrapper,
+    process_group_of,
+    unwrapped,
+    Wrap,
+)
 
 __all__ = ["StageDriver"]
 
@@ -228,7 +233,7 @@ class StageDriver(Generic[Model]):
         """
         if self._driven is not None:
             self._driven.detach()
-        share_statistics(unwrapped(self.model))
+        share_statistics(unwrapped(self.model), process_group_of(self.model))
         self.model.eval()
         try:
             with torch.no_grad():

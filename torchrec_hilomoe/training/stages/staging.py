@@ -16,7 +16,12 @@ from torchrec.distributed.types import ShardedModule
 from torchrec_hilomoe.embeddings.freezing import freeze_lookups, lookups_of, table_parameters
 from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
 from torchrec_hilomoe.training.stages import Stage
-from torchrec_hilomoe.training.stages.wrapping import unwrapped, Wrap, wrapped_like
+from torchrec_hilomoe.training.stages.wrapping import (
+    process_group_of,
+    unwrapped,
+    Wrap,
+    wrapped_like,
+)
 
 __all__ = [
     "activate_layers",
@@ -78,7 +83,7 @@ def enter_stage(
         The same tables and parameters under a new wrapper.
     """
     module = unwrapped(model)
-    share_statistics(module)
+    share_statistics(module, process_group_of(model))
     activate_layers(module, stage)
     freeze_lookups(module, not stage.train_tables)
     # What of sharded tables learns was decided when they were sharded.
@@ -110,18 +115,22 @@ def activate_layers(model: nn.Module, stage: Stage) -> None:
         site.active_layers = site.config.num_layers if layers is None else layers
 
 
-def share_statistics(task: nn.Module) -> None:
+def share_statistics(task: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Give every rank the first one's running statistics; a collective call, if there are ranks.
 
     Each rank gathers them over its own rows. The first rank's stay as they are, so a run does not
     depend on when, and how often, they are shared.
+
+    Args:
+        task: What has them.
+        group: Ranks that train it; None are all.
     """
     if not dist.is_initialized():
         return
     for module in task.modules():
         if isinstance(module, _BatchNorm):
             for buffer in module.buffers(recurse=False):
-                dist.broadcast(buffer, src=0)
+                dist.broadcast(buffer, group=group, group_src=0)
 
 
 def set_training_mode(model: nn.Module, stage: Stage) -> None:

@@ -8,14 +8,23 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.embeddings.freezing import table_parameters
+from torchrec_hilomoe.hilomoe.inject import group_of
 
-__all__ = ["Wrap", "check_wrapper", "dense_learns", "unwrapped", "wrapped_like"]
+__all__ = [
+    "Wrap",
+    "check_wrapper",
+    "dense_learns",
+    "process_group_of",
+    "unwrapped",
+    "wrapped_like",
+]
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -50,6 +59,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(model, DistributedModelParallel | DistributedDataParallel):
         return model.module
     return model
+
+
+def process_group_of(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks over which a wrapper averages; without one, those that the sites are told of."""
+    if isinstance(model, DistributedModelParallel):
+        return model._env.process_group
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    group = group_of(model)
+    return None if group is None else group.resolve()
 
 
 def dense_learns(module: nn.Module) -> bool:
