@@ -94,10 +94,11 @@ def test_signatures():
         "config",
         "sites",
         "process_group",
+        "seed",
     ]
     assert arguments(inject_hilomoe)["config"] is ...
     shared = ["model", "config", "sites", "query_module", "query_width", "tokens", "views", "name"]
-    shared += ["query_entry", "process_group"]
+    shared += ["query_entry", "process_group", "seed"]
     assert list(arguments(inject_shared_router)) == shared
     assert list(arguments(routing_report))[0] == "model"
 

@@ -21,6 +21,7 @@ from torchrec_hilomoe.hilomoe.host_watch import HostWatch, stop_watching
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.losses import attached_losses
 from torchrec_hilomoe.hilomoe.module_names import check_module
+from torchrec_hilomoe.hilomoe.random_stream import own_random_numbers
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.router import SampleRouter
 
@@ -44,6 +45,7 @@ def inject_hilomoe(
     sites: Sequence[str] = ("*head*",),
     *,
     process_group: dist.ProcessGroup | None = None,
+    seed: int | None = None,
 ) -> list[str]:
     """Replace linear maps by sites, in place; outputs stay bit-identical until training.
 
@@ -57,6 +59,9 @@ def inject_hilomoe(
         sites: Shell patterns over qualified names, such as ``"over_arch.*"``.
         process_group: Ranks that train the model, where these are not all of the job; see
             `set_process_group`.
+        seed: Of the experts' start. None starts them by where PyTorch's random numbers stand, so
+            ``torch.manual_seed`` before injection decides. Either way these stay as they are: a
+            host draws what it would draw without experts.
 
     Returns:
         The names of the replaced maps.
@@ -77,7 +82,9 @@ def inject_hilomoe(
         >>> inject_hilomoe(tower, HiLoMoEConfig(num_experts=4), sites=["0"])
         ['0']
     """
-    names = _inject(model, config, sites, None, RankGroup.of(process_group, "inject_hilomoe"))
+    group = RankGroup.of(process_group, "inject_hilomoe")
+    with own_random_numbers(model, seed):
+        names = _inject(model, config, sites, None, group)
     set_auxiliary_loss_scale(model, 1.0)
     return names
 
@@ -125,6 +132,7 @@ def inject_shared_router(
     name: str = "hilomoe_router",
     query_entry: str | int | None = None,
     process_group: dist.ProcessGroup | None = None,
+    seed: int | None = None,
 ) -> list[str]:
     """Inject sites that share one router, which decides once per sample.
 
@@ -150,6 +158,7 @@ def inject_shared_router(
         query_entry: Where that module returns a dict or a tuple: the key or place of the query in
             it. A ``KeyedTensor`` is read as its ``values()``.
         process_group: As for `inject_hilomoe`.
+        seed: As for `inject_hilomoe`.
 
     Returns:
         The names of the replaced maps.
@@ -188,11 +197,12 @@ def inject_shared_router(
     # Without memory, and so without random numbers, until nothing is left to be refused.
     router = SampleRouter(query_width, config, device="meta", views=views)
     router.group = RankGroup.of(process_group, "inject_shared_router")
-    names = _inject(model, config, sites, router, router.group)
-    chosen = [sites_of(model)[site] for site in names]
-    weight = chosen[0].weight
-    model.add_module(name, router.to_empty(device=weight.device).to(weight.dtype))
-    router.reset_parameters()
+    with own_random_numbers(model, seed):
+        names = _inject(model, config, sites, router, router.group)
+        chosen = [sites_of(model)[site] for site in names]
+        weight = chosen[0].weight
+        model.add_module(name, router.to_empty(device=weight.device).to(weight.dtype))
+        router.reset_parameters()
     for site_name, site in zip(names, chosen, strict=True):
         found = (module for pattern, module in tokens.items() if fnmatchcase(site_name, pattern))
         site.tokens = next(found, None)
