@@ -5,12 +5,14 @@ experts a row uses), `experts` (what they add to it), `function` (both with thei
 is the same in Triton), `losses` (how routers are kept balanced) and `ranks` (over whom), `plan`
 (which backend), `linear` (the module), `router` (one for several sites) and `passes` (whose routing
 a site gets that is recomputed), `inject` (how an existing model gets them, and what one tells
-them), `monitor` and `report` (what the routers do, in training and in a pass), `probe` (which
-features should route, before there is an expert).
+them), `costs` (what they cost), `monitor` and `report` (what the routers do, in training and in a
+pass; `scalars`, as numbers for TensorBoard), `probe` (which features should route, before there is
+an expert).
 """
 
 from torchrec_hilomoe.hilomoe.base_checkpoint import load_base_checkpoint
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.costs import expert_costs, Flops, ModelCosts, ModuleCosts
 from torchrec_hilomoe.hilomoe.fixed_routing import fix_random_routing
 from torchrec_hilomoe.hilomoe.inject import (
     auxiliary_loss,
@@ -24,7 +26,7 @@ from torchrec_hilomoe.hilomoe.inject import (
     sites_of,
 )
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
-from torchrec_hilomoe.hilomoe.monitor import CollapseWatch
+from torchrec_hilomoe.hilomoe.monitor import CollapseWatch, LayerLoad, RoutingLog
 from torchrec_hilomoe.hilomoe.probe import (
     draw_probe,
     Gain,
@@ -44,18 +46,24 @@ from torchrec_hilomoe.hilomoe.report import (
 )
 from torchrec_hilomoe.hilomoe.report_plots import draw_routing
 from torchrec_hilomoe.hilomoe.router import SampleRouter
+from torchrec_hilomoe.hilomoe.scalars import routing_scalars, write_routing
 
 __all__ = [
     "CollapseWatch",
+    "Flops",
     "Gain",
     "HiLoMoEConfig",
     "HiLoMoELinear",
     "InteractionProbe",
     "LayerChoice",
+    "LayerLoad",
     "LayerReport",
     "LossTerms",
+    "ModelCosts",
+    "ModuleCosts",
     "ProbeReport",
     "RouterReport",
+    "RoutingLog",
     "RoutingReport",
     "SampleRouter",
     "SiteCost",
@@ -63,6 +71,7 @@ __all__ = [
     "auxiliary_loss",
     "draw_probe",
     "draw_routing",
+    "expert_costs",
     "expert_parameters",
     "fix_random_routing",
     "inject_hilomoe",
@@ -72,7 +81,9 @@ __all__ = [
     "remove_hilomoe",
     "routers_of",
     "routing_report",
+    "routing_scalars",
     "set_auxiliary_loss_scale",
     "set_process_group",
     "sites_of",
+    "write_routing",
 ]

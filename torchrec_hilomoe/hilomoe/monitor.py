@@ -35,6 +35,10 @@ class LayerLoad:
         layer: Expert layer, counted from 1.
         load: Share of the choices that went to each expert.
         entropy: Entropy of the load, as a share of its largest value: 1 when balanced.
+
+    Example:
+        >>> LayerLoad(router="0", layer=1, load=(0.5, 0.5), entropy=1.0).load
+        (0.5, 0.5)
     """
 
     router: str
@@ -55,6 +59,16 @@ class RoutingLog:
     Attributes:
         routers: Those of the model, by name.
         counts: The choices since the last flush, by router.
+
+    Example:
+        >>> from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_hilomoe
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = inject_hilomoe(model, HiLoMoEConfig(num_layers=2, num_experts=4), sites=["0"])
+        >>> log = RoutingLog(model)
+        >>> _ = model(torch.randn(64, 8))
+        >>> log.observe()
+        >>> [(load.router, load.layer) for load in log.flush()]
+        [('0', 1), ('0', 2)]
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,33 +1,27 @@
 """What a model costs: parameters, FLOPs of a sample, bytes of its lookups, a component each.
 
-FLOPs are those of matrix products, two for each multiply-add, forward, for a batch of samples with
-full histories; pointwise work is not counted. PyTorch's own counter counts them: of a site what it
-computes, which is all of a layer's experts or only the chosen ones, as the site decides.
+FLOPs are those of a forward pass, as `hilomoe.costs` counts them for anyone's model, for a batch of
+samples with full histories.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import sdpa_kernel, SDPBackend
-from torch.utils.flop_counter import FlopCounterMode
 
 from torchrec_hilomoe.backbones.base import Backbone
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
+from torchrec_hilomoe.hilomoe.costs import count_flops
 from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
-from torchrec_hilomoe.hilomoe.operators import EXPERT_FLOPS
+from torchrec_hilomoe.hilomoe.linear import ROUTING
 from torchrec_hilomoe.models.train_task import TrainTask
 
 __all__ = ["Cost", "cost_table", "count_cost"]
 
 COMPONENTS = ("tables", "backbone", "head", "experts", "routing")
-ROUTING = ("expert_keys", "query_proj")
-Counts = Mapping[str, Mapping[Any, int]]
 SAMPLES = 1024  # a usual batch: what is computed once a batch is shared by so many
 
 
@@ -141,18 +135,20 @@ def _parameters(task: TrainTask) -> dict[str, int]:
 
 
 def _flops(backbone: Backbone, widths: FeatureWidths) -> dict[str, int]:
-    whole, plain = _count(backbone, widths), _count_plain(backbone, widths)
-    # Counted as the whole, but of a site the experts alone.
-    of_experts = _count(backbone, widths, EXPERT_FLOPS)
-    experts = sum(of_experts.get("Global", {}).get(operator, 0) for operator in EXPERT_FLOPS)
-    total = sum(plain["Global"].values())
-    head = sum(plain.get(f"{type(backbone).__name__}.head", {}).values())
+    with (
+        # FBGEMM computes shapes with a function that PyTorch deprecates.
+        warnings.catch_warnings(action="ignore", category=FutureWarning),
+        FakeTensorMode(allow_non_fake_inputs=True),  # shapes without numbers cost nothing
+    ):
+        parts = {"head": backbone.get_submodule("head")}
+        found = count_flops(backbone, lambda: backbone(_samples(widths)), parts)
+    whole, head = found[""], found["head"].base
     batch = {
         "tables": 0,
-        "backbone": total - head,
+        "backbone": whole.base - head,
         "head": head,
-        "experts": experts,
-        "routing": sum(whole["Global"].values()) - total - experts,
+        "experts": whole.experts,
+        "routing": whole.routing,
     }
     return {name: round(flops / SAMPLES) for name, flops in batch.items()}
 
@@ -165,39 +161,6 @@ def _projection_flops(schema: Schema, embedding_dim: int) -> int:
         for feature in schema.id_features
         if feature.table in schema.frozen
     )
-
-
-def _count_plain(backbone: Backbone, widths: FeatureWidths) -> Counts:
-    """Count without experts."""
-    sites = sites_of(backbone).values()
-    layers = [site.active_layers for site in sites]
-    for site in sites:
-        site.active_layers = 0
-    counts = _count(backbone, widths)
-    for site, active in zip(sites, layers, strict=True):
-        site.active_layers = active
-    return counts
-
-
-@torch.no_grad()
-def _count(
-    backbone: Backbone,
-    widths: FeatureWidths,
-    formulas: Mapping[Any, Callable[..., int]] = MappingProxyType({}),
-) -> Counts:
-    """Return the FLOPs of a batch, by module and operator; ``formulas`` stand in for PyTorch's."""
-    training = backbone.training
-    backbone.eval()
-    with (
-        # FBGEMM computes shapes with a function that PyTorch deprecates.
-        warnings.catch_warnings(action="ignore", category=FutureWarning),
-        FakeTensorMode(allow_non_fake_inputs=True),  # shapes without numbers cost nothing
-        sdpa_kernel(SDPBackend.MATH),  # the counter does not know the CPU's own attention
-        FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter,
-    ):
-        backbone(_samples(widths))
-    backbone.train(training)
-    return counter.get_flop_counts()
 
 
 def _samples(widths: FeatureWidths) -> SequenceFeatures:

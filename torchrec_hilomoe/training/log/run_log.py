@@ -15,6 +15,7 @@ from tqdm import tqdm
 from torchrec_hilomoe.hilomoe import ProbeReport
 from torchrec_hilomoe.hilomoe.inject import auxiliary_loss
 from torchrec_hilomoe.hilomoe.monitor import CollapseWatch, LayerLoad, RoutingLog
+from torchrec_hilomoe.hilomoe.scalars import ScalarWriter, write_routing
 from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
 from torchrec_hilomoe.runtime.documents import read_text
 from torchrec_hilomoe.runtime.paths import to_json, write_text
@@ -33,11 +34,8 @@ __all__ = ["Curves", "RunLog", "StepLog", "finite"]
 
 logger = logging.getLogger(__name__)
 
-DRAWN_EXPERTS = 16  # more curves than that nobody can tell apart
 
-
-class _Writer(Protocol):
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+class _Writer(ScalarWriter, Protocol):
     def add_text(self, tag: str, text_string: str, global_step: int) -> None: ...
     def close(self) -> None: ...
 
@@ -64,13 +62,10 @@ class Curves:
         if self._writer is not None:
             self._writer.add_text(name, text, step)
 
-    def load(self, load: LayerLoad, step: int) -> None:
-        """Draw what a router did."""
-        largest = {"entropy": load.entropy, "largest_load": max(load.load)}
-        dead = {"dead_experts": sum(share == 0 for share in load.load)}
-        each = enumerate(load.load) if len(load.load) <= DRAWN_EXPERTS else ()
-        loads = {f"load/{expert}": share for expert, share in each}
-        self.numbers(f"router/{load.router}/layer{load.layer}", {**largest, **dead, **loads}, step)
+    def loads(self, loads: Iterable[LayerLoad], step: int) -> None:
+        """Draw what routers did."""
+        if self._writer is not None:
+            write_routing(self._writer, loads, step)
 
     def close(self) -> None:
         """Finish the files."""
@@ -198,8 +193,7 @@ class RunLog:
         found = list(loads)
         where = {"step": step, "stage": stage, "split": "train"}
         self._append(ROUTING_FILE, [{**where, **asdict(load)} for load in found])
-        for load in found:
-            self._curves.load(load, step)
+        self._curves.loads(found, step)
 
     def saved(self, found: Saved) -> None:
         """Tell of a checkpoint."""
