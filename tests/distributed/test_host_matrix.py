@@ -13,7 +13,7 @@ def test_every_host_alone(title):
     assert outcomes(title, list(HOSTS)) == dict.fromkeys(HOSTS, "yes")
 
 
-@pytest.mark.parametrize("title", ["DMP, 2 ranks"])
+@pytest.mark.parametrize("title", ["DMP, 2 ranks", "FSDP2"])
 def test_hosts_on_ranks(title):
     """A tower that reads one feature is given it before it was waited for."""
     some = ["DLRM", "DLRM, a shared router", "two towers"]

@@ -30,7 +30,13 @@ from tests.helpers.hosts import FEATURES, Host, HOSTS, injected, plain, ROWS, ro
 from tests.helpers.processes import ROOT, run_ranks
 from tests.helpers.rounding import assert_same, assert_within, float64_rounding
 from tests.helpers.sharded import load_whole
-from torchrec_hilomoe.hilomoe import expert_parameters, set_auxiliary_loss_scale, sites_of
+from torchrec_hilomoe.hilomoe import (
+    expert_parameters,
+    routers_of,
+    SampleRouter,
+    set_auxiliary_loss_scale,
+    sites_of,
+)
 
 __all__ = ["ALONE", "ON_RANKS", "outcomes", "read_table", "table_of"]
 
@@ -170,9 +176,10 @@ def under_ddp(host: Host) -> None:
 
 
 def under_fsdp2(host: Host) -> None:
-    """Gradients of its parts are the mean of the ranks'."""
+    """Gradients of its parts, and of a shared router, are the mean of the ranks'."""
     model = injected(host, losses=False)
-    sharded = parts_of(model)
+    routers = {n: m for n, m in routers_of(model).items() if isinstance(m, SampleRouter)}
+    sharded = {**parts_of(model), **routers}
     for part in sharded.values():
         for it in part if isinstance(part, nn.ModuleList) else [part]:
             fully_shard(it)

@@ -81,6 +81,8 @@ class HostWatch:
             site.has_run = False
         if (model.training, torch.is_grad_enabled()) == LEARNING:
             _refuse_under_ddp(sites)
+            if LEARNING not in self._seen:
+                _refuse_apart(model, sites)
             if not self._settled:
                 _LISTENING.add(self)
                 _listen_to_optimizers()
@@ -256,6 +258,40 @@ def _refuse_under_ddp(sites: Mapping[str, HiLoMoELinear]) -> None:
     _refuse_other_ranks(sites, ddp.process_group)
     if not (ddp.find_unused_parameters or ddp.static_graph):
         _refuse_unused(sites)
+
+
+def _refuse_apart(model: nn.Module, sites: Mapping[str, HiLoMoELinear]) -> None:
+    """A router outside of what averages its sites' gradients learns from its own rank's rows."""
+    sharing = {name: site for name, site in _named(model, sites).items() if site.router is not None}
+    routers = {module: name for name, module in model.named_modules()}
+    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, DistributedDataParallel)]
+    for name, site in sharing.items():
+        router = site.router
+        if router is None or router not in routers or not _learns(router):
+            continue
+        for wrapper_name, wrapper in wrappers:
+            inside = set(wrapper.modules())
+            if site in inside and router not in inside:
+                raise ValueError(
+                    f"Site {name!r} is in the DistributedDataParallel {wrapper_name!r}, but the "
+                    f"router {routers[router]!r} that it shares is not: its gradients would be "
+                    "averaged over no ranks. Wrap the model as a whole, or inject sites that route "
+                    "their own rows (inject_hilomoe)."
+                )
+
+
+def _named(model: nn.Module, sites: Mapping[str, HiLoMoELinear]) -> dict[str, HiLoMoELinear]:
+    """The sites by the names that they have now."""
+    watched = set(sites.values())
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, HiLoMoELinear) and module in watched
+    }
+
+
+def _learns(router: SampleRouter) -> bool:
+    return router.active_layers > 0 and any(p.requires_grad for p in router.parameters())
 
 
 def _refuse_other_ranks(sites: Mapping[str, HiLoMoELinear], group: Any) -> None:

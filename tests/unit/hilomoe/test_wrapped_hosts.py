@@ -14,6 +14,7 @@ from tests.helpers.towers import CONFIG, tower
 from torchrec_hilomoe.hilomoe import (
     expert_parameters,
     inject_hilomoe,
+    inject_shared_router,
     sites_of,
 )
 
@@ -82,3 +83,47 @@ def test_no_active_layers_under_ddp_with_learning_experts_is_refused():
         assert "active_layers is 0 at 0, whose experts have requires_grad = True" in message
         assert "before the model is wrapped" in message
         assert "find_unused_parameters=True" in message
+
+
+class Halves(nn.Module):
+    """Two parts, routed by what both read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Identity()
+        self.first, self.last = tower(), tower()
+
+    def forward(self, x):
+        query = self.query(x)
+        return self.first(query) + self.last(query)
+
+
+def a_part_under_ddp(shared: bool, whole: bool) -> str:
+    torch.manual_seed(0)
+    model = Halves()
+    if shared:
+        inject_shared_router(model, CONFIG, ["*0"], "query", 6)
+    else:
+        inject_hilomoe(model, CONFIG, ["*0"])
+    if whole:
+        host = DistributedDataParallel(model)
+    else:
+        host = model
+        model.set_submodule("first", DistributedDataParallel(model.first))
+    try:
+        host(torch.randn(8, 6) + dist.get_rank()).square().mean().backward()
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize(("shared", "whole"), [(True, True), (False, False)])
+def test_ddp_around_all_that_shares_a_router_or_around_a_part_that_shares_none(shared, whole):
+    assert run_ranks(a_part_under_ddp, 2, shared, whole) == ["trained"] * 2
+
+
+def test_ddp_around_some_of_a_router_s_sites_is_refused():
+    for message in run_ranks(a_part_under_ddp, 2, True, False):
+        assert "Site 'first.module.0' is in the DistributedDataParallel 'first'" in message
+        assert "the router 'hilomoe_router' that it shares is not" in message
+        assert "Wrap the model as a whole" in message

@@ -12,7 +12,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_hilomoe.embeddings.freezing import table_parameters
 from torchrec_hilomoe.hilomoe.host_watch import trust_optimizer
-from torchrec_hilomoe.hilomoe.inject import expert_parameters
+from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
 from torchrec_hilomoe.training.optimizers.dense import begin_state, DenseOptimizer, ExpertLayers
 from torchrec_hilomoe.training.optimizers.stage_optimizers import (
     groups_of,
@@ -48,7 +48,8 @@ class HostOptimizers(StageOptimizers):
 
     Raises:
         ValueError: If groups lack a parameter, hold one twice or a tensor that is none, or if the
-            optimizer does not hold what it was given.
+            optimizer does not hold what it was given, or starts otherwise than from a state of
+            zeros.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class HostOptimizers(StageOptimizers):
         given = [{"params": list(self.learning.values())}] if parameter_groups is None else []
         groups = _split(parameter_groups or given, self.learning, self._layers)
         optimizer = _built(factory, groups)
+        _refuse_dampening(optimizer)
         base = {n: p for n, p in self.learning.items() if n not in experts}
         tables = table_parameters(module)
         self._module = module
+        self._sites = {*sites_of(module).values()}
         self._loose_tables = [parameter for parameter in base.values() if parameter in tables]
         self._base = [parameter for parameter in base.values() if parameter not in tables]
         trust_optimizer(module)
@@ -120,6 +123,21 @@ class HostOptimizers(StageOptimizers):
             *(() if stage.train_backbone else self._base),
             *(() if stage.train_tables else self._loose_tables),
         ]
+
+    def refuse_late_experts(self) -> None:
+        """Refuse a model that was injected into since; no optimizer would move those experts.
+
+        Raises:
+            ValueError: If it was.
+        """
+        late = [name for name, site in sites_of(self._module).items() if site not in self._sites]
+        if late:
+            raise ValueError(
+                f"StageDriver: {', '.join(late)} got experts after the driver was built, so that "
+                "its optimizer moves none of them, and a wrapper averages none. Take the model out "
+                "of its wrapper, inject, wrap it and build the driver anew; go_on_from(step, {}) "
+                "lets that one go on."
+            )
 
     def _refuse_replaced(self) -> None:
         """Look at what no wrapper replaces for a while, as FSDP does."""
@@ -265,6 +283,19 @@ def _built(factory: Factory, groups: list[dict[str, Any]]) -> torch.optim.Optimi
             "Build it of these, as lambda groups: torch.optim.Adam(groups, lr=1e-3) does."
         )
     return optimizer
+
+
+def _refuse_dampening(optimizer: torch.optim.Optimizer) -> None:
+    """Its first step dampens nothing, so it begins in no state that could be saved before."""
+    for group in optimizer.param_groups:
+        if group.get("momentum") and group.get("dampening"):
+            raise ValueError(
+                f"StageDriver: the optimizer has momentum = {group['momentum']} and dampening = "
+                f"{group['dampening']}. A parameter's first step is not dampened, and no state "
+                "tells whether it was made, so that stages and checkpoints would train otherwise. "
+                "Use dampening=0 and the learning rate times (1 - dampening): the same steps but "
+                "for each parameter's first."
+            )
 
 
 def _rates_of(optimizer: KeyedOptimizer) -> list[float]:

@@ -33,6 +33,8 @@ from torchrec_hilomoe.training.stages.wrapping import (
 
 __all__ = ["StageDriver"]
 
+STATE = ("step", "stage", "timeline", "spans", "optimizer")
+
 Model = TypeVar("Model", bound=nn.Module)
 Batch = TypeVar("Batch")
 
@@ -170,8 +172,9 @@ class StageDriver(Generic[Model]):
             built anew.
 
         Raises:
-            ValueError: If the run is complete, the step before was not ended, or a pipeline of the
-                stage before still holds the model.
+            ValueError: If the run is complete, the step before was not ended, the model has got
+                experts since the driver was built, or a pipeline of the stage before still holds
+                the model.
         """
         if self.is_complete:
             raise ValueError(
@@ -183,6 +186,8 @@ class StageDriver(Generic[Model]):
                 f"StageDriver.begin_step: step {self.step} was begun and not ended. Call "
                 "end_step() after the optimizer's step."
             )
+        if isinstance(self._optimizers, HostOptimizers):
+            self._optimizers.refuse_late_experts()
         crossed = self.at_boundary
         if crossed:
             self._enter(self._timeline.at(self.step))
@@ -297,8 +302,16 @@ class StageDriver(Generic[Model]):
         """Go on from what :meth:`state_dict` gave, in the middle of a stage or between two.
 
         Raises:
-            ValueError: If it is the state of another schedule, run or model.
+            ValueError: If it is no state of a driver, or that of another schedule, run or model.
         """
+        lacks = [name for name in STATE if name not in state_dict]
+        if lacks:
+            raise ValueError(
+                f"StageDriver.load_state_dict: the state lacks {', '.join(lacks)}; it has "
+                f"{', '.join(map(str, state_dict)) or 'nothing'}. Give what state_dict() of a "
+                "driver of this version returned. To go on from a step without its state, call "
+                "go_on_from(step, {}): optimizers then start anew."
+            )
         step, stage = state_dict["step"], state_dict["stage"]
         spans = json.loads(state_dict["spans"])
         self._timeline.load_state_dict(json.loads(state_dict["timeline"]))

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from tests.helpers.driven_towers import adam, ONE, run, site
-from tests.helpers.towers import tower
-from torchrec_hilomoe import Stage, StageDriver, StageSchedule
+from tests.helpers.towers import CONFIG, tower
+from torchrec_hilomoe import inject_hilomoe, Stage, StageDriver, StageSchedule
+from torchrec_hilomoe.hilomoe import sites_of
 from torchrec_hilomoe.training.stages import StageTimeline
 
 
@@ -92,6 +93,15 @@ def refusals() -> Iterator[tuple[str, Callable[[], Any]]]:
         ),
     )
     yield (
+        "momentum = 0.9 and dampening = 0.5. A parameter's first step",
+        lambda: StageDriver(
+            site(),
+            ONE,
+            lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, dampening=0.5),
+            total_steps=1,
+        ),
+    )
+    yield (
         "needs pipeline=, a function that builds one",
         lambda: StageDriver(site(), ONE, adam, total_steps=1).progress(iter(())),
     )
@@ -137,6 +147,31 @@ def test_the_state_of_another_run_is_refused():
     again = StageDriver(site(), StageSchedule.three_stages(num_layers=2), adam, total_steps=50)
     with pytest.raises(ValueError, match=r"the state lacks \['2.bias'\] and has \[\]"):
         again.load_state_dict(state)
+
+
+def test_a_state_that_is_not_whole_is_refused_by_what_it_lacks():
+    driver = StageDriver(site(), ONE, adam, total_steps=10)
+    run(driver, 2)
+    for lacks in ("step", "stage", "timeline", "spans", "optimizer"):
+        state = {name: part for name, part in driver.state_dict().items() if name != lacks}
+        with pytest.raises(ValueError, match=f"lacks {lacks}; it has .* go_on_from"):
+            StageDriver(site(), ONE, adam, total_steps=10).load_state_dict(state)
+    with pytest.raises(ValueError, match="lacks step, .*; it has nothing. Give what state_dict"):
+        driver.load_state_dict({})
+
+
+def test_experts_that_come_after_the_driver_was_built_are_refused_at_the_next_step():
+    driver = StageDriver(site(), ONE, adam, total_steps=4)
+    run(driver, 1)
+    inject_hilomoe(driver.model, CONFIG, sites=["2"])
+    with pytest.raises(ValueError, match="2 got experts after the driver was built.* build the"):
+        driver.begin_step()
+    again = StageDriver(driver.model, ONE, adam, total_steps=4)
+    again.go_on_from(driver.step, {})
+    assert sites_of(again.model)["2"].expert_out.count_nonzero() == 0
+    run(again, 3)
+    assert sites_of(again.model)["2"].expert_out.count_nonzero() > 0
+    assert again.is_complete
 
 
 @pytest.mark.parametrize("step", [1, 20])
