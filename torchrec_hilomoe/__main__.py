@@ -2,7 +2,7 @@
 
 Examples:
     python -m torchrec_hilomoe train --out_dir runs/first
-    python -m torchrec_hilomoe evaluate runs/first/checkpoints/step_1500
+    python -m torchrec_hilomoe evaluate runs/first/checkpoints/step_3000
     python -m torchrec_hilomoe COMMAND --help
 """
 

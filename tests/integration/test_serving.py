@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from tests.helpers.processes import ROOT, run_ranks
-from tests.helpers.runs import assert_same_metrics, train
+from tests.helpers.runs import assert_same_metrics, read_tensors, train
 from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
 from torchrec_hilomoe.training.metrics import compute_metrics
 
@@ -136,3 +138,30 @@ def test_a_checkpoint_from_before_the_experts_is_refused_by_the_command(shop):
     (code,) = run_ranks(run, 1, "export", argv, joined=False)
     assert code == 2
     assert not out.exists()
+
+
+def test_a_student_learns_from_an_exported_model_and_goes_on_with_the_same_bits(shop, tmp_path):
+    teacher = tmp_path / "teacher"
+    argv = [shop / "run" / "checkpoints" / "step_18", "--out", teacher]
+    (code,) = run_ranks(run, 1, "export", argv, joined=False)
+    assert code == 0
+    student = [f"--data.path={shop / 'data'}", "--model.backbone=din", "--model.hilomoe=null"]
+    student += ["--checkpoint.every_steps=6", "--train.evaluate_every=6"]
+    taught = [f"--train.teacher={teacher}", "--train.teacher_weight=0.7"]
+    taught += ["--train.teacher_temperature=2"]
+    train(tmp_path / "alone", *student, ranks=2)
+    train(tmp_path / "taught", *student, *taught, ranks=2)
+    summary = json.loads((tmp_path / "taught" / "summary.json").read_text())
+    assert (summary["teacher"]["backbone"], summary["teacher"]["step"]) == ("DIN", 18)
+
+    half = "checkpoints/step_6"
+    shutil.copytree(tmp_path / "taught" / half, tmp_path / "again" / half)
+    train(tmp_path / "again", *student, *taught, ranks=2)
+    tensors = {
+        name: read_tensors(tmp_path / name / "checkpoints" / "step_18")
+        for name in ("alone", "taught", "again")
+    }
+    for name, tensor in tensors["taught"].items():
+        assert torch.equal(tensors["again"][name], tensor), name
+    head = next(name for name in tensors["taught"] if "head" in name and "weight" in name)
+    assert not torch.equal(tensors["alone"][head], tensors["taught"][head])

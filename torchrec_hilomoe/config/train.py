@@ -9,7 +9,7 @@ from torchrec_hilomoe.config.stage import Decay, OptimizerName, PlateauConfig, S
 __all__ = ["TrainConfig"]
 
 AT_LEAST_ONE = ("batch_size", "log_every", "epochs", "gradient_accumulation_steps")
-ABOVE_ZERO = ("learning_rate", "table_learning_rate", "max_grad_norm")
+ABOVE_ZERO = ("learning_rate", "table_learning_rate", "max_grad_norm", "teacher_temperature")
 NOT_NEGATIVE = ("weight_decay", "table_weight_decay", "momentum", "warmup_steps")
 
 
@@ -60,6 +60,12 @@ class TrainConfig:
         evaluate_every: Number of steps between two validations; null validates at the end only.
         early_stopping: Condition that ends the run when a validation metric no longer improves in
             its last stage; null trains to the end.
+        teacher: Folder of an exported model whose predictions are learned besides the clicks;
+            null learns from clicks alone.
+        teacher_weight: Share of the teacher's predictions in the loss, from 0 to 1; clicks have the
+            rest.
+        teacher_temperature: Divisor of the teacher's and the model's logits where they are
+            compared; that part of the loss is multiplied by its square.
         device: Device of the ranks: ``cpu``, ``cuda``, or ``auto``, a GPU when there is one.
     """
 
@@ -89,6 +95,9 @@ class TrainConfig:
     log_every: int = 50
     evaluate_every: int | None = None
     early_stopping: PlateauConfig | None = None
+    teacher: str | None = None
+    teacher_weight: float = 0.5
+    teacher_temperature: float = 1.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
@@ -103,6 +112,10 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"train.{name} must be a number of at least 0, got {value}.")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(
+                f"train.teacher_weight must be from 0 to 1, got {self.teacher_weight}."
+            )
         for name in ("max_steps", "evaluate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

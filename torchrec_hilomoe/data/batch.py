@@ -82,6 +82,8 @@ class CTRBatch(Pipelineable):
             names no such column.
         times: ``(T,)`` int64 of each sequence group that has times, in the schema's order: when
             each event happened, parallel to the group's ids in ``unpooled``.
+        teacher_logits: ``(B,)`` float32, logits of a model that this one learns from; None where
+            there is no such.
     """
 
     pooled: KeyedJaggedTensor
@@ -96,6 +98,7 @@ class CTRBatch(Pipelineable):
     num_tokens: int | None = None
     time: Tensor | None = None
     times: tuple[Tensor, ...] = ()
+    teacher_logits: Tensor | None = None
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "CTRBatch":
         """Copy every tensor to ``device``."""

@@ -60,11 +60,14 @@ class TaskOutput:
 
 
 class TrainTask(nn.Module):
-    """Binary cross-entropy over the global batch.
+    """Binary cross-entropy over the global batch, of clicks and of a teacher's predictions.
 
     The sum over a rank's rows is divided by the mean number of rows a rank has, not by its own:
     then the average over ranks, which is what data parallelism takes, is the mean over the
     global batch however unevenly the rows are spread.
+
+    Of a batch with ``teacher_logits`` t, a row's loss is ``(1 - w) BCE(z, y) + w T^2 BCE(z / T,
+    sigmoid(t / T))`` (Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015).
 
     Args:
         model: The ranker.
@@ -73,6 +76,8 @@ class TrainTask(nn.Module):
         device_type: Device type on which autocast acts.
         dtype: Type that the ranker computes in; None is that of its parameters.
         loss_scale: Factor on the loss for ``backward``; the output has it unscaled.
+        teacher_weight: Share w of the teacher's term in the loss, 0 to 1.
+        teacher_temperature: Divisor T of both logits in that term.
     """
 
     def __init__(self, model: CTRModel) -> None:
@@ -81,12 +86,16 @@ class TrainTask(nn.Module):
         self.device_type = "cpu"
         self.dtype: torch.dtype | None = None
         self.loss_scale = 1.0
+        self.teacher_weight = 0.0
+        self.teacher_temperature = 1.0
 
     def forward(self, batch: CTRBatch) -> tuple[Tensor, TaskOutput]:
         """Return the loss ``()`` and the :class:`TaskOutput`."""
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None):
             logits_B = self.model(ModelInputs.of(batch)).float()
         losses_B = F.binary_cross_entropy_with_logits(logits_B, batch.labels, reduction="none")
+        if self.teacher_weight and batch.teacher_logits is not None:
+            losses_B = self._taught(losses_B, logits_B, batch.teacher_logits)
         loss = (losses_B * batch.weights).sum() / batch.loss_denominator
         return loss * self.loss_scale, TaskOutput(
             loss=loss.detach(),
@@ -97,3 +106,10 @@ class TrainTask(nn.Module):
             loss_denominator=batch.loss_denominator,
             position=batch.position,
         )
+
+    def _taught(self, losses_B: Tensor, logits_B: Tensor, teacher_logits_B: Tensor) -> Tensor:
+        weight, temperature = self.teacher_weight, self.teacher_temperature
+        soft_B = F.binary_cross_entropy_with_logits(
+            logits_B / temperature, torch.sigmoid(teacher_logits_B / temperature), reduction="none"
+        )
+        return (1 - weight) * losses_B + weight * temperature**2 * soft_B

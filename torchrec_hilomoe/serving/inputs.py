@@ -64,6 +64,17 @@ class ProgramInputs:
         """In the program's order."""
         return (self.singles, self.lists, self.lengths, self.dense, self.longest, self.steps)
 
+    def to(self, device: torch.device) -> "ProgramInputs":
+        """Copy every tensor to ``device``."""
+        return ProgramInputs(
+            singles=self.singles.to(device),
+            lists=tuple(ids.to(device) for ids in self.lists),
+            lengths=self.lengths.to(device),
+            dense=self.dense.to(device),
+            longest=self.longest.to(device),
+            steps=self.steps.to(device),
+        )
+
     @property
     def free(self) -> tuple[int | tuple[int, ...], ...]:
         """The dimension of each argument that differs from request to request."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
+from torch.export.passes import move_to_device_pass
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from torchrec_hilomoe.serving.archive import ArtifactError, check_archive
@@ -41,15 +42,22 @@ def save_program(program: ExportedProgram, path: str) -> None:
     torch.export.save(program, path)
 
 
-def load_program(path: str) -> torch.nn.Module:
+def load_program(path: str, device: torch.device | None = None) -> torch.nn.Module:
     """Read what `save_program` wrote, without running any code of the file.
+
+    Args:
+        path: A local file.
+        device: Where the program computes; None is the CPU, for which it was exported.
 
     Raises:
         ArtifactError: If the file holds anything else than a program of known operators.
     """
     check_archive(path)
     with without_warnings():
-        return torch.export.load(path).module()
+        program = torch.export.load(path)
+        if device is not None and device.type != "cpu":
+            program = move_to_device_pass(program, device)
+        return program.module()
 
 
 def save_request(program: ExportedProgram, path: str) -> None:

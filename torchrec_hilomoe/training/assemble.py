@@ -76,6 +76,9 @@ def assemble(
     if config.data.path is not None:
         load_frozen_tables(task.model.sparse, config.data.path)
     use_precision(task, train.precision, context.device)
+    if train.teacher is not None:
+        task.teacher_weight = train.teacher_weight
+        task.teacher_temperature = train.teacher_temperature
     set_auxiliary_loss_scale(task, 1.0 / train.gradient_accumulation_steps)
     loss_scale = None
     if train.precision == "fp16":

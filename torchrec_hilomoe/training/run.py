@@ -25,6 +25,7 @@ from torchrec_hilomoe.runtime.ownership import owned
 from torchrec_hilomoe.runtime.paths import explain_full_disk, to_json, write_text
 from torchrec_hilomoe.runtime.process import versions
 from torchrec_hilomoe.runtime.watchdog import Watchdog
+from torchrec_hilomoe.serving.teacher import Teacher
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.auto_routing import (
@@ -72,13 +73,14 @@ def run_training(parsed: ParsedRun, context: DistributedContext) -> None:
     task = build_task(with_widest_views(config.model, schema), schema)
     cost = count_cost(task, schema, config.model.embedding_dim)
     check_capabilities(config.train, schedule_of(config).stages, context.device.type)
+    teacher = _teacher_of(config, schema)
     if config.dry_run and config.out_dir is None:
         logger.info("%s", cost_table(cost))
         logger.info("dry run: nothing is written; with --out_dir, the configuration and the counts")
         return
     folder = _make_folder(parsed, context)
     with _owned(folder, config, context):
-        _run_in(folder, parsed, context, schema, task, cost)
+        _run_in(folder, parsed, context, schema, task, cost, teacher)
 
 
 def _run_in(
@@ -88,6 +90,7 @@ def _run_in(
     schema: Schema,
     task: TrainTask,
     cost: Cost,
+    teacher: Teacher | None,
 ) -> None:
     """Train, evaluate and report in a folder that nobody else writes to."""
     config = parsed.config
@@ -164,7 +167,7 @@ def _run_in(
         log.cut_back()
         _write_config(folder, parsed, context)
         _write_plan(folder, assembly.plan, context)
-        if not trainer.fit(loader, loader_of(config, "valid", context.world)):
+        if not trainer.fit(loader, loader_of(config, "valid", context.world), teacher):
             log.say(f"stopped at step {trainer.step} of {total}; {how_to_go_on(config, folder)}")
             return
         steps = trainer.step
@@ -183,6 +186,7 @@ def _run_in(
         **_costs(cost),
         "route_by": None if trainer.decision is None else asdict(trainer.decision),
         "without_experts": None if plain is None else asdict(plain),
+        "teacher": None if teacher is None else asdict(teacher.origin),
         "samples_per_second": trainer.samples_per_second,
         "steps": steps,
         "tested_step": trainer.step,
@@ -205,6 +209,24 @@ def how_to_go_on(config: RunConfig, folder: Path) -> str:
     if not options:
         return "run again to go on"
     return f"to go on, run again with {' '.join(options)}"
+
+
+def _teacher_of(config: RunConfig, schema: Schema) -> Teacher | None:
+    train = config.train
+    if train.teacher is None:
+        return None
+    teacher = Teacher(train.teacher, schema, config.data.path)
+    origin = teacher.origin
+    logger.info(
+        "teacher %s: %s of step %d, %s; weight %g, temperature %g",
+        train.teacher,
+        origin.backbone,
+        origin.step,
+        f"{origin.split} AUC {origin.metrics['auc']:.4f}" if origin.split else "not evaluated",
+        train.teacher_weight,
+        train.teacher_temperature,
+    )
+    return teacher
 
 
 def _is_tested(folder: Path) -> bool:

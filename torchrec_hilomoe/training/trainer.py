@@ -16,6 +16,7 @@ from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.documents import misfit
 from torchrec_hilomoe.runtime.stopping import StopSignal
 from torchrec_hilomoe.runtime.watchdog import Watchdog
+from torchrec_hilomoe.serving.teacher import Teacher
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.auto_routing import AutoRouting
 from torchrec_hilomoe.training.checkpoint import (
@@ -181,12 +182,13 @@ class Trainer:
         self._driver.compute_as_after(best.step)
         self._log.say(f"testing {path}: {best.metric} {best.value:.4f}, the best validation")
 
-    def fit(self, loader: Loader, validation: Loader) -> bool:
+    def fit(self, loader: Loader, validation: Loader, teacher: Teacher | None = None) -> bool:
         """Train to the end of the last stage.
 
         Args:
             loader: Endless, from :attr:`position` on.
             validation: One pass over the validation split.
+            teacher: Gives batches the logits that the model learns from, besides their labels.
 
         Returns:
             Whether the end was reached; False if a signal stopped the run, which is then saved.
@@ -195,7 +197,8 @@ class Trainer:
             NonFiniteError: With the step, what is no number, and the batch's position.
         """
         # Closed also when an error ends the run: a reader that waits would keep the process alive.
-        with closing(iter(loader)) as batches, self._watchdog, StopSignal() as self._stop:
+        read = iter(loader) if teacher is None else teacher.teach(loader, self.model.device)
+        with closing(read) as batches, self._watchdog, StopSignal() as self._stop:
             reached = self._fit(batches, validation)
             self._stop = None
             self._detach()

@@ -37,6 +37,35 @@ def test_the_loss_is_the_weighted_sum_over_rows_by_their_number_in_the_batch():
     assert output.loss.item() == loss.item()
 
 
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 2.0), (0.3, 1.0), (1.0, 4.0)])
+def test_a_teacher_takes_its_share_of_the_loss(weight, temperature):
+    task, batch = in_memory(), next(batches(ROWS, ROWS))
+    task.teacher_weight, task.teacher_temperature = weight, temperature
+    batch = replace(batch, teacher_logits=3 * torch.randn(ROWS))
+    loss, output = task(batch)
+    target = torch.sigmoid(batch.teacher_logits.double() / temperature)
+    soft = temperature**2 * cross_entropy(output.logits.double() / temperature, target)
+    losses = (1 - weight) * cross_entropy(output.logits, batch.labels) + weight * soft
+    want = (losses * batch.weights).sum() / batch.loss_denominator
+    # Twice a handful of operations a row, and the mixture; then rows are summed up.
+    assert loss.item() == rounded(want.item(), terms=20 + ROWS, dtype=torch.float32)
+
+
+def test_a_batch_without_a_teacher_learns_from_its_labels_alone():
+    task, batch = in_memory(), next(batches(ROWS, ROWS))
+    task.eval()
+    want = task(batch)[0].item()
+    task.teacher_weight = 1.0
+    assert task(batch)[0].item() == want
+
+
+def test_micro_batches_keep_what_a_teacher_says():
+    batch = replace(next(batches(ROWS, ROWS)), teacher_logits=torch.arange(float(ROWS)))
+    parts = list(split_microbatches(batch, 3, SCHEMA.sequences))
+    assert torch.equal(torch.cat([part.teacher_logits for part in parts]), batch.teacher_logits)
+    assert all(len(part.teacher_logits) == len(part.labels) for part in parts)
+
+
 def test_the_average_over_ranks_is_the_loss_of_the_global_batch():
     """However unevenly the rows are spread: 13 rows over 2 ranks, the last batch has 5."""
     task = in_memory().eval()
@@ -75,10 +104,14 @@ def test_a_batch_without_rows_has_no_loss_and_gradients_of_zero(backbone):
         assert not parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
 @pytest.mark.parametrize("training", [True, False])
-def test_is_fx_traceable_around_its_lookups(training):
+def test_is_fx_traceable_around_its_lookups(training, weight):
     """What TorchRec's pipelines trace; a branch on a tensor would break them."""
     task, batch = in_memory().train(training), next(batches(ROWS, ROWS))
+    if weight:
+        task.teacher_weight = weight
+        batch = replace(batch, teacher_logits=torch.randn(ROWS))
     nothing = next(split_microbatches(batch, ROWS + 1, SCHEMA.sequences))
     leaves = ["EmbeddingCollection", "EmbeddingBagCollection"]
     traced = torch.fx.GraphModule(task, Tracer(leaf_modules=leaves).trace(task))

@@ -61,6 +61,7 @@ def _rows(batch: CTRBatch, start: int, stop: int, sequences: Sequence[SequenceGr
             _events(times_T, lengths_B, start, stop)
             for times_T, lengths_B in zip(batch.times, timed, strict=True)
         ),
+        teacher_logits=None if batch.teacher_logits is None else batch.teacher_logits[start:stop],
     )
 
 

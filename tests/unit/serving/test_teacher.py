@@ -1,0 +1,103 @@
+"""What an exported model says of the batches that another one learns from."""
+
+import re
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from tests.helpers.datasets import SCHEMA, toy_table
+from tests.helpers.rounding import assert_within, rounding_of
+from tests.helpers.serving import batch_of, ranker
+from torchrec_hilomoe.data.schema import VocabularyRule
+from torchrec_hilomoe.embeddings.features import ModelInputs
+from torchrec_hilomoe.serving import export_model
+from torchrec_hilomoe.serving.archive import ArtifactError
+from torchrec_hilomoe.serving.teacher import Teacher
+
+CPU = torch.device("cpu")
+COUNTED = replace(
+    SCHEMA, vocabularies={"item": VocabularyRule(kind="counted", file="item.parquet")}
+)
+
+
+class Batches:
+    """As the loader gives them; knows whether it was closed."""
+
+    def __init__(self, *sizes):
+        self.batches = [batch_of(toy_table(size, seed=size)) for size in sizes]
+        self.closed = False
+
+    def __iter__(self) -> Generator:
+        try:
+            yield from self.batches
+        finally:
+            self.closed = True
+
+
+def vocabulary(*values: str) -> pa.Table:
+    ids = pa.array(range(1, 1 + len(values)), pa.int64())
+    return pa.table({"value": pa.array(values), "id": ids})
+
+
+def test_batches_get_the_logits_of_evaluation_and_keep_the_rest(tmp_path):
+    torch.manual_seed(0)
+    task = ranker("din", "view")
+    export_model(task.model, tmp_path / "teacher")
+    source = Batches(0, 1, 64)
+    taught = list(Teacher(str(tmp_path / "teacher"), SCHEMA, None).teach(source, CPU))
+    whole = ModelInputs.of(source.batches[-1])
+    with torch.no_grad():
+        rounding = rounding_of(task.model, whole)
+        for batch, before in zip(taught, source.batches, strict=True):
+            assert replace(batch, teacher_logits=None) == before
+            want = task.model(ModelInputs.of(before))
+            assert_within(batch.teacher_logits, want, rounding, f"{len(want)} rows")
+
+
+def test_a_loss_has_gradients_through_what_it_says(artifact):
+    """Tensors of inference mode could not be kept for the backward pass."""
+    task = ranker().train()
+    task.teacher_weight = 1.0
+    (batch,) = Teacher(str(artifact), SCHEMA, None).teach(Batches(8), CPU)
+    task(batch)[0].backward()
+    assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+def test_closing_it_closes_the_loader(artifact):
+    source = Batches(2, 2)
+    taught = Teacher(str(artifact), SCHEMA, None).teach(source, CPU)
+    next(taught)
+    taught.close()
+    assert source.closed
+
+
+def test_what_is_no_artifact_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match=re.escape(f"there is no artifact at {tmp_path}")):
+        Teacher(str(tmp_path), SCHEMA, None)
+
+
+def test_other_columns_are_refused_by_name(artifact):
+    tables = {**SCHEMA.tables, "item": SCHEMA.tables["item"] + 1}
+    with pytest.raises(ValueError, match=r"train\.teacher .* different schemas: 1 diff[\s\S]*item"):
+        Teacher(str(artifact), replace(SCHEMA, tables=tables), None)
+
+
+@pytest.mark.parametrize(("here", "refused"), [(("a", "b"), False), (("b", "a"), True)])
+def test_ids_that_mean_other_values_are_refused(
+    here: tuple[str, ...], refused: bool, tmp_path: Path
+):
+    task = ranker("din", "plain", COUNTED)
+    export_model(task.model, tmp_path / "teacher", vocabularies={"item": vocabulary("a", "b")})
+    data = tmp_path / "data"
+    data.mkdir()
+    pq.write_table(vocabulary(*here), data / "item.parquet")
+    if not refused:
+        Teacher(str(tmp_path / "teacher"), COUNTED, str(data))
+        return
+    with pytest.raises(ValueError, match="another vocabulary of table 'item'"):
+        Teacher(str(tmp_path / "teacher"), COUNTED, str(data))

@@ -1,0 +1,105 @@
+"""An exported model as a teacher: its logits go into the batches that another model trains on.
+
+Shape legend:
+    B  rows
+"""
+
+import logging
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.runtime.paths import open_binary, path_manager
+from torchrec_hilomoe.serving.archive import ArtifactError
+from torchrec_hilomoe.serving.artifact import Artifact, Origin, PROGRAM_FILE
+from torchrec_hilomoe.serving.inputs import InputLayout
+from torchrec_hilomoe.serving.program import load_program
+from torchrec_hilomoe.serving.requests import vocabulary_of
+
+__all__ = ["Teacher"]
+
+logger = logging.getLogger(__name__)
+
+
+class Teacher:
+    """The program of an artifact, which is loaded when the first batch asks for it.
+
+    Args:
+        path: A folder that ``export`` has written.
+        schema: Columns of the data that the other model trains on.
+        data: The prepared folder of that data; None for generated data.
+
+    Raises:
+        ArtifactError: If the artifact is missing, damaged or of another release.
+        ValueError: If it was trained on other columns, or its ids mean other values.
+    """
+
+    def __init__(self, path: str, schema: Schema, data: str | None) -> None:
+        try:
+            self._artifact = Artifact(path)
+        except ArtifactError as error:
+            raise ArtifactError(f"train.teacher: {error}") from error
+        self._layout = InputLayout(schema)
+        self._program: nn.Module | None = None
+        taught = replace(self._artifact.schema, dataset=schema.dataset)
+        if differences := InputLayout(taught).schema.differences(self._layout.schema):
+            shown = "\n  ".join(differences)
+            raise ValueError(
+                f"train.teacher {path} (here) and the data (there) have different schemas: "
+                f"{len(differences)} differences.\n  {shown}\nName a teacher that was trained on "
+                "this data, or prepared in the same way."
+            )
+        if data is not None:
+            self._check_vocabularies(schema, data)
+
+    @property
+    def origin(self) -> Origin:
+        """What the artifact is of."""
+        return self._artifact.origin
+
+    def teach(self, batches: Loader, device: torch.device) -> Generator[CTRBatch, None, None]:
+        """Yield batches with the teacher's logits; closing this closes what they come from.
+
+        Args:
+            batches: Of the training split.
+            device: Where the teacher computes.
+        """
+        if self._program is None:
+            path = self._artifact.file(PROGRAM_FILE)
+            assert path is not None
+            self._program = load_program(path, device)
+        with closing(iter(batches)) as source:
+            yield from self._taught(source, self._program, device)
+
+    def _taught(
+        self, batches: Iterable[CTRBatch], program: nn.Module, device: torch.device
+    ) -> Iterable[CTRBatch]:
+        for batch in batches:
+            with torch.no_grad():  # not inference mode: the loss keeps them for its backward pass
+                logits_B = program(*self._layout.of_batch(batch).to(device).arguments)
+            yield replace(batch, teacher_logits=logits_B)
+
+    def _check_vocabularies(self, schema: Schema, data: str) -> None:
+        for table, rule in schema.vocabularies.items():
+            taught = self._artifact.file(vocabulary_of(table))
+            if (
+                rule.file is None
+                or taught is None
+                or not path_manager.isfile(f"{data}/{rule.file}")
+            ):
+                continue
+            with open_binary(f"{data}/{rule.file}") as source:
+                here = pq.read_table(source, columns=["value", "id"])
+            if not pq.read_table(taught, columns=["value", "id"]).equals(here):
+                raise ValueError(
+                    f"train.teacher {self._artifact.path} has another vocabulary of table "
+                    f"{table!r} than {data}/{rule.file}, so that ids mean other values. Name a "
+                    "teacher that was trained on this folder, or train on the teacher's."
+                )
