@@ -28,6 +28,7 @@ from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.runtime.distributed import DistributedContext, init_distributed
 from torchrec_hilomoe.runtime.world import World
+from torchrec_hilomoe.serving.teacher import Teacher
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.inputs import schema_of
@@ -161,7 +162,7 @@ def run_app_here(argv: list[str]) -> Ended:
 def _train(argv: list[str]) -> None:
     parsed = parse_run(argv)
     with init_distributed("cpu") as context:
-        run_training(parsed, context)
+        run_training(parsed, context, Teacher)
 
 
 def _train_and_signal(argv: list[str], rank: int, number: signal.Signals, seen: Path) -> None:

@@ -15,6 +15,7 @@ from torchrec_hilomoe.command_line import DEFAULT_RECIPE, parse_run, recipe_name
 from torchrec_hilomoe.options import help_text
 from torchrec_hilomoe.runtime.console import print_result, set_up_console
 from torchrec_hilomoe.runtime.distributed import init_distributed, PeerLostError, pg_timeout
+from torchrec_hilomoe.serving.teacher import Teacher
 from torchrec_hilomoe.training.non_finite import NonFiniteError
 from torchrec_hilomoe.training.run import run_training
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
         with init_distributed(
             parsed.config.train.device, timeout=pg_timeout(parsed.config.stall_seconds)
         ) as context:
-            run_training(parsed, context)
+            run_training(parsed, context, Teacher)
     except (ValueError, NonFiniteError, PeerLostError) as error:
         which = f"[rank {rank}] " if rank else ""  # most mistakes are found by every rank
         print(f"{which}error: {error}", file=sys.stderr)

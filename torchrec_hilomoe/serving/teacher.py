@@ -5,20 +5,19 @@ Shape legend:
 """
 
 import logging
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from torchrec_hilomoe.data.batch import CTRBatch
-from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
 from torchrec_hilomoe.serving.archive import ArtifactError
-from torchrec_hilomoe.serving.artifact import Artifact, Origin, PROGRAM_FILE
+from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE
 from torchrec_hilomoe.serving.inputs import InputLayout
 from torchrec_hilomoe.serving.program import load_program
 from torchrec_hilomoe.serving.requests import vocabulary_of
@@ -59,12 +58,18 @@ class Teacher:
         if data is not None:
             self._check_vocabularies(schema, data)
 
-    @property
-    def origin(self) -> Origin:
-        """What the artifact is of."""
-        return self._artifact.origin
+        origin = self._artifact.origin
+        auc = f"{origin.split} AUC {origin.metrics['auc']:.4f}" if origin.split else "not evaluated"
+        logger.info("teacher %s: %s of step %d, %s", path, origin.backbone, origin.step, auc)
 
-    def teach(self, batches: Loader, device: torch.device) -> Generator[CTRBatch, None, None]:
+    @property
+    def description(self) -> Mapping[str, object]:
+        """What the artifact is of."""
+        return asdict(self._artifact.origin)
+
+    def teach(
+        self, batches: Generator[CTRBatch, None, None], device: torch.device
+    ) -> Generator[CTRBatch, None, None]:
         """Yield batches with the teacher's logits; closing this closes what they come from.
 
         Args:
@@ -75,16 +80,11 @@ class Teacher:
             path = self._artifact.file(PROGRAM_FILE)
             assert path is not None
             self._program = load_program(path, device)
-        with closing(iter(batches)) as source:
-            yield from self._taught(source, self._program, device)
-
-    def _taught(
-        self, batches: Iterable[CTRBatch], program: nn.Module, device: torch.device
-    ) -> Iterable[CTRBatch]:
-        for batch in batches:
-            with torch.no_grad():  # not inference mode: the loss keeps them for its backward pass
-                logits_B = program(*self._layout.of_batch(batch).to(device).arguments)
-            yield replace(batch, teacher_logits=logits_B)
+        with closing(batches):
+            for batch in batches:
+                with torch.no_grad():  # inference tensors are not kept for a backward pass
+                    logits_B = self._program(*self._layout.of_batch(batch).to(device).arguments)
+                yield replace(batch, teacher_logits=logits_B)
 
     def _check_vocabularies(self, schema: Schema, data: str) -> None:
         for table, rule in schema.vocabularies.items():

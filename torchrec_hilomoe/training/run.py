@@ -25,7 +25,6 @@ from torchrec_hilomoe.runtime.ownership import owned
 from torchrec_hilomoe.runtime.paths import explain_full_disk, to_json, write_text
 from torchrec_hilomoe.runtime.process import versions
 from torchrec_hilomoe.runtime.watchdog import Watchdog
-from torchrec_hilomoe.serving.teacher import Teacher
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble
 from torchrec_hilomoe.training.auto_routing import (
@@ -50,6 +49,7 @@ from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
 from torchrec_hilomoe.training.sharding.plan_report import PlanReport
 from torchrec_hilomoe.training.stages import PlateauConfig
+from torchrec_hilomoe.training.teaching import OpenTeacher, Teacher
 from torchrec_hilomoe.training.trainer import Intervals, Trainer
 from torchrec_hilomoe.training.warm_start import warm_start
 
@@ -61,8 +61,15 @@ OWNER = ".owner"
 
 
 @explain_full_disk()
-def run_training(parsed: ParsedRun, context: DistributedContext) -> None:
+def run_training(
+    parsed: ParsedRun, context: DistributedContext, open_teacher: OpenTeacher | None = None
+) -> None:
     """Train, evaluate and report; a collective call.
+
+    Args:
+        parsed: The run.
+        context: This process among the ranks.
+        open_teacher: Opens what ``train.teacher`` names; needed where it names something.
 
     Raises:
         ValueError: If the configuration, the data or a checkpoint does not fit.
@@ -73,7 +80,10 @@ def run_training(parsed: ParsedRun, context: DistributedContext) -> None:
     task = build_task(with_widest_views(config.model, schema), schema)
     cost = count_cost(task, schema, config.model.embedding_dim)
     check_capabilities(config.train, schedule_of(config).stages, context.device.type)
-    teacher = _teacher_of(config, schema)
+    teacher = None
+    if config.train.teacher is not None:
+        assert open_teacher is not None
+        teacher = open_teacher(config.train.teacher, schema, config.data.path)
     if config.dry_run and config.out_dir is None:
         logger.info("%s", cost_table(cost))
         logger.info("dry run: nothing is written; with --out_dir, the configuration and the counts")
@@ -186,7 +196,7 @@ def _run_in(
         **_costs(cost),
         "route_by": None if trainer.decision is None else asdict(trainer.decision),
         "without_experts": None if plain is None else asdict(plain),
-        "teacher": None if teacher is None else asdict(teacher.origin),
+        "teacher": None if teacher is None else teacher.description,
         "samples_per_second": trainer.samples_per_second,
         "steps": steps,
         "tested_step": trainer.step,
@@ -209,24 +219,6 @@ def how_to_go_on(config: RunConfig, folder: Path) -> str:
     if not options:
         return "run again to go on"
     return f"to go on, run again with {' '.join(options)}"
-
-
-def _teacher_of(config: RunConfig, schema: Schema) -> Teacher | None:
-    train = config.train
-    if train.teacher is None:
-        return None
-    teacher = Teacher(train.teacher, schema, config.data.path)
-    origin = teacher.origin
-    logger.info(
-        "teacher %s: %s of step %d, %s; weight %g, temperature %g",
-        train.teacher,
-        origin.backbone,
-        origin.step,
-        f"{origin.split} AUC {origin.metrics['auc']:.4f}" if origin.split else "not evaluated",
-        train.teacher_weight,
-        train.teacher_temperature,
-    )
-    return teacher
 
 
 def _is_tested(folder: Path) -> bool:

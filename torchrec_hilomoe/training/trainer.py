@@ -16,7 +16,6 @@ from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.documents import misfit
 from torchrec_hilomoe.runtime.stopping import StopSignal
 from torchrec_hilomoe.runtime.watchdog import Watchdog
-from torchrec_hilomoe.serving.teacher import Teacher
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.auto_routing import AutoRouting
 from torchrec_hilomoe.training.checkpoint import (
@@ -36,6 +35,7 @@ from torchrec_hilomoe.training.stages import PlateauConfig, StageTimeline, Stage
 from torchrec_hilomoe.training.stages.driver import StageDriver
 from torchrec_hilomoe.training.stages.schedule import MetricTracker
 from torchrec_hilomoe.training.stages.staging import share_statistics
+from torchrec_hilomoe.training.teaching import Teacher
 
 __all__ = ["Intervals", "Trainer", "training_state"]
 
@@ -197,7 +197,9 @@ class Trainer:
             NonFiniteError: With the step, what is no number, and the batch's position.
         """
         # Closed also when an error ends the run: a reader that waits would keep the process alive.
-        read = iter(loader) if teacher is None else teacher.teach(loader, self.model.device)
+        read = iter(loader)
+        if teacher is not None:
+            read = teacher.teach(read, self.model.device)
         with closing(read) as batches, self._watchdog, StopSignal() as self._stop:
             reached = self._fit(batches, validation)
             self._stop = None

@@ -1,5 +1,6 @@
 """What an exported model says of the batches that another one learns from."""
 
+import inspect
 import re
 from collections.abc import Generator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from tests.helpers.datasets import SCHEMA, toy_table
 from tests.helpers.rounding import assert_within, rounding_of
 from tests.helpers.serving import batch_of, ranker
+from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import VocabularyRule
 from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.serving import export_model
@@ -25,18 +27,8 @@ COUNTED = replace(
 )
 
 
-class Batches:
-    """As the loader gives them; knows whether it was closed."""
-
-    def __init__(self, *sizes):
-        self.batches = [batch_of(toy_table(size, seed=size)) for size in sizes]
-        self.closed = False
-
-    def __iter__(self) -> Generator:
-        try:
-            yield from self.batches
-        finally:
-            self.closed = True
+def batches(*sizes: int) -> Generator[CTRBatch, None, None]:
+    yield from [batch_of(toy_table(size, seed=size)) for size in sizes]
 
 
 def vocabulary(*values: str) -> pa.Table:
@@ -48,14 +40,16 @@ def test_batches_get_the_logits_of_evaluation_and_keep_the_rest(tmp_path):
     torch.manual_seed(0)
     task = ranker("din", "view")
     export_model(task.model, tmp_path / "teacher")
-    source = Batches(0, 1, 64)
+    given = list(batches(0, 1, 64))
+    source = (batch for batch in given)
     taught = list(Teacher(str(tmp_path / "teacher"), SCHEMA, None).teach(source, CPU))
-    whole = ModelInputs.of(source.batches[-1])
+    whole = ModelInputs.of(given[-1])
     with torch.no_grad():
         rounding = rounding_of(task.model, whole)
-        for batch, before in zip(taught, source.batches, strict=True):
+        for batch, before in zip(taught, given, strict=True):
             assert replace(batch, teacher_logits=None) == before
             want = task.model(ModelInputs.of(before))
+            assert batch.teacher_logits is not None
             assert_within(batch.teacher_logits, want, rounding, f"{len(want)} rows")
 
 
@@ -63,17 +57,17 @@ def test_a_loss_has_gradients_through_what_it_says(artifact):
     """Tensors of inference mode could not be kept for the backward pass."""
     task = ranker().train()
     task.teacher_weight = 1.0
-    (batch,) = Teacher(str(artifact), SCHEMA, None).teach(Batches(8), CPU)
+    (batch,) = Teacher(str(artifact), SCHEMA, None).teach(batches(8), CPU)
     task(batch)[0].backward()
     assert all(parameter.grad is not None for parameter in task.parameters())
 
 
 def test_closing_it_closes_the_loader(artifact):
-    source = Batches(2, 2)
+    source = batches(2, 2)
     taught = Teacher(str(artifact), SCHEMA, None).teach(source, CPU)
     next(taught)
     taught.close()
-    assert source.closed
+    assert inspect.getgeneratorstate(source) == inspect.GEN_CLOSED
 
 
 def test_what_is_no_artifact_is_refused(tmp_path):
