@@ -5,9 +5,9 @@ experts a row uses), `experts` (what they add to it), `function` (both with thei
 is the same in Triton), `losses` (how routers are kept balanced) and `ranks` (over whom), `plan`
 (which backend), `linear` (the module), `router` (one for several sites) and `passes` (whose routing
 a site gets that is recomputed), `inject` (how an existing model gets them, and what one tells
-them), `costs` (what they cost), `monitor` and `report` (what the routers do, in training and in a
-pass; `scalars`, as numbers for TensorBoard), `probe` (which features should route, before there is
-an expert).
+them; `folding`, what never varies), `costs` (what they cost), `monitor` and `report` (what the
+routers do, in training and in a pass; `scalars`, as numbers for TensorBoard), `probe` (which
+features should route, before there is an expert).
 """
 
 from torchrec_hilomoe.hilomoe.base_checkpoint import load_base_checkpoint

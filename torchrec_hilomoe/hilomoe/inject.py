@@ -9,6 +9,7 @@ from torch import distributed as dist
 from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.folding import constant_gates, folded_weight
 from torchrec_hilomoe.hilomoe.host_checks import (
     carry_over,
     check_maps,
@@ -216,13 +217,16 @@ def inject_shared_router(
 def remove_hilomoe(model: nn.Module) -> list[str]:
     """Turn sites back into plain linear maps, in place.
 
+    Experts that compute become part of the base map where every row has the same gates: a single
+    expert, or all of a layer's experts with equal keys. The weight is then the sum, rounded once.
+
     Returns:
         The names of the maps.
 
     Raises:
-        ValueError: If the model is wrapped or a site itself; if a site computes with experts, so
-            that removing it would change the model's outputs; if it is reparametrized or has hooks,
-            which a plain map would lose. The model is then as it was.
+        ValueError: If the model is wrapped or a site itself; if a site computes with experts that
+            differ from row to row, so that removing it would change the model's outputs; if it is
+            reparametrized or has hooks, which a plain map would lose. The model is then as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -243,15 +247,23 @@ def remove_hilomoe(model: nn.Module) -> list[str]:
             "remove_hilomoe: the model is a site itself, which can only be replaced in a module "
             "that has it. Call remove_hilomoe on that module."
         )
-    busy = {name: site.active_layers for name, site in sites.items() if site.active_layers}
-    if busy:
-        raise ValueError(
-            "remove_hilomoe: active_layers must be 0 at every site, because removing experts that "
-            f"compute would change the model's outputs; got {busy}. Set active_layers = 0 first."
-        )
     for name, site in sites.items():
         refuse_changed(name, site, "remove_hilomoe", "removal")
+    computing = {name: site for name, site in sites.items() if site.active_layers}
+    gates = {name: constant_gates(site) for name, site in computing.items()}
+    busy = {name: computing[name].active_layers for name, found in gates.items() if found is None}
+    if busy:
+        raise ValueError(
+            "remove_hilomoe: active_layers must be 0 at every site whose rows have gates of their "
+            "own, because removing experts that compute would change the model's outputs; got "
+            f"{busy}. Set active_layers = 0 first."
+        )
+    folded = {
+        n: folded_weight(computing[n], found) for n, found in gates.items() if found is not None
+    }
     linears = {site: _linear_of(name, site) for name, site in sites.items()}
+    for name, weight in folded.items():
+        sites[name].weight.data.copy_(weight)  # what holds the parameter goes on holding it
     places = [*model.named_modules(remove_duplicate=False)]  # a host may use a site in two of them
     stop_watching(model)
     for name, router in routers_of(model).items():

@@ -214,6 +214,10 @@ class HiLoMoELinear(nn.Module):
         """Those that ``nn.Linear`` does not have, by name."""
         return {name: p for name, p in self.named_parameters() if is_of_experts(name)}
 
+    def keys_LEQ(self) -> Tensor:
+        """Of all layers, of a site that routes its own rows."""
+        return self.expert_in.flatten(1, 2) if self.config.tie_keys else self.expert_keys
+
     def routing_parameters(self) -> dict[str, nn.Parameter]:
         """Those that do nothing but route, by name; none of them if keys are tied."""
         return {name: p for name, p in self.named_parameters() if _stands_for(name, ROUTING)}

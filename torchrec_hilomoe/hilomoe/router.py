@@ -255,7 +255,7 @@ class SampleRouter(nn.Module):
             self.width,
             None if config.query_dim is None else self.query_proj,
             self.ranges,
-            self._keys()[: self.active_layers],
+            self.keys_LEQ()[: self.active_layers],
             config,
             self.plan,
             loss_weights(config, self.auxiliary_scale, self.group) if self.training else None,
@@ -265,8 +265,8 @@ class SampleRouter(nn.Module):
             self._record = record
         return routing
 
-    def _keys(self) -> Tensor:
-        """``(L, E, Q)``: keys compare with what their layer reads, and are zero elsewhere."""
+    def keys_LEQ(self) -> Tensor:
+        """Of all layers; keys compare with what their layer reads, and are zero elsewhere."""
         if not self.ranges:
             return self.expert_keys
         # Of the configuration: FX knows no shapes, and must not have to unpack them.
