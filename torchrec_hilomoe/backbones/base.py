@@ -63,10 +63,10 @@ class Backbone(nn.Module, ABC):
 
     def sample_of(self, features: SequenceFeatures) -> Tensor:
         """Join candidate and context, ``(B, C + P)``; a backbone calls it before its sites run."""
-        joined_BS = torch.cat([features.candidate, features.context], dim=1)
+        sample_BS = features.sample
         means = [mean_rows(history) for history in features.histories if self.include_history_mean]
-        self.sample(torch.cat([joined_BS, *means], dim=1) if means else joined_BS)
-        return joined_BS
+        self.sample(torch.cat([sample_BS, *means], dim=1) if means else sample_BS)
+        return sample_BS
 
     @abstractmethod
     def forward(self, features: SequenceFeatures) -> Tensor:

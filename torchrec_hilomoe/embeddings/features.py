@@ -11,6 +11,7 @@ Shape legend:
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -95,6 +96,7 @@ class SequenceFeatures:
             say.
         num_tokens: Events of each row's longest history, summed over rows; None where the host does
             not know.
+        joined: ``(B, C + P)``, of which candidate and context are parts, where they are.
     """
 
     candidate: Tensor
@@ -103,6 +105,14 @@ class SequenceFeatures:
     max_seqlen: int
     time: Tensor | None = None
     num_tokens: int | None = None
+    joined: Tensor | None = None
+
+    @property
+    def sample(self) -> Tensor:
+        """Candidate and context side by side, ``(B, C + P)``."""
+        if self.joined is not None:
+            return self.joined
+        return torch.cat([self.candidate, self.context], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,9 +92,13 @@ def lay_out(
         )
         for group, lengths_B in zip(schema.sequences, found.lengths, strict=True)
     )
+    # One copy of every vector: each of candidate and context is a part of it.
+    joined_BS = torch.cat([*fields.values(), *parts, dense_BF], dim=1)
+    candidate = sum(vectors_BD.shape[1] for vectors_BD in fields.values())
     return SequenceFeatures(
-        candidate=torch.cat([fields[field.name] for field in schema.candidate], dim=1),
-        context=torch.cat([*parts, dense_BF], dim=1),
+        candidate=joined_BS[:, :candidate],
+        context=joined_BS[:, candidate:],
+        joined=joined_BS,
         histories=histories,
         max_seqlen=found.max_seqlen,
         time=found.time if schema.time is not None else None,

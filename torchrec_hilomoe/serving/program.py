@@ -120,7 +120,7 @@ def without_warnings() -> Iterator[None]:
             (r"The tensor attributes? .* assigned during export", UserWarning),
             # Of weights that are one number in every place, which `save_request` leaves.
             (r"No complete tensor found in the group", UserWarning),
-            # Torch 2.11 and 2.12 read weights as views of the file's bytes, which nothing writes to.
+            # Torch 2.11 and 2.12 read weights as views of bytes, which nothing writes to.
             (r"The given buffer is not writable", UserWarning),
             (r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning),  # PyTorch's own
         ):

@@ -102,7 +102,7 @@ def test_the_context_is_pooled_features_in_order_then_dense_ones():
 
 def test_pooled_features_have_one_gradient_together():
     """A slice of each would have one as wide as all of them, for every feature."""
-    context = run(arch(), next(batches(ROWS, ROWS))).context
+    context = run(arch(), next(batches(ROWS, ROWS))).sample
     assert context.grad_fn is not None
     seen, ahead = set(), [context.grad_fn]
     while ahead:

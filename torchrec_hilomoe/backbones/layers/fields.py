@@ -54,13 +54,11 @@ class FieldVectors(nn.Module):
 
     def forward(self, features: SequenceFeatures) -> tuple[Tensor, Tensor]:
         """Return the first vector ``(B, D)``, and those of the other fields ``(B, F, D)``."""
-        means = [mean_rows(history) for history in features.histories]
-        if self.dense is None:
-            joined = torch.cat([features.candidate, features.context, *means], dim=1)
-            first_BD = joined[:, : self._embedding]
-            rest = joined[:, self._embedding :]
-        else:
-            first_BD = self.dense(features.context[:, -self._dense :])
-            ids = features.context[:, : -self._dense]
-            rest = torch.cat([features.candidate, ids, *means], dim=1)
+        first_BD, rest = None, features.sample
+        if self.dense is not None:
+            first_BD, rest = self.dense(rest[:, -self._dense :]), rest[:, : -self._dense]
+        if means := [mean_rows(history) for history in features.histories]:
+            rest = torch.cat([rest, *means], dim=1)
+        if first_BD is None:
+            first_BD, rest = rest[:, : self._embedding], rest[:, self._embedding :]
         return first_BD, rest.unflatten(1, (self.num_fields, self._embedding))

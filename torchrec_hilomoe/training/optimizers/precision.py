@@ -97,7 +97,7 @@ def use_precision(task: TrainTask, precision: Precision, device: torch.device) -
 def _unscale_for_tables(features: SequenceFeatures, task: TrainTask) -> None:
     """Put hooks on what was looked up, so that its gradient is divided, or zero if not finite."""
     histories = [tensor for h in features.histories for tensor in (h.events, h.target)]
-    for vectors in (features.candidate, features.context, *histories):
+    for vectors in (features.sample, *histories):
         # TorchRec's pipelines trace the task with proxies, which have no gradient to hook.
         if isinstance(vectors, Tensor) and vectors.requires_grad:
             vectors.register_hook(partial(_divided, by=task.loss_scale))

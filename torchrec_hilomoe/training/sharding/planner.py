@@ -331,7 +331,9 @@ def _constraints(
     possible = capability.pooled if table.pooled else capability.unpooled
     wide = table.width >= 2 * NARROWEST_SPLIT
     # What needs several hosts, or host memory, is for those who ask for it.
-    types = [kind for kind in possible if kind in USUAL]
+    # A rank that is alone shares no table: cut by rows, ids would be sorted into one bucket.
+    usual = USUAL if machine.world_size > 1 else (ShardingType.TABLE_WISE,)
+    types = [kind for kind in possible if kind in usual]
     chosen = [kind.value for kind in types if wide or kind is not ShardingType.COLUMN_WISE]
     min_partition = NARROWEST_SPLIT if wide else None
     if wanted.type == "column_wise" and wanted.ranks:
