@@ -93,12 +93,13 @@ def test_signatures():
         "model",
         "config",
         "sites",
+        "exclude",
         "process_group",
         "seed",
     ]
     assert arguments(inject_hilomoe)["config"] is ...
     shared = ["model", "config", "sites", "query_module", "query_width", "tokens", "views", "name"]
-    shared += ["query_entry", "process_group", "seed"]
+    shared += ["query_entry", "process_group", "seed", "exclude"]
     assert list(arguments(inject_shared_router)) == shared
     assert list(arguments(routing_report))[0] == "model"
 

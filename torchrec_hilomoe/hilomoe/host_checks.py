@@ -3,14 +3,15 @@
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping, Sequence
 from types import CodeType
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
+
+from torchrec_hilomoe.hilomoe.selectors import matcher, Selector, shown
 
 __all__ = [
     "carry_over",
@@ -52,42 +53,80 @@ def refuse_wrapped(model: nn.Module) -> None:
 def match_maps(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
-    patterns: Sequence[str],
-    taken: Collection[str],
+    sites: Sequence[Selector],
+    exclude: Sequence[Selector],
+    taken: Mapping[str, nn.Module],
 ) -> list[str]:
-    """The names that the patterns mean, in the model's order."""
-    if isinstance(patterns, str) or not patterns:
+    """The names that are meant, in the model's order."""
+    if not _is_list(sites) or not sites or not _is_list(exclude):
+        option, got = ("exclude", exclude) if _is_list(sites) and sites else ("sites", sites)
+        least = "" if option == "exclude" else "at least one "
         raise ValueError(
-            f"inject_hilomoe: sites must be a list of at least one name pattern, got {patterns!r}. "
-            f"The model's nn.Linear: {_listed(linears)}."
+            f"inject_hilomoe: {option} must be a list of {least}name pattern, type or predicate, "
+            f"got {got!r}. The model's nn.Linear: {_listed(linears)}."
         )
+    maps = {**linears, **taken}
+    left_out = _excluded(model, maps, sites, exclude)
     chosen_by: dict[str, str] = {}
-    for pattern in patterns:
-        names = [name for name in (*linears, *taken) if fnmatchcase(name, pattern)]
+    for selector in sites:
+        means, own = matcher(model, selector), shown(selector)
+        names = [name for name, module in maps.items() if means(name, module)]
         if not names:
-            passed_over = [f"{n!r} {why}" for n, why in _not_plain(model, [pattern]).items()]
+            found = _not_plain(model, [selector], ()).items()
+            passed_over = [f"{n!r} {why}" for n, why in found]
             but = f", only {'; '.join(passed_over)}" if passed_over else ""
             raise ValueError(
-                f"inject_hilomoe: sites pattern {pattern!r} matches none of the model's "
-                f"nn.Linear: {_listed(linears)}{but}. Write a pattern that matches one of these "
-                "names."
+                f"inject_hilomoe: sites {own} matches none of the model's nn.Linear: "
+                f"{_listed(linears)}{but}. Write a pattern that matches one of these names."
             )
-        for name in names:
+        for name in (name for name in names if name not in left_out):
             if name in taken:
                 raise ValueError(
-                    f"inject_hilomoe: sites pattern {pattern!r} matches {name!r}, which carries "
-                    f"experts already. The nn.Linear without: {_listed(linears)}."
+                    f"inject_hilomoe: sites {own} matches {name!r}, which carries experts already. "
+                    f"The nn.Linear without: {_listed(linears)}."
                 )
             if name in chosen_by:
                 raise ValueError(
-                    f"inject_hilomoe: {name!r} is matched twice, by {chosen_by[name]!r} and by "
-                    f"{pattern!r}. Drop one of them. The model's nn.Linear: {_listed(linears)}."
+                    f"inject_hilomoe: {name!r} is matched twice, by {chosen_by[name]} and by "
+                    f"{own}. Drop one of them. The model's nn.Linear: {_listed(linears)}."
                 )
-            chosen_by[name] = pattern
+            chosen_by[name] = own
+    if not chosen_by:
+        raise ValueError(
+            f"inject_hilomoe: exclude leaves out all that sites match: {_listed(left_out)}. Drop "
+            "one of its entries."
+        )
     return [name for name in linears if name in chosen_by]
 
 
-def _listed(linears: Mapping[str, nn.Linear]) -> str:
+def _is_list(selectors: object) -> bool:
+    return isinstance(selectors, Sequence) and not isinstance(selectors, str)
+
+
+def _excluded(
+    model: nn.Module,
+    maps: Mapping[str, nn.Module],
+    sites: Sequence[Selector],
+    exclude: Sequence[Selector],
+) -> list[str]:
+    """The names that sites match and that are to be left out."""
+    wanted = [matcher(model, selector) for selector in sites]
+    met = [name for name, module in maps.items() if any(means(name, module) for means in wanted)]
+    others = {name: model.get_submodule(name) for name in _not_plain(model, sites, ())}
+    left_out = []
+    for selector in exclude:
+        means = matcher(model, selector)
+        names = [name for name in met if means(name, maps[name])]
+        if not names and not any(means(name, module) for name, module in others.items()):
+            raise ValueError(
+                f"inject_hilomoe: exclude {shown(selector)} leaves out none of what sites match: "
+                f"{_listed(met)}. Drop it, or write one that does."
+            )
+        left_out += names
+    return left_out
+
+
+def _listed(linears: Iterable[str]) -> str:
     return ", ".join(linears) or "(none)"
 
 
@@ -105,26 +144,32 @@ def check_maps(model: nn.Module, chosen: Sequence[str]) -> None:
         _refuse_read(model, name)
 
 
-def say_passed_over(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Warn of the maps that patterns match and that are no plain ``nn.Linear``."""
-    passed_over = _not_plain(model, patterns)
+def say_passed_over(
+    model: nn.Module, sites: Sequence[Selector], exclude: Sequence[Selector]
+) -> None:
+    """Warn of the maps that are meant and that are no plain ``nn.Linear``."""
+    passed_over = _not_plain(model, sites, exclude)
     if passed_over:
         listed = "; ".join(f"{name!r} {reason}" for name, reason in passed_over.items())
         warnings.warn(
-            f"inject_hilomoe: sites {list(patterns)} also match maps that get no experts: "
-            f"{listed}. Inject first and reparametrize afterwards, or write patterns that do not "
-            "match them.",
+            f"inject_hilomoe: sites [{', '.join(map(shown, sites))}] also match maps that get no "
+            f"experts: {listed}. Inject first and reparametrize afterwards, or leave them out "
+            "(exclude).",
             stacklevel=4,
         )
 
 
-def _not_plain(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
-    """Linear maps of other types than ``nn.Linear`` that patterns match, and what they are."""
+def _not_plain(
+    model: nn.Module, sites: Sequence[Selector], exclude: Sequence[Selector]
+) -> dict[str, str]:
+    """Linear maps of other types than ``nn.Linear`` that are meant, and what they are."""
+    wanted, unwanted = ([matcher(model, it) for it in found] for found in (sites, exclude))
     found = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or type(module) is nn.Linear:
             continue
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
+        meant = any(means(name, module) for means in wanted)
+        if meant and not any(means(name, module) for means in unwanted):
             parent = model.get_submodule(name.rpartition(".")[0])
             reads = isinstance(parent, nn.MultiheadAttention)
             found[name] = (

@@ -25,6 +25,7 @@ from torchrec_hilomoe.hilomoe.module_names import check_module
 from torchrec_hilomoe.hilomoe.random_stream import own_random_numbers
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.router import SampleRouter
+from torchrec_hilomoe.hilomoe.selectors import Selector
 
 __all__ = [
     "auxiliary_loss",
@@ -43,8 +44,9 @@ __all__ = [
 def inject_hilomoe(
     model: nn.Module,
     config: HiLoMoEConfig,
-    sites: Sequence[str] = ("*head*",),
+    sites: Sequence[Selector] = ("*head*",),
     *,
+    exclude: Sequence[Selector] = (),
     process_group: dist.ProcessGroup | None = None,
     seed: int | None = None,
 ) -> list[str]:
@@ -57,7 +59,10 @@ def inject_hilomoe(
     Args:
         model: Any model that is not yet wrapped for distributed training.
         config: Options of all sites.
-        sites: Shell patterns over qualified names, such as ``"over_arch.*"``.
+        sites: Shell patterns over qualified names, such as ``"over_arch.*"``; types of modules,
+            such as ``MLP``, which mean every map inside of one; or predicates, which are given a
+            map's name and module.
+        exclude: The same, of maps that ``sites`` mean and that get no experts.
         process_group: Ranks that train the model, where these are not all of the job; see
             `set_process_group`.
         seed: Of the experts' start. None starts them by where PyTorch's random numbers stand, so
@@ -74,9 +79,9 @@ def inject_hilomoe(
 
     Raises:
         ValueError: If the model is wrapped; if there is no pattern, or one matches no
-            ``nn.Linear``; if a map is matched twice, carries experts already, is shared, tied, or
-            has hooks; if its parent reads its weight instead of calling it; if earlier sites are of
-            other ranks. The model is then as it was.
+            ``nn.Linear``; if ``exclude`` leaves out nothing, or all; if a map is matched twice,
+            carries experts already, is shared, tied, or has hooks; if its parent reads its weight
+            instead of calling it; if earlier sites are of other ranks. The model is then as it was.
 
     Example:
         >>> tower = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -85,7 +90,7 @@ def inject_hilomoe(
     """
     group = RankGroup.of(process_group, "inject_hilomoe")
     with own_random_numbers(model, seed):
-        names = _inject(model, config, sites, None, group)
+        names = _inject(model, config, sites, exclude, None, group)
     set_auxiliary_loss_scale(model, 1.0)
     return names
 
@@ -93,7 +98,8 @@ def inject_hilomoe(
 def _inject(
     model: nn.Module,
     config: HiLoMoEConfig,
-    sites: Sequence[str],
+    sites: Sequence[Selector],
+    exclude: Sequence[Selector],
     router: SampleRouter | None,
     group: RankGroup | None,
 ) -> list[str]:
@@ -107,7 +113,7 @@ def _inject(
     # A map that is used in two places is listed under both names, so that either is refused.
     modules = model.named_modules(remove_duplicate=False)
     linears = {name: m for name, m in modules if type(m) is nn.Linear and name}
-    chosen = match_maps(model, linears, sites, sites_of(model))
+    chosen = match_maps(model, linears, sites, exclude, sites_of(model))
     check_maps(model, chosen)
     fresh, built = nn.Linear(1, 1, device="meta"), {}
     for name in chosen:  # all of them before the first is put in its place: one may be refused
@@ -115,7 +121,7 @@ def _inject(
         site.group = group
         carry_over(linears[name], site, fresh, name)
         built[name] = site
-    say_passed_over(model, sites)
+    say_passed_over(model, sites, exclude)
     for name, site in built.items():
         model.set_submodule(name, site)
     HostWatch(built).attach(model)
@@ -125,7 +131,7 @@ def _inject(
 def inject_shared_router(
     model: nn.Module,
     config: HiLoMoEConfig,
-    sites: Sequence[str],
+    sites: Sequence[Selector],
     query_module: str,
     query_width: int,
     tokens: Mapping[str, str] = MappingProxyType({}),
@@ -134,6 +140,7 @@ def inject_shared_router(
     query_entry: str | int | None = None,
     process_group: dist.ProcessGroup | None = None,
     seed: int | None = None,
+    exclude: Sequence[Selector] = (),
 ) -> list[str]:
     """Inject sites that share one router, which decides once per sample.
 
@@ -160,6 +167,7 @@ def inject_shared_router(
             it. A ``KeyedTensor`` is read as its ``values()``.
         process_group: As for `inject_hilomoe`.
         seed: As for `inject_hilomoe`.
+        exclude: As for `inject_hilomoe`.
 
     Returns:
         The names of the replaced maps.
@@ -199,7 +207,7 @@ def inject_shared_router(
     router = SampleRouter(query_width, config, device="meta", views=views)
     router.group = RankGroup.of(process_group, "inject_shared_router")
     with own_random_numbers(model, seed):
-        names = _inject(model, config, sites, router, router.group)
+        names = _inject(model, config, sites, exclude, router, router.group)
         chosen = [sites_of(model)[site] for site in names]
         weight = chosen[0].weight
         model.add_module(name, router.to_empty(device=weight.device).to(weight.dtype))

@@ -1,11 +1,11 @@
 """What a probe is told, refused where it means nothing."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.selectors import matcher, Selector, shown
 
 __all__ = ["check_columns", "check_features", "match_sites"]
 
@@ -26,23 +26,28 @@ def check_features(features: Mapping[str, range]) -> None:
 
 
 def match_sites(
-    modules: Mapping[str, nn.Module], patterns: Sequence[str]
+    model: nn.Module, sites: Sequence[Selector]
 ) -> dict[str, nn.Linear | HiLoMoELinear]:
-    """The maps that the patterns mean, by name, in the model's order."""
-    maps = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | HiLoMoELinear) and n}
+    """The maps that are meant, by name, in the model's order."""
+    modules = model.named_modules()
+    maps = {n: m for n, m in modules if isinstance(m, nn.Linear | HiLoMoELinear) and n}
     listed = ", ".join(maps) or "(none)"
-    if isinstance(patterns, str) or not patterns:
+    if isinstance(sites, str) or not sites:
         raise ValueError(
             f"InteractionProbe.sites must be a list of at least one name pattern, got "
-            f"{patterns!r}. The model's linear maps: {listed}."
+            f"{sites!r}. The model's linear maps: {listed}."
         )
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in maps):
+    meant: set[str] = set()
+    for selector in sites:
+        means = matcher(model, selector)
+        found = {name for name, module in maps.items() if means(name, module)}
+        if not found:
             raise ValueError(
-                f"InteractionProbe.sites pattern {pattern!r} matches none of the model's linear "
-                f"maps: {listed}. Write a pattern that matches one of these names."
+                f"InteractionProbe.sites pattern {shown(selector)} matches none of the model's "
+                f"linear maps: {listed}. Write a pattern that matches one of these names."
             )
-    return {n: m for n, m in maps.items() if any(fnmatchcase(n, pattern) for pattern in patterns)}
+        meant |= found
+    return {name: module for name, module in maps.items() if name in meant}
 
 
 def check_columns(features: Mapping[str, range], query_module: str, width: int) -> None:

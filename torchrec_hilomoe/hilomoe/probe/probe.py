@@ -31,6 +31,7 @@ from torchrec_hilomoe.hilomoe.probe.gathered import SiteSums
 from torchrec_hilomoe.hilomoe.probe.heard import HeardPass, LossTerms
 from torchrec_hilomoe.hilomoe.probe.verdict import conclude, ProbeReport
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
+from torchrec_hilomoe.hilomoe.selectors import Selector
 
 __all__ = ["InteractionProbe"]
 
@@ -50,7 +51,7 @@ class InteractionProbe:
         model: The model, not its wrapper, before or after it is wrapped for distributed training;
             its forward is what the host's loop calls.
         config: The experts that are thought of: ``num_layers``, ``num_experts``, ``rank``.
-        sites: Shell patterns over qualified names of ``nn.Linear``, or of sites.
+        sites: As for ``inject_hilomoe``: patterns, types or predicates, of ``nn.Linear`` or sites.
         query_module: Qualified name of the module whose output, ``(samples, ...)``, has the
             features; flattened to ``(samples, columns)``.
         features: For each feature, its columns in that output; two features at least.
@@ -113,7 +114,7 @@ class InteractionProbe:
         self,
         model: nn.Module,
         config: HiLoMoEConfig,
-        sites: Sequence[str],
+        sites: Sequence[Selector],
         query_module: str,
         features: Mapping[str, range],
         *,
@@ -149,7 +150,7 @@ class InteractionProbe:
         self._draws, self._blocks, self._sketch, self._seed = draws, blocks, sketch, seed
         self._every, self._group = every, RankGroup.of(process_group, "InteractionProbe")
         self._hidden, self._thin_events, self._paired = hidden, thin_events, paired
-        self._modules = match_sites(modules, sites)
+        self._modules = match_sites(model, sites)
         self._tokens = {
             name: next((t for p, t in tokens.items() if fnmatchcase(name, p)), None)
             for name in self._modules
