@@ -284,8 +284,19 @@ class SampleRouter(nn.Module):
         refuse_torchscript()
 
     def __getstate__(self) -> dict:
-        """Copies and pickles start without what the last pass left."""
-        return {**super().__getstate__(), "_routing": None, "_record": None, "_offsets": {}}
+        """Copies and pickles start without what the last pass left, and what hooks left behind.
+
+        A module that was replaced, as by quantization, has taken its hooks' books with it, of which
+        no copy can be made.
+        """
+        hooks = [hook for hook in self._hooks if _is_kept(hook)]
+        left = {"_routing": None, "_record": None, "_offsets": {}}
+        return {**super().__getstate__(), **left, "_hooks": hooks}
+
+
+def _is_kept(hook: RemovableHandle) -> bool:
+    """Whether the module that it was registered on is still there."""
+    return all(ref() is not None for ref in (hook.hooks_dict_ref, *hook.extra_dict_ref))
 
 
 def query_of(output: Any, entry: str | int | None) -> Tensor:
