@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.ranks import process_group_of
 from torchrec_hilomoe.hilomoe.router import SampleRouter
+from torchrec_hilomoe.hilomoe.strength_watch import StrengthWatch
 
 __all__ = ["HostWatch", "stop_watching", "trust_optimizer"]
 
@@ -31,7 +32,8 @@ class HostWatch:
     It says so, once, if a site did not run in the first training forward, or in the first of
     evaluation under ``no_grad``; and if the optimizers that step have none of the experts, or not
     all. PyTorch's optimizers say what they have; one of another kind is known by the tensors'
-    version counters, if it moves a site's base map.
+    version counters, if it moves a site's base map. `StrengthWatch` is asked about the auxiliary
+    losses' strength.
 
     Args:
         sites: Those of one injection, by name.
@@ -53,6 +55,7 @@ class HostWatch:
         self._handles: list[RemovableHandle] = []
         self._stepped: set[Hashable] = set()  # storages that optimizers that have stepped write to
         self._steps = self._passes = 0
+        self._strength = StrengthWatch(sites)
 
     def __getstate__(self) -> dict:
         """Copies and pickles listen to optimizers of their own."""
@@ -70,6 +73,7 @@ class HostWatch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._strength.judged = True
         self.settle()
 
     def before(self, model: nn.Module, args: Any) -> None:
@@ -83,16 +87,20 @@ class HostWatch:
             _refuse_under_ddp(sites)
             if LEARNING not in self._seen:
                 _refuse_apart(model, sites)
+            self._strength.before()
             if not self._settled:
+                self._look_at_optimizers(model, sites)
+            if not (self._settled and self._strength.judged):
                 _LISTENING.add(self)
                 _listen_to_optimizers()
-                self._look_at_optimizers(model, sites)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the model."""
         if _is_traced():
             return
         mode = (model.training, torch.is_grad_enabled())
+        if mode == LEARNING:
+            self._strength.after(output)
         if mode in (LEARNING, SCORING) and mode not in self._seen:
             self._seen.add(mode)
             idle = [name for name, site in self._present(model).items() if not site.has_run]
@@ -104,7 +112,7 @@ class HostWatch:
                     "their experts are skipped: call them there, or choose other sites.",
                     stacklevel=2,
                 )
-        if self._settled and len(self._seen) == 2:
+        if self._settled and self._strength.judged and len(self._seen) == 2:
             self.detach()
 
     def _present(self, model: nn.Module) -> dict[str, HiLoMoELinear]:
@@ -115,13 +123,20 @@ class HostWatch:
     def settle(self) -> None:
         """Ask no longer whether an optimizer has the experts."""
         self._settled = True
-        _LISTENING.discard(self)
+        if self._strength.judged:
+            _LISTENING.discard(self)
 
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Hook of all optimizers, after a step."""
-        held = (p for group in optimizer.param_groups for p in group["params"])
-        self._stepped.update(map(_storage_of, held))
-        self._steps += 1
+        held = {_storage_of(p) for group in optimizer.param_groups for p in group["params"]}
+        if not self._settled:
+            self._stepped.update(held)
+            self._steps += 1
+        own = (p for site in self._sites.values() for p in site.parameters())
+        if not self._strength.judged and not held.isdisjoint(map(_storage_of, own)):
+            self._strength.stepped()
+        if self._settled and self._strength.judged:
+            _LISTENING.discard(self)
 
     def _look_at_optimizers(self, model: nn.Module, sites: Mapping[str, HiLoMoELinear]) -> None:
         """Two passes after which optimizers of the model's have stepped without experts tell."""

@@ -91,7 +91,7 @@ def inject_hilomoe(
     group = RankGroup.of(process_group, "inject_hilomoe")
     with own_random_numbers(model, seed):
         names = _inject(model, config, sites, exclude, None, group)
-    set_auxiliary_loss_scale(model, 1.0)
+    _share_scale(model, 1.0)
     return names
 
 
@@ -218,7 +218,7 @@ def inject_shared_router(
     router.query_entry = query_entry
     # By name: the query may itself have been replaced by a site.
     router.attach(model, query_module, tokens.values())
-    set_auxiliary_loss_scale(model, 1.0)
+    _share_scale(model, 1.0)
     return names
 
 
@@ -381,13 +381,21 @@ def set_auxiliary_loss_scale(model: nn.Module, scale: float) -> None:
     ``1 / K`` for a host that divides its loss by ``K`` accumulated micro-batches,
     ``scaler.get_scale()`` before each step for one that uses a ``GradScaler``, and their product
     for both. The model's loss is the mean over its sites, so call it also after adding sites by
-    hand; ``inject_hilomoe`` does.
+    hand; ``inject_hilomoe`` does. It also says that the strength is meant: a warning tells of
+    several backward passes a step, or of a ``GradScaler``, while it was never called.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
         >>> set_auxiliary_loss_scale(model, 1 / 4)  # the host adds up 4 micro-batches
     """
+    for site in sites_of(model).values():
+        site.scale_is_told = True
+    _share_scale(model, scale)
+
+
+def _share_scale(model: nn.Module, scale: float) -> None:
+    """Give each site its part: the model's loss is the mean over its sites."""
     sites = sites_of(model).values()
     routers = [site.router for site in sites if site.router is not None]
     for router in routers:

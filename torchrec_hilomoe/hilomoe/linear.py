@@ -64,6 +64,7 @@ class HiLoMoELinear(nn.Module):
         active_layers: How many expert layers compute, 0 to ``L``; 0 is exactly ``nn.Linear``.
         auxiliary_scale: Factor on the auxiliary loss's gradient; set for a whole model by
             ``set_auxiliary_loss_scale``.
+        scale_is_told: Whether the host has called that.
         group: Over which ranks that loss is; set for a whole model by ``set_process_group``.
         plan: How it computes, decided when it was built.
         has_run: Set by each forward, for who wants to know whether the host calls the site.
@@ -111,6 +112,7 @@ class HiLoMoELinear(nn.Module):
         if router is None and config.query_dim is not None:
             self.query_proj = parameter(config.query_dim, in_features)
         self.auxiliary_scale = 1.0
+        self.scale_is_told = False
         self.group: RankGroup | None = None
         self.has_run = False
         self.tokens: str | None = None

@@ -22,7 +22,7 @@ from torch.autograd.graph import Node
 from torchrec_hilomoe.hilomoe.dispatch import in_a_transform
 from torchrec_hilomoe.hilomoe.routing import Routing
 
-__all__ = ["RoutedPass", "RoutedPasses", "in_a_backward"]
+__all__ = ["RoutedPass", "RoutedPasses", "backward_number", "in_a_backward", "nodes_of"]
 
 _HIDDEN = (
     "SampleRouter: activation checkpointing with use_reentrant=True recomputes the query module "
@@ -88,7 +88,7 @@ class RoutedPasses:
         """
         if self._forward:
             reached = partial(_begin, weakref.WeakMethod(begin), tuple(self._forward))
-            for node in {*_nodes_of(output)}:
+            for node in {*nodes_of(output)}:
                 node.register_prehook(reached)
         self._forward = []
         self._inside = self._learns = self._whole = False
@@ -147,7 +147,7 @@ class RoutedPasses:
 
     def begin(self, passes: Sequence[RoutedPass], restore: Callable[[], None]) -> None:
         """A backward has reached the outputs of a forward; ``restore`` is called at its end."""
-        task = torch._C._current_graph_task_id()
+        task = backward_number()
         if task not in self._begun:
             self._begun[task] = set()
             Variable._execution_engine.queue_callback(partial(self._forget, task))
@@ -175,7 +175,12 @@ class RoutedPasses:
 
 def in_a_backward() -> bool:
     """Whether autograd runs this."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != -1
+
+
+def backward_number() -> int:
+    """Of the backward that runs this; -1 where none does."""
+    return torch._C._current_graph_task_id()
 
 
 def _is_traced(routing: Routing) -> bool:
@@ -198,7 +203,7 @@ def _end(
         found.end(routed)
 
 
-def _nodes_of(output: Any, depth: int = 0) -> Iterator[Node]:
+def nodes_of(output: Any, depth: int = 0) -> Iterator[Node]:
     """Nodes of the graph that made the tensors of an output, whatever holds them."""
     if isinstance(output, Tensor):
         if output.grad_fn is not None:
@@ -215,4 +220,4 @@ def _nodes_of(output: Any, depth: int = 0) -> Iterator[Node]:
         held = [*vars(output).values()] if hasattr(output, "__dict__") else []
         held += [getattr(output, name, None) for name in slots]
     for value in held:
-        yield from _nodes_of(value, depth + 1)
+        yield from nodes_of(value, depth + 1)
