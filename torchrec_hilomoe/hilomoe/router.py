@@ -286,17 +286,23 @@ class SampleRouter(nn.Module):
     def __getstate__(self) -> dict:
         """Copies and pickles start without what the last pass left, and what hooks left behind.
 
-        A module that was replaced, as by quantization, has taken its hooks' books with it, of which
-        no copy can be made.
+        A module that was replaced, as by quantization, takes its hooks' books with it, of which no
+        copy can be made. Those that are there must not go while the copy is made.
         """
-        hooks = [hook for hook in self._hooks if _is_kept(hook)]
+        books = {hook: _books_of(hook) for hook in self._hooks}
+        kept = [hook for hook, found in books.items() if all(it is not None for it in found)]
         left = {"_routing": None, "_record": None, "_offsets": {}}
-        return {**super().__getstate__(), **left, "_hooks": hooks}
+        held = [books[hook] for hook in kept]
+        return {**super().__getstate__(), **left, "_hooks": kept, "_books": held}
+
+    def __setstate__(self, state: dict) -> None:
+        """The books are the modules' own."""
+        super().__setstate__({name: value for name, value in state.items() if name != "_books"})
 
 
-def _is_kept(hook: RemovableHandle) -> bool:
-    """Whether the module that it was registered on is still there."""
-    return all(ref() is not None for ref in (hook.hooks_dict_ref, *hook.extra_dict_ref))
+def _books_of(hook: RemovableHandle) -> list[Any]:
+    """Where a module keeps the hook; None for each that is gone."""
+    return [ref() for ref in (hook.hooks_dict_ref, *hook.extra_dict_ref)]
 
 
 def query_of(output: Any, entry: str | int | None) -> Tensor:
