@@ -14,6 +14,7 @@ Shape legend:
     L  expert layers     E  experts     R  rank     k  experts chosen
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast, ParamSpec, TypeVar
@@ -181,7 +182,7 @@ def mix_rows(
             "sample, say whose its tokens are (tokens of inject_shared_router), or let it route "
             "its own rows."
         )
-    elif (tokens := x.shape[1:-1].numel()) != 1:
+    elif (tokens := math.prod(x.shape[1:-1])) != 1:  # numel() would be a constant of an export
         gates, chosen = (t.repeat_interleave(tokens, dim=2) for t in (gates, chosen))
     tensors = (x_ND, weight, bias, down_LERD, up_LERO)
     y_NO, *_ = apply_under_autocast(_Mix, tensors, gates, chosen, config, plan)

@@ -306,7 +306,7 @@ def score_by(space: str, q_NQ: Tensor, keys_MQ: Tensor, config: HiLoMoEConfig) -
     E, k, M = config.num_experts, config.top_k, len(keys_MQ)
     keys_MQ, q_QN = wide(keys_MQ), wide(q_NQ).t()
     scaled_MQ = keys_MQ * q_NQ.shape[1] ** -0.5
-    logits_MN = q_QN.new_empty(M, len(q_NQ))
+    logits_MN = q_QN.new_empty(M, q_NQ.shape[0])  # its length would be a constant of an export
     scores_MN = torch.empty_like(logits_MN)
     moved = []
     for at in range(0, M, E):

@@ -1,5 +1,6 @@
 """Shared routers in hosts: traced, pipelined, and with queries of several kinds."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,13 @@ from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTens
 from torchrec.distributed.train_pipeline.tracing import Tracer
 from torchrec.models.dlrm import DLRM
 
-from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_shared_router, sites_of
+from tests.helpers.rounding import assert_within, float64_rounding
+from torchrec_hilomoe.hilomoe import (
+    HiLoMoEConfig,
+    inject_hilomoe,
+    inject_shared_router,
+    sites_of,
+)
 
 CONFIG = HiLoMoEConfig(num_layers=2, num_experts=4)
 VIEWS = [[range(0, 4)], [range(4, 8)]]
@@ -84,3 +91,39 @@ def test_a_query_of_no_kind_is_refused_by_name():
     inject_shared_router(model, CONFIG, ["over"], "query", query_width=8)
     with pytest.raises(ValueError, match=r"output is a dict, which must be a tensor or a Keyed"):
         model(ids())
+
+
+class Candidates(nn.Module):
+    """Users route a map of their candidates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.up = nn.Linear(6, 8), nn.Linear(6, 5)
+
+    def forward(self, users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        self.query(users)
+        return self.up(items)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_experts": 64}], ids=["scores", "queries"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_exports_with_free_users_and_candidates(options, shared):
+    torch.manual_seed(0)
+    model, config = Candidates().double(), replace(CONFIG, **options)
+    if shared:
+        inject_shared_router(model, config, ["up"], "query", query_width=8)
+    else:
+        inject_hilomoe(model, config, ["up"])
+    grow(model)
+    model.eval()
+    free, users = torch.export.Dim.AUTO, torch.randn(3, 6).double()
+    program = torch.export.export(
+        model,
+        (users, torch.randn(3, 4, 6).double()),
+        dynamic_shapes=({0: free}, {0: free, 1: free}),
+        strict=False,
+    ).module()
+    for rows, candidates in ((3, 4), (2, 7), (5, 3)):
+        given = torch.randn(rows, 6).double(), torch.randn(rows, candidates, 6).double()
+        want = model(*given)
+        assert_within(program(*given), want, float64_rounding(model, *given, want))
