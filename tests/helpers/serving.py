@@ -29,7 +29,9 @@ Routing = Literal["plain", "row", "sample", "view"]
 START = LoaderState(epoch=0, lane_rows=0, num_canonical_shards=1)
 
 
-def ranker(backbone: str = "din", routing: Routing = "row", schema: Schema = SCHEMA) -> TrainTask:
+def ranker(
+    backbone: str = "din", routing: Routing = "row", schema: Schema = SCHEMA, experts: int = 3
+) -> TrainTask:
     """One with experts at every site that say something, away from where it starts."""
     route_by = (("item",), ("views_item",)) if routing == "view" else None
     config = ModelConfig(
@@ -42,7 +44,7 @@ def ranker(backbone: str = "din", routing: Routing = "row", schema: Schema = SCH
         hilomoe=InjectionConfig(
             enabled=routing != "plain",
             num_layers=2,
-            num_experts=3,
+            num_experts=experts,
             sites=("all",),
             routing="row" if routing in ("plain", "row") else "sample",
             route_by=route_by,

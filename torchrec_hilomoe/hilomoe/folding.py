@@ -11,12 +11,12 @@ Shape legend:
 """
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.routing import score
 
-__all__ = ["constant_gates", "folded_weight"]
+__all__ = ["constant_gates", "experts_never_vary", "folded_weight"]
 
 
 @torch.no_grad()
@@ -34,6 +34,12 @@ def constant_gates(site: HiLoMoELinear) -> Tensor | None:
         return None
     nothing_1Q = keys_LEQ.new_zeros(1, keys_LEQ.shape[2])
     return score(nothing_1Q, keys_LEQ.flatten(0, 1), config).routing.scores_LEN[..., 0]
+
+
+def experts_never_vary(model: nn.Module) -> bool:
+    """Whether all experts of a model that compute can become part of their base maps."""
+    sites = [module for module in model.modules() if isinstance(module, HiLoMoELinear)]
+    return all(constant_gates(site) is not None for site in sites if site.active_layers)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
 from torchrec_hilomoe.data.vocabularies import vocabulary_faults
+from torchrec_hilomoe.hilomoe.folding import experts_never_vary
 from torchrec_hilomoe.hilomoe.inject import remove_hilomoe, sites_of
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
@@ -246,10 +247,10 @@ def load_checkpoint(path: str, overrides: tuple[str, ...] = (), *, plain: bool =
     task = build_task(model, saved.schema, torch.device("cpu"))
     saved.load({"model": task.state_dict()}, allow_missing=NOT_OF_THE_MODEL, restore_random=False)
     activate_layers(task, stage)
-    if not begun:
-        remove_hilomoe(task)
     progress = saved.progress
     origin = origin_of(task.model, checkpoint=path, step=progress.step, stage=progress.stage)
+    if not begun or experts_never_vary(task):
+        remove_hilomoe(task)
     return Loaded(task=task.eval(), config=config, origin=origin)
 
 

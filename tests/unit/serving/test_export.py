@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.datasets import SCHEMA, toy_table, write_folder
-from tests.helpers.rounding import assert_same
+from tests.helpers.rounding import assert_same, assert_within, rounding_of
 from tests.helpers.serving import batch_of, ranker, Routing, save_ranker
 from torchrec_hilomoe.data.schema import VocabularyRule
 from torchrec_hilomoe.embeddings.features import ModelInputs
@@ -64,6 +64,18 @@ def test_what_is_loaded_is_what_was_saved(tmp_path, options, decision, routing):
     assert_same(found.task.state_dict(), task.state_dict())
     assert_same(logits_of(found.task), logits_of(task))
     assert found.origin.expert_layers == (0 if routing == "plain" else 2)
+
+
+def test_experts_that_never_vary_become_part_of_the_maps(tmp_path):
+    torch.manual_seed(0)
+    task = ranker("din", "row", experts=1)
+    path = save_ranker(tmp_path, task, *OPTIONS, "--model.hilomoe.num_experts=1")
+    found = load_checkpoint(path)
+    assert not sites_of(found.task)
+    assert found.origin.expert_layers == 2
+    with torch.no_grad():
+        rounding = rounding_of(task.model, ModelInputs.of(batch_of(toy_table(20))))
+        assert_within(logits_of(found.task), logits_of(task), rounding)
 
 
 def test_the_layers_of_the_stage_compute(tmp_path):
