@@ -1,12 +1,17 @@
 """A host is told where its auxiliary losses may not be as strong as it means them to be."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from tests.helpers.towers import CONFIG
 from torchrec_hilomoe import HiLoMoEConfig, inject_hilomoe, inject_shared_router
-from torchrec_hilomoe.hilomoe import set_auxiliary_loss_scale, sites_of
+from torchrec_hilomoe.hilomoe import fix_random_routing, set_auxiliary_loss_scale, sites_of
+from torchrec_hilomoe.hilomoe.strength_watch import MOST
 
 SILENT = HiLoMoEConfig(num_layers=2, num_experts=4, balance_weight=0.0, z_weight=0.0)
 
@@ -132,3 +137,104 @@ def test_half_precision_that_a_scaler_needs_is_told_once():
     model = build()
     set_auxiliary_loss_scale(model, 2.0**16)
     under_autocast(model, torch.float16)
+
+
+def test_a_scale_that_is_told_between_forward_and_backward_is_soon_enough():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.float16):
+            loss = torch.stack(losses(model)).sum()
+        set_auxiliary_loss_scale(model, 4.0)
+        (4 * loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def backward(model: nn.Module) -> torch.Tensor:
+    loss = torch.stack(losses(model)).sum()
+    loss.backward()
+    return loss
+
+
+def closures(model: nn.Module) -> None:
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        return backward(model)
+
+    optimizer.step(closure)
+
+
+def thrown_away(model: nn.Module, set_to_none: bool = True) -> None:
+    """As where a step is skipped, or weights are perturbed for a second pass."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad(set_to_none)
+    backward(model)
+    loss = torch.stack(losses(model)).sum()
+    optimizer.zero_grad(set_to_none)
+    loss.backward()
+    optimizer.step()
+
+
+def thrown_away_as_zeros(model: nn.Module) -> None:
+    thrown_away(model, set_to_none=False)
+
+
+def looked_at(model: nn.Module) -> None:
+    """As where gradients of inputs, or of each task, are measured."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    loss = torch.stack(losses(model)).sum()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(loss, learned, retain_graph=True, allow_unused=True)
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("step", [closures, thrown_away, thrown_away_as_zeros, looked_at])
+def test_passes_that_do_not_add_up_are_nothing_to_say(step: Callable, shared):
+    model = build(shared=shared)
+    for _ in range(4):
+        step(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_routers_that_do_not_learn_have_no_losses(tied):
+    model = build(HiLoMoEConfig(num_layers=2, num_experts=4, tie_keys=tied))
+    for site in sites_of(model).values():
+        for parameter in site.expert_parameters().values():
+            parameter.requires_grad_(False)
+    trained(model, 3, 3)
+    under_autocast(model, torch.float16)
+    if not tied:
+        model = build()
+        fix_random_routing(model, seed=0)
+        trained(model, 3, 3)
+
+
+def test_tied_keys_are_told():
+    with pytest.warns(UserWarning, match="3 backward passes"):
+        trained(build(HiLoMoEConfig(num_layers=2, num_experts=4, tie_keys=True)), 3, 3)
+
+
+def test_tasks_with_sites_of_their_own_add_each_loss_once():
+    model = Tasks()
+    inject_hilomoe(model, CONFIG, ["heads.*"])
+    trained(model, 0, 0, 0)
+
+
+def test_listening_is_bounded_and_leaves_no_trace_on_copies():
+    model = build()
+    backward(model)
+    keys = model.bottom.expert_keys
+    assert keys._post_accumulate_grad_hooks
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not again.bottom.expert_keys._post_accumulate_grad_hooks
+        with pytest.warns(UserWarning, match="3 backward passes"):
+            trained(again, 3, 3)
+    for _ in range(MOST):
+        backward(model)
+    assert not keys._post_accumulate_grad_hooks
