@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchrec_hilomoe.hilomoe.inject import routers_of, sites_of
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.operators import EXPERT_FLOPS
+from torchrec_hilomoe.hilomoe.random_stream import kept_random_numbers
 
 __all__ = ["Flops", "ModelCosts", "ModuleCosts", "count_flops", "expert_costs"]
 
@@ -130,7 +131,7 @@ def expert_costs(model: nn.Module, run: Callable[[], Any], *, samples: int) -> M
         samples: How many that pass has.
 
     Raises:
-        ValueError: If there are no samples.
+        ValueError: If there are no samples, or the pass computes nothing.
 
     Example:
         >>> from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_hilomoe
@@ -140,13 +141,26 @@ def expert_costs(model: nn.Module, run: Callable[[], Any], *, samples: int) -> M
         >>> found.model.flops.base  # two maps, 8 x 4 and 4 x 1
         72
     """
-    if samples < 1:
-        raise ValueError(f"expert_costs: samples must be at least 1, got {samples}. Run a batch.")
+    if not isinstance(samples, int) or samples < 1:
+        raise ValueError(
+            f"expert_costs: samples must be a whole number of at least 1, got {samples!r}. Give "
+            "the size of the batch that is run."
+        )
+    if not callable(run):
+        raise ValueError(
+            f"expert_costs: run must be a function that calls the model, got a "
+            f"{type(run).__name__}. Give one such as lambda: model(batch)."
+        )
     modules = {**sites_of(model), **routers_of(model)}
     ordered = {name: modules[name] for name, _ in model.named_modules() if name in modules}
     rows: dict[str, int] = dict.fromkeys(ordered, 0)
     with _counting_rows(sites_of(model), rows):
         flops = count_flops(model, run, ordered)
+    if not flops[""].total:
+        raise ValueError(
+            "expert_costs: run computed no product of matrices. Give a function that calls the "
+            "model, such as lambda: model(batch)."
+        )
     own = {name: _parameters(module) for name, module in ordered.items()}
     sums = [sum(part) for part in zip((0, 0, 0), *own.values(), strict=True)]
     others = sum(p.numel() for p in model.parameters()) - sum(sums)
@@ -260,6 +274,7 @@ def _count(
         # Opaque to the counter are the fused encoder layer and the CPU's own attention.
         torch.backends.mha.set_fastpath_enabled(False)
         with (
+            kept_random_numbers(model),  # each pass draws the same
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False, custom_mapping=dict(formulas)) as counter,
             _metered(counter, modules, found),

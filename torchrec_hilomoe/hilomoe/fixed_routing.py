@@ -5,6 +5,7 @@ from torch import nn
 
 from torchrec_hilomoe.hilomoe.inject import routers_of, sites_of
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear, ROUTING
+from torchrec_hilomoe.hilomoe.random_stream import check_seed
 from torchrec_hilomoe.hilomoe.router import SampleRouter
 
 __all__ = ["fix_random_routing"]
@@ -20,7 +21,7 @@ def fix_random_routing(model: nn.Module, seed: int) -> None:
 
     Raises:
         ValueError: If a site's keys are tied to its down-vectors, which must train; or if a router
-            is reparametrized. The model is then as it was.
+            is reparametrized; or if it is no seed. The model is then as it was.
 
     Example:
         >>> from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_hilomoe
@@ -30,6 +31,7 @@ def fix_random_routing(model: nn.Module, seed: int) -> None:
         >>> [name for name, _ in model.named_parameters()]
         ['0.weight', '0.bias', '0.expert_in', '0.expert_out']
     """
+    check_seed(seed, "fix_random_routing")
     for name, site in sites_of(model).items():
         if site.config.tie_keys:
             raise ValueError(
@@ -45,7 +47,7 @@ def fix_random_routing(model: nn.Module, seed: int) -> None:
                 f"{', '.join(others)}, which would go on learning. Fix it first, or take that off "
                 "with torch.nn.utils.parametrize.remove_parametrizations or prune.remove."
             )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     for name, router in routers_of(model).items():
         if isinstance(router, SampleRouter):
             router.reset_parameters(generator)

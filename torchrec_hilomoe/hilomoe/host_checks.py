@@ -11,13 +11,16 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
+from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.selectors import matcher, Selector, shown
 
 __all__ = [
     "carry_over",
+    "check_arguments",
     "check_maps",
     "match_maps",
     "refuse_changed",
+    "refuse_folding",
     "refuse_wrapped",
     "say_passed_over",
 ]
@@ -32,6 +35,24 @@ WRAPPERS = (
 
 # What a method that reaches PyTorch's encoder layer, or reads a map's weight, must name.
 FAST = {"forward", "__call__", "weight", "getattr", "_transformer_encoder_layer_fwd"}
+
+
+def check_arguments(caller: str, model: object, config: object) -> None:
+    """Refuse what is no model, or no configuration.
+
+    Raises:
+        ValueError: If it is so.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{caller}: model must be an nn.Module, got a {type(model).__name__}. Give the model "
+            "that has the maps."
+        )
+    if not isinstance(config, HiLoMoEConfig):
+        raise ValueError(
+            f"{caller}: config must be a HiLoMoEConfig, got a {type(config).__name__}. Write "
+            "HiLoMoEConfig(num_layers=3, num_experts=8)."
+        )
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -180,11 +201,48 @@ def _not_plain(
     return found
 
 
-def _refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
-    """A map or weight that the model uses in two places cannot carry experts in one of them."""
+def _places_of(model: nn.Module) -> Mapping[int, list[str]]:
+    """Names of each parameter, by its identity."""
     places: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places[id(parameter)].append(name)
+    return places
+
+
+def refuse_folding(model: nn.Module, computing: Mapping[str, nn.Module]) -> None:
+    """A weight that is used elsewhere, or has no memory, cannot take up what experts add.
+
+    Args:
+        model: Has the sites.
+        computing: Those that compute with experts, by name.
+
+    Raises:
+        ValueError: If there is such.
+    """
+    places = _places_of(model)
+    for name, site in computing.items():
+        weight = site.get_parameter("weight")
+        if weight.is_meta:
+            raise ValueError(
+                f"remove_hilomoe: {name!r} is on meta, where experts cannot become part of its "
+                "weight. Set active_layers = 0 first, or load the model."
+            )
+        own = [
+            place
+            for place in places[id(weight)]
+            if model.get_submodule(place.rpartition(".")[0]) is not site
+        ]
+        if own:
+            raise ValueError(
+                f"remove_hilomoe: the weight of {name!r} is tied: {' and '.join(own)} would get "
+                "what its experts add, too. Give it a weight of its own, or set active_layers = 0 "
+                "first."
+            )
+
+
+def _refuse_shared(model: nn.Module, chosen: Sequence[str]) -> None:
+    """A map or weight that the model uses in two places cannot carry experts in one of them."""
+    places = _places_of(model)
     for name in chosen:
         for parameter_name, parameter in model.get_submodule(name).named_parameters():
             names = places[id(parameter)]

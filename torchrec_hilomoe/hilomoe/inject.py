@@ -1,7 +1,8 @@
 """Put experts on the linear maps of an existing model, take them off, ask them, and set them."""
 
+import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from numbers import Real
 from types import MappingProxyType
 
 import torch
@@ -12,9 +13,11 @@ from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.folding import constant_gates, folded_weight
 from torchrec_hilomoe.hilomoe.host_checks import (
     carry_over,
+    check_arguments,
     check_maps,
     match_maps,
     refuse_changed,
+    refuse_folding,
     refuse_wrapped,
     say_passed_over,
 )
@@ -25,7 +28,7 @@ from torchrec_hilomoe.hilomoe.module_names import check_module
 from torchrec_hilomoe.hilomoe.random_stream import own_random_numbers
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.router import SampleRouter
-from torchrec_hilomoe.hilomoe.selectors import Selector
+from torchrec_hilomoe.hilomoe.selectors import names_match, Selector
 
 __all__ = [
     "auxiliary_loss",
@@ -88,8 +91,9 @@ def inject_hilomoe(
         >>> inject_hilomoe(tower, HiLoMoEConfig(num_experts=4), sites=["0"])
         ['0']
     """
+    check_arguments("inject_hilomoe", model, config)
     group = RankGroup.of(process_group, "inject_hilomoe")
-    with own_random_numbers(model, seed):
+    with torch.inference_mode(False), own_random_numbers(model, seed):
         names = _inject(model, config, sites, exclude, None, group)
     _share_scale(model, 1.0)
     return names
@@ -183,6 +187,7 @@ def inject_shared_router(
         >>> model.hilomoe_router.expert_keys.shape
         torch.Size([3, 8, 6])
     """
+    check_arguments("inject_shared_router", model, config)
     modules = dict(model.named_modules())
     given = [("query_module", query_module), *(("tokens", module) for module in tokens.values())]
     for option, module in given:
@@ -206,14 +211,14 @@ def inject_shared_router(
     # Without memory, and so without random numbers, until nothing is left to be refused.
     router = SampleRouter(query_width, config, device="meta", views=views)
     router.group = RankGroup.of(process_group, "inject_shared_router")
-    with own_random_numbers(model, seed):
+    with torch.inference_mode(False), own_random_numbers(model, seed):
         names = _inject(model, config, sites, exclude, router, router.group)
         chosen = [sites_of(model)[site] for site in names]
         weight = chosen[0].weight
         model.add_module(name, router.to_empty(device=weight.device).to(weight.dtype))
         router.reset_parameters()
     for site_name, site in zip(names, chosen, strict=True):
-        found = (module for pattern, module in tokens.items() if fnmatchcase(site_name, pattern))
+        found = (module for pattern, module in tokens.items() if names_match(site_name, pattern))
         site.tokens = next(found, None)
     router.query_entry = query_entry
     # By name: the query may itself have been replaced by a site.
@@ -233,8 +238,9 @@ def remove_hilomoe(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: If the model is wrapped or a site itself; if a site computes with experts that
-            differ from row to row, so that removing it would change the model's outputs; if it is
-            reparametrized or has hooks, which a plain map would lose. The model is then as it was.
+            differ from row to row, so that removing it would change the model's outputs, or with
+            weights that are tied to another map's or on ``meta``; if it is reparametrized or has
+            hooks, which a plain map would lose. The model is then as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -258,6 +264,7 @@ def remove_hilomoe(model: nn.Module) -> list[str]:
     for name, site in sites.items():
         refuse_changed(name, site, "remove_hilomoe", "removal")
     computing = {name: site for name, site in sites.items() if site.active_layers}
+    refuse_folding(model, computing)
     gates = {name: constant_gates(site) for name, site in computing.items()}
     busy = {name: computing[name].active_layers for name, found in gates.items() if found is None}
     if busy:
@@ -384,11 +391,20 @@ def set_auxiliary_loss_scale(model: nn.Module, scale: float) -> None:
     hand; ``inject_hilomoe`` does. It also says that the strength is meant: a warning tells of
     several backward passes a step, or of a ``GradScaler``, while it was never called.
 
+    Raises:
+        ValueError: If it is no finite number.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
         >>> set_auxiliary_loss_scale(model, 1 / 4)  # the host adds up 4 micro-batches
     """
+    number = isinstance(scale, Real) and math.isfinite(scale)
+    if not number and not isinstance(scale, Tensor):  # a tensor's value would have to be waited for
+        raise ValueError(
+            f"set_auxiliary_loss_scale: scale must be a finite number, got {scale!r}. Give what "
+            "the loss is multiplied by, such as 1 / 4 or scaler.get_scale()."
+        )
     for site in sites_of(model).values():
         site.scale_is_told = True
     _share_scale(model, scale)

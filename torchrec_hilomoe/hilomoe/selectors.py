@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-__all__ = ["Selector", "matcher", "shown"]
+__all__ = ["Selector", "matcher", "names_match", "shown"]
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -19,7 +19,7 @@ def matcher(model: nn.Module, selector: Selector) -> Callable[[str, nn.Module], 
             that is of it; or a predicate, which is given name and module.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it is none of these; when it is asked, if a predicate fails.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 1)))
@@ -28,17 +28,33 @@ def matcher(model: nn.Module, selector: Selector) -> Callable[[str, nn.Module], 
         ['0']
     """
     if isinstance(selector, str):
-        return lambda name, module: fnmatchcase(name, selector)
+        return lambda name, module: names_match(name, selector)
     if isinstance(selector, type) and issubclass(selector, nn.Module):
         modules = model.named_modules(remove_duplicate=False)
         holders = {name for name, module in modules if isinstance(module, selector)}
         return lambda name, module: not holders.isdisjoint(_above(name))
     if callable(selector) and not isinstance(selector, type | nn.Module):
-        return lambda name, module: bool(selector(name, module))
+        return lambda name, module: _answer(selector, name, module)
     raise ValueError(
         f"sites must be name patterns, types of modules or predicates of name and module, got "
         f"{selector!r}. Give a pattern such as '*head*'."
     )
+
+
+def names_match(name: str, pattern: str) -> bool:
+    """Whether a pattern means a name, in which brackets may stand, as in ``heads.a[0]``."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def _answer(predicate: Callable[[str, nn.Module], bool], name: str, module: nn.Module) -> bool:
+    try:
+        return bool(predicate(name, module))
+    except Exception as error:
+        raise ValueError(
+            f"The predicate {shown(predicate)} fails at {name!r}, a {type(module).__name__}: "
+            f"{type(error).__name__}: {error}. It is given name and module of each linear map, and "
+            "must return True or False."
+        ) from error
 
 
 def shown(selector: Selector) -> str:

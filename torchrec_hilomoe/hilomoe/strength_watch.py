@@ -34,9 +34,6 @@ class StrengthWatch:
 
     Args:
         sites: Those that are watched, by name.
-
-    Attributes:
-        judged: Whether it has seen what it must.
     """
 
     def __init__(self, sites: Mapping[str, HiLoMoELinear]) -> None:
@@ -53,6 +50,7 @@ class StrengthWatch:
 
     @property
     def judged(self) -> bool:
+        """Whether it has seen what it must; then it hears no backward."""
         return self._judged
 
     @judged.setter

@@ -89,8 +89,13 @@ def test_the_base_is_the_host_without_experts(name):
 def test_a_pass_without_samples_is_refused_and_a_failing_one_leaves_no_trace():
     model = nn.Sequential(nn.Linear(6, 5))
     inject_hilomoe(model, CONFIG, ["0"])
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-        expert_costs(model, lambda: None, samples=0)
+    for samples in (0, "16", 1.5):
+        with pytest.raises(ValueError, match=f"samples must be .* at least 1, got {samples!r}"):
+            expert_costs(model, lambda: None, samples=samples)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="run must be a function that calls the model, got a Ten"):
+        expert_costs(model, torch.randn(2, 6), samples=2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="computed no product of matrices"):
+        expert_costs(model, lambda: None, samples=2)
     fast = torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(ValueError, match="in_features"):
         expert_costs(model, lambda: model(torch.randn(2, 9)), samples=2)
@@ -98,3 +103,18 @@ def test_a_pass_without_samples_is_refused_and_a_failing_one_leaves_no_trace():
     assert torch.backends.mha.get_fastpath_enabled() == fast
     found = expert_costs(model, lambda: model(torch.randn(2, 6)), samples=2)
     assert found.modules[0].rows_per_sample == 1
+
+
+def test_passes_see_the_same_random_rows_and_the_host_draws_its_own():
+    model = nn.Sequential(nn.Linear(6, 5))
+    inject_hilomoe(model, CONFIG, ["0"])
+    rows = []
+
+    def run() -> None:
+        rows.append(torch.randn(int(torch.randint(2, 99, ())), 6))
+        model(rows[-1])
+
+    before = torch.get_rng_state()
+    assert expert_costs(model, run, samples=1).model.flops.routing > 0
+    assert all(torch.equal(again, rows[0]) for again in rows)
+    assert torch.equal(torch.get_rng_state(), before)

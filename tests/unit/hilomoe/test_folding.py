@@ -117,3 +117,34 @@ def test_a_fixed_router_of_one_expert_folds():
     before = model(rows())
     remove_hilomoe(model)
     assert_within(model(rows()), before, float64_rounding(model, rows(), before))
+
+
+def test_a_weight_that_is_used_elsewhere_is_not_folded_into():
+    model = grown(False, {"num_experts": 1})
+    model.other = nn.Linear(WIDTH, 5)
+    model.other.weight = model.first.weight
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"'first' is tied: other\.weight would get .* active_lay"):
+        remove_hilomoe(model)
+    assert list(sites_of(model)) == ["first", "last"]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    for site in sites_of(model).values():
+        site.active_layers = 0
+    assert remove_hilomoe(model) == ["first", "last"]
+
+
+@pytest.mark.parametrize("options", [{"num_experts": 1}, ALL])
+def test_nothing_is_folded_on_meta(options):
+    model = grown(False, options).to("meta")
+    with pytest.raises(ValueError, match="'first' is on meta, .* active_layers = 0 first, or load"):
+        remove_hilomoe(model)
+    assert list(sites_of(model)) == ["first", "last"]
+
+
+def test_a_site_in_two_places_is_folded_once():
+    model = grown(False, {"num_experts": 1})
+    model.again = model.first
+    before, largest = model(rows()), copy.deepcopy(model)
+    remove_hilomoe(model)
+    assert model.again is model.first
+    assert_within(model(rows()), before, float64_rounding(largest, model, rows(), before))

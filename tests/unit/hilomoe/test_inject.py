@@ -1,5 +1,7 @@
 """inject_hilomoe and remove_hilomoe: what is kept, what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -223,3 +225,18 @@ def test_several_routers_have_names():
 def test_a_sequential_cannot_hold_a_router():
     with pytest.raises(ValueError, match=r"run the router as its last layer\. Make it a child of"):
         inject_shared_router(tower(), HiLoMoEConfig(), ["*"], "0", query_width=6)
+
+
+def share(model: Any, config: Any, sites: list[str]) -> list[str]:
+    return inject_shared_router(model, config, sites, "0", 6)
+
+
+@pytest.mark.parametrize("inject", [inject_hilomoe, share])
+def test_what_is_no_model_or_configuration_is_refused(inject):
+    with pytest.raises(ValueError, match=r"model must be an nn\.Module, got a list"):
+        inject([tower()], CONFIG, ["0"])
+    model = tower()
+    for config in (None, {"num_layers": 2}):
+        with pytest.raises(ValueError, match="config must be a HiLoMoEConfig, got a"):
+            inject(model, config, ["0"])
+    assert not sites_of(model)

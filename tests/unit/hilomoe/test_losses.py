@@ -118,3 +118,12 @@ def test_it_compiles_without_a_graph_break():
     assert got is not None
     assert want is not None
     assert_within(got, want, float64_rounding(model, x, want))
+
+
+@pytest.mark.parametrize("scale", ["a", float("nan"), float("inf"), None])
+def test_what_is_no_factor_is_refused_and_the_scale_stays(scale):
+    model = Host(1.0)
+    set_auxiliary_loss_scale(model, 0.5)
+    with pytest.raises(ValueError, match=f"scale must be a finite number, got {scale!r}. Give"):
+        set_auxiliary_loss_scale(model, scale)
+    assert model.small.scale == 0.5

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,3 +119,36 @@ def test_a_second_injection_into_a_model_starts_otherwise(seed):
     inject_hilomoe(model, CONFIG, ["last"], seed=seed)
     first, last = (site.expert_in for site in sites_of(model).values())
     assert not torch.equal(first, last)
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, True, 2**64])
+@pytest.mark.parametrize("act", [inject, share, fix_random_routing])
+def test_what_is_no_seed_is_refused(act: Callable, seed):
+    model = Host()
+    if act is fix_random_routing:
+        inject(model)
+    before, sites = torch.get_rng_state(), list(sites_of(model))
+    with pytest.raises(ValueError, match=f"seed must be a whole number .* got {seed!r}. Give one"):
+        act(model, seed)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert list(sites_of(model)) == sites
+    assert all(isinstance(p, nn.Parameter) for p in experts_of_sites(model))
+
+
+def experts_of_sites(model: nn.Module) -> list[nn.Parameter]:
+    return [p for site in sites_of(model).values() for p in site.routing_parameters().values()]
+
+
+@pytest.mark.parametrize("act", [inject, share])
+def test_any_whole_number_is_a_seed(act: Callable):
+    for seed in (-1, 2**64 - 1, np.int64(3)):
+        act(Host(), seed)
+
+
+@pytest.mark.parametrize("act", [inject, share])
+def test_experts_that_are_injected_in_inference_mode_can_learn(act: Callable):
+    model = Host()
+    with torch.inference_mode():
+        act(model)
+    model(torch.ones(9, WIDTH)).sum().backward()
+    assert all(p.grad is not None for p in expert_parameters(model).values())

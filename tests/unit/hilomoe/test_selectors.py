@@ -20,6 +20,10 @@ def wide(name: str, module: Any) -> bool:
     return module.out_features > 1
 
 
+def fails(name: str, module: Any) -> bool:
+    raise OSError("no list of names")
+
+
 class Host(nn.Module):
     """Two towers of TorchRec's and a head."""
 
@@ -68,6 +72,11 @@ def test_a_probe_takes_them_too():
         InteractionProbe(Host(), CONFIG, [nn.Conv1d], "query", features)
 
 
+def test_names_with_brackets_mean_themselves():
+    model = nn.ModuleDict({"a[0]": nn.Linear(2, 2), "a0": nn.Linear(2, 2)})
+    assert inject_hilomoe(model, CONFIG, ["a[0]"], exclude=["a0"]) == ["a[0]"]
+
+
 def test_what_carries_experts_already_may_be_left_out():
     model = Host()
     inject_hilomoe(model, CONFIG, ["head.0"])
@@ -93,8 +102,16 @@ def test_a_map_of_another_type_that_is_left_out_is_not_told():
         ([3], [], "predicates of name and module, got 3. Give a pattern"),
         ([nn.ReLU()], [], "predicates of name and module, got ReLU()"),
         ([dict], [], "predicates of name and module, got <class 'dict'>"),
+        ([fails], [], "predicate fails fails at 'user._mlp.0._linear', a Linear: OSError: no list"),
+        (["*"], [fails], "predicate fails fails at 'user._mlp.0._linear', a Linear: OSError: no"),
+        (
+            [lambda name: True],
+            [],
+            "at 'user._mlp.0._linear', a Linear: TypeError: <lambda>() takes",
+        ),
+        ([lambda name, module: module.weight > 0], [], "Boolean value of Tensor with more than"),
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_what_means_nothing_is_refused_and_all_stays(sites, exclude, message):
     model = Host()
