@@ -127,6 +127,11 @@ USES = {
         files=("tests/unit/backbones/layers/test_batch_norm.py",),
         there="torch.nn.modules.batchnorm._BatchNorm",
     ),
+    "_post_accumulate_grad_hooks": Use(
+        why="whether the watch of the auxiliary losses' strength still listens",
+        files=("tests/unit/hilomoe/test_strength_watch.py",),
+        there="tests/unit/hilomoe/test_strength_watch.py",
+    ),
     "torch._subclasses.fake_tensor.FakeTensorMode": Use(
         why="shapes without memory: a plan of tables that no host holds",
         files=(
