@@ -30,7 +30,7 @@ __all__ = ["CHECKS", "Combination", "combinations", "main", "read_table", "write
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "releases.md"
 HEADER = "| torch / fbgemm / torchrec | Python | "
-BACKBONES = ("bst", "dien", "din", "interformer", "transact")
+BACKBONES = ("bst", "dcn", "dien", "din", "dlrm", "interformer", "transact")
 TRAIN = ("apps/train.py", "--train.device=cpu", "--data.eval_rows=8192")
 TRAIN += ("--model.hilomoe.routing=row", "--model.hilomoe.route_by=null")  # experts from the start
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -42,7 +42,7 @@ CHECKS: dict[str, tuple[tuple[str, ...], ...]] = {
     "`doctor --train`": (("-m", "torchrec_hilomoe.doctor", "--train"),),
     "60 steps": ((*TRAIN, "--train.max_steps=60", "--out_dir=OUT"),),
     "60 steps, 2 ranks": ((*RANKS, *TRAIN, "--train.max_steps=60", "--out_dir=OUT"),),
-    "5 backbones, 20 steps": tuple(
+    "7 backbones, 20 steps": tuple(
         (*TRAIN, "--train.max_steps=20", f"--model.backbone={name}", f"--out_dir=OUT/{name}")
         for name in BACKBONES
     ),

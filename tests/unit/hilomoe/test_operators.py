@@ -188,6 +188,8 @@ def dual(site: nn.Module, x: Tensor) -> None:
         site(forward_ad.make_dual(x, x))
 
 
+# PyTorch 2.14 scripts decompositions of its own when forward mode is first asked for.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "take",
     [
