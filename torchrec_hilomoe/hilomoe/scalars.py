@@ -26,7 +26,9 @@ def routing_scalars(found: RoutingReport | Iterable[LayerLoad]) -> dict[str, flo
     a router has ``router/NAME/paths_in_use``, a site ``site/NAME/output_ratio``.
 
     Example:
-        >>> from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_hilomoe
+        >>> import torch
+        >>> from torch import nn
+        >>> from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_hilomoe, RoutingLog
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> _ = inject_hilomoe(model, HiLoMoEConfig(num_layers=1, num_experts=2), sites=["0"])
         >>> log = RoutingLog(model)
@@ -63,7 +65,9 @@ def write_routing(
         step: Optimizer steps done.
 
     Example:
-        >>> from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_hilomoe
+        >>> import torch
+        >>> from torch import nn
+        >>> from torchrec_hilomoe.hilomoe import HiLoMoEConfig, inject_hilomoe, RoutingLog
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> _ = inject_hilomoe(model, HiLoMoEConfig(num_layers=1, num_experts=2), sites=["0"])
         >>> log = RoutingLog(model)
