@@ -142,7 +142,7 @@ def _gathering(site: nn.Module) -> HiLoMoELinear:
     """The same site, by the other way to meet experts."""
     assert isinstance(site, HiLoMoELinear)
     other = deepcopy(site)
-    other.plan = replace(site.plan, experts="gathered", gpu_experts="gathered")
+    other.execution = replace(site.execution, experts="gathered", gpu_experts="gathered")
     return other
 
 

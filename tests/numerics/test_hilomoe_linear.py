@@ -9,7 +9,7 @@ from torch.func import functional_call
 from tests.helpers.rounding import assert_same, assert_within, of_sums, value_and_grads
 from tests.helpers.site_cases import check, chosen_by, config_of, make_case, OPTIONS
 from torchrec_hilomoe.hilomoe import reference
-from torchrec_hilomoe.hilomoe.plan import plan_for
+from torchrec_hilomoe.hilomoe.execution import execution_for
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Odd and degenerate sizes first: they find the off-by-ones that 64 and 128 hide.
@@ -29,7 +29,7 @@ def test_gathered_experts_match_float64_reference(options, dtype):
     """The same where rows use few of many wide vectors, which are gathered."""
     sizes = (7, 129, 6, 2, 32 if "top_k" in options else 9)
     config = config_of(*sizes[3:], **options)
-    assert plan_for(config, width=129).experts == "gathered"
+    assert execution_for(config, width=129).experts == "gathered"
     check(sizes, config, dtype)
 
 
@@ -39,7 +39,7 @@ def test_moved_queries_match_float64_reference(options, dtype):
     """The same where many experts share a narrow query, which is moved instead of its scores."""
     sizes = (5, 6, 4, 3, 64 if options.get("top_k") == 4 else 33)
     config = config_of(*sizes[3:], **options)
-    assert plan_for(config, width=6).space == "queries"
+    assert execution_for(config, width=6).space == "queries"
     check(sizes, config, dtype)
 
 
@@ -139,7 +139,7 @@ def test_saturated_softmax(dtype, top_k):
 @pytest.mark.parametrize("sizes", [(9, 6, 7, 3, 5), (7, 129, 6, 2, 32), (5, 6, 4, 3, 64)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_reads_no_uninitialised_memory(options, sizes):
-    """With ``torch.empty`` full of NaN, results stay as they are, whatever the plan."""
+    """With ``torch.empty`` full of NaN, results stay as they are, whatever the execution."""
     config = config_of(*sizes[3:], **options)
     site, tensors, cotangent = make_case(sizes, config, torch.float32)
 

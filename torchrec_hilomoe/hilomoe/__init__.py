@@ -2,12 +2,12 @@
 
 Read in this order: `config` (the options), `reference` (the equations as loops), `routing` (which
 experts a row uses), `experts` (what they add to it), `function` (both with their gradient; `fused`
-is the same in Triton), `losses` (how routers are kept balanced) and `ranks` (over whom), `plan`
-(which backend), `linear` (the module), `router` (one for several sites) and `passes` (whose routing
-a site gets that is recomputed), `inject` (how an existing model gets them, and what one tells
-them; `folding`, what never varies), `costs` (what they cost), `monitor` and `report` (what the
-routers do, in training and in a pass; `scalars`, as numbers for TensorBoard), `probe` (which
-features should route, before there is an expert).
+is the same in Triton), `losses` (how routers are kept balanced) and `ranks` (over whom),
+`execution` (which backend), `linear` (the module), `router` (one for several sites) and `passes`
+(whose routing a site gets that is recomputed), `inject` (how an existing model gets them, and what
+one tells them), `remove` (how it loses them), `costs` (what they cost), `monitor` and `report`
+(what the routers do, in training and in a pass; `scalars`, as numbers for TensorBoard), `probe`
+(which features should route, before there is an expert).
 """
 
 from torchrec_hilomoe.hilomoe.base_checkpoint import load_base_checkpoint
@@ -19,7 +19,6 @@ from torchrec_hilomoe.hilomoe.inject import (
     expert_parameters,
     inject_hilomoe,
     inject_shared_router,
-    remove_hilomoe,
     routers_of,
     set_auxiliary_loss_scale,
     set_process_group,
@@ -36,6 +35,7 @@ from torchrec_hilomoe.hilomoe.probe import (
     ProbeReport,
     SiteCost,
 )
+from torchrec_hilomoe.hilomoe.remove import remove_hilomoe
 from torchrec_hilomoe.hilomoe.report import (
     LayerReport,
     record_routing,

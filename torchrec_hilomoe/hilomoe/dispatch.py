@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from torchrec_hilomoe.hilomoe import operators
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.plan import Plan
+from torchrec_hilomoe.hilomoe.execution import Execution
 
 __all__ = [
     "apply_function",
@@ -98,18 +98,18 @@ def refuse_torchscript() -> NoReturn:
 
 
 def call_kernel(
-    kernel: Callable, config: HiLoMoEConfig, plan: Plan, *args: Any
+    kernel: Callable, config: HiLoMoEConfig, execution: Execution, *args: Any
 ) -> Sequence[Tensor]:
     """Run a kernel: by its operator where something listens to operators, else at once.
 
     PyTorch calls an operator in 5 us, but what that runs takes a tenth longer than called at once.
     """
     if torch.compiler.is_compiling():
-        if plan.backend != "triton":
-            return kernel(config, plan, *args)
+        if execution.backend != "triton":
+            return kernel(config, execution, *args)
     elif in_a_transform() or torch._C._len_torch_dispatch_stack() > 0:
-        return operators.operator(kernel)(operators.options_of(config, plan), *args)
-    return operators.implementation(kernel, config, plan)(*args)
+        return operators.operator(kernel)(operators.options_of(config, execution), *args)
+    return operators.implementation(kernel, config, execution)(*args)
 
 
 def differentiable_once(backward: Callable) -> Callable:
@@ -129,13 +129,13 @@ def differentiable_once(backward: Callable) -> Callable:
 
 
 def call_backward(
-    kernel: Callable, config: HiLoMoEConfig, plan: Plan, *args: Any
+    kernel: Callable, config: HiLoMoEConfig, execution: Execution, *args: Any
 ) -> Sequence[Tensor]:
     """Run a backward kernel, whose result is differentiated nowhere."""
     if _is_recorded():
         grad, saved, *others = args
-        return _Gradients.apply(kernel, config, plan, others, grad, *saved)
-    return call_kernel(kernel, config, plan, *args)
+        return _Gradients.apply(kernel, config, execution, others, grad, *saved)
+    return call_kernel(kernel, config, execution, *args)
 
 
 def _is_recorded() -> bool:
@@ -150,8 +150,8 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        kernel, config, plan, others, grad, *saved = args
-        return tuple(call_kernel(kernel, config, plan, grad, saved, *others))
+        kernel, config, execution, others, grad, *saved = args
+        return tuple(call_kernel(kernel, config, execution, grad, saved, *others))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.execution import Execution
 from torchrec_hilomoe.hilomoe.losses import wide
-from torchrec_hilomoe.hilomoe.plan import Plan
 
 __all__ = [
     "EXPERT_KERNELS",
@@ -225,10 +225,10 @@ def mix(
     gates_LkN: Tensor,
     chosen_LkN: Tensor,
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
 ) -> Mixed:
     """Add to the base map what the gated experts say."""
-    kernel, y_NO = _kernel(plan, x), F.linear(x, weight, bias)
+    kernel, y_NO = _kernel(execution, x), F.linear(x, weight, bias)
     slots = kernel.indices(_slots(chosen_LkN, config))
     experts = kernel(slots)
     hidden = experts.dot(x, down)
@@ -247,7 +247,7 @@ def mix_backward(
     slots: Tensor,
     hidden: Tensor,
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     needs: Sequence[bool],
 ) -> MixGradients:
     """Each expert weighs its up-vector with gate * hidden.
@@ -256,7 +256,7 @@ def mix_backward(
     """
     need_x, need_weight, need_bias = needs
     grad_NO = grad_NO.contiguous()  # a host's sum() hands out one number, expanded
-    kernel = _kernel(plan, x)
+    kernel = _kernel(execution, x)
     experts, gates = kernel(slots), _gates(kernel, gates_LkN, hidden.dtype, config)
     grad_w = experts.dot(grad_NO, _scaled(up, config.alpha))
     grad_hidden = grad_w * gates
@@ -273,8 +273,8 @@ def mix_backward(
     )
 
 
-def _kernel(plan: Plan, x: Tensor) -> type[ExpertKernel]:
-    return EXPERT_KERNELS[plan.gpu_experts if x.is_cuda else plan.experts]
+def _kernel(execution: Execution, x: Tensor) -> type[ExpertKernel]:
+    return EXPERT_KERNELS[execution.gpu_experts if x.is_cuda else execution.experts]
 
 
 def _gates(

@@ -34,8 +34,8 @@ from torchrec_hilomoe.hilomoe.dispatch import (
     in_a_transform,
     without_autocast,
 )
+from torchrec_hilomoe.hilomoe.execution import Execution
 from torchrec_hilomoe.hilomoe.losses import LossWeights, RoutingRecord, wide
-from torchrec_hilomoe.hilomoe.plan import Plan
 from torchrec_hilomoe.hilomoe.ranks import RankGroup, size_of, sum_over_ranks
 from torchrec_hilomoe.hilomoe.routing import Routing
 
@@ -82,7 +82,7 @@ def hilomoe(
     keys_LEQ: Tensor | None,
     query_proj: Tensor | None,
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     loss_weights: LossWeights | None,
     group: RankGroup | None = None,
 ) -> SiteOutput:
@@ -97,7 +97,7 @@ def hilomoe(
         keys_LEQ: Their keys; None if those are the down-vectors.
         query_proj: ``(Q, D)``; None if the query is the input.
         config: The site's options.
-        plan: How to compute it.
+        execution: How to compute it.
         loss_weights: Of the balance and the z loss, whose gradient joins in backward; None computes
             no losses.
         group: Over which ranks they are; None are all.
@@ -111,7 +111,7 @@ def hilomoe(
             query_NQ = rms_norm(query_NQ)
     tensors = (x_ND, query_NQ, weight, bias, down_LERD, up_LERO, keys_LEQ)
     y_NO, counts_LE, _, *routed = apply_under_autocast(
-        _Site, tensors, config, plan, loss_weights, group
+        _Site, tensors, config, execution, loss_weights, group
     )
     return SiteOutput(
         y=_unflattened(y_NO, x),
@@ -125,14 +125,14 @@ def route_samples(
     query_BQ: Tensor,
     keys_LEQ: Tensor,
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     loss_weights: LossWeights | None,
     group: RankGroup | None = None,
 ) -> tuple[Routing, Tensor | None]:
     """Compute the first half alone: the routing, with differentiable gates, and the counts."""
     with without_autocast(query_BQ.device.type):
         gates_LkB, counts_LE, _, *others = apply_function(
-            _Route, wide(query_BQ), wide(keys_LEQ), config, plan, loss_weights, group
+            _Route, wide(query_BQ), wide(keys_LEQ), config, execution, loss_weights, group
         )
     return operators.routing_of((gates_LkB, *others)), None if loss_weights is None else counts_LE
 
@@ -147,7 +147,7 @@ def mix_rows(
     routing: Routing,
     offsets: Tensor | None,
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
 ) -> Tensor:
     """Compute the second half alone: outputs under the gates that each row's sample was given.
 
@@ -160,7 +160,7 @@ def mix_rows(
         routing: Of the samples.
         offsets: ``(B + 1,)``, where in that list each sample's tokens begin.
         config: The site's options.
-        plan: How to compute it.
+        execution: How to compute it.
 
     Raises:
         ValueError: If ``x`` has neither the router's number of samples nor, as far as is known,
@@ -185,7 +185,7 @@ def mix_rows(
     elif (tokens := math.prod(x.shape[1:-1])) != 1:  # numel() would be a constant of an export
         gates, chosen = (t.repeat_interleave(tokens, dim=2) for t in (gates, chosen))
     tensors = (x_ND, weight, bias, down_LERD, up_LERO)
-    y_NO, *_ = apply_under_autocast(_Mix, tensors, gates, chosen, config, plan)
+    y_NO, *_ = apply_under_autocast(_Mix, tensors, gates, chosen, config, execution)
     return _unflattened(y_NO, x)
 
 
@@ -238,8 +238,8 @@ class _Site(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        *tensors, config, plan, loss_weights, group = args
-        y_NO, counts_LE, *others = call_kernel(operators.site, config, plan, *tensors)
+        *tensors, config, execution, loss_weights, group = args
+        y_NO, counts_LE, *others = call_kernel(operators.site, config, execution, *tensors)
         return y_NO, _shared(counts_LE, loss_weights, group), *others
 
     @staticmethod
@@ -251,11 +251,11 @@ class _Site(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_NO, *_):
-        config, plan, loss_weights, _ = ctx.options
+        config, execution, loss_weights, _ = ctx.options
         needs = ctx.needs_input_grad[:7]
         saved = ctx.saved_tensors
         grads = call_backward(
-            operators.site_backward, config, plan, grad_NO, saved, loss_weights, needs[:4]
+            operators.site_backward, config, execution, grad_NO, saved, loss_weights, needs[:4]
         )
         return *_wanted(grads, needs), None, None, None, None
 
@@ -267,8 +267,10 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        query, keys, config, plan, loss_weights, group = args
-        counts_LE, memory, gates, *others = call_kernel(operators.route, config, plan, query, keys)
+        query, keys, config, execution, loss_weights, group = args
+        counts_LE, memory, gates, *others = call_kernel(
+            operators.route, config, execution, query, keys
+        )
         return gates, _shared(counts_LE, loss_weights, group), memory, *others
 
     @staticmethod
@@ -280,10 +282,10 @@ class _Route(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, grad_gates, *_):
-        config, plan, loss_weights, _ = ctx.options
+        config, execution, loss_weights, _ = ctx.options
         saved = ctx.saved_tensors
         grads = call_backward(
-            operators.route_backward, config, plan, grad_gates, saved, loss_weights
+            operators.route_backward, config, execution, grad_gates, saved, loss_weights
         )
         return *_wanted(grads, ctx.needs_input_grad[:2]), None, None, None, None
 
@@ -295,8 +297,8 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(*args):
-        *tensors, config, plan = args
-        return tuple(call_kernel(operators.mixed, config, plan, *tensors))
+        *tensors, config, execution = args
+        return tuple(call_kernel(operators.mixed, config, execution, *tensors))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

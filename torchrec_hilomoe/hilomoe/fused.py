@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.execution import Execution
 from torchrec_hilomoe.hilomoe.losses import choice_counts, loss_gradients, wide
-from torchrec_hilomoe.hilomoe.plan import Plan
 
 __all__ = ["backward_kernel", "forward_kernel", "site", "site_backward"]
 
@@ -210,7 +210,7 @@ _backward_kernel: Any = backward_kernel
 
 def site(
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     x: Tensor,
     query: Tensor | None,
     weight: Tensor,
@@ -249,7 +249,7 @@ def site(
 
 def site_backward(
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     grad_NO: Tensor,
     saved: Sequence[Tensor],
     loss_weights: Sequence[float] | None,

@@ -1,4 +1,4 @@
-"""Put experts on the linear maps of an existing model, take them off, ask them, and set them."""
+"""Put experts on the linear maps of an existing model, ask them, and set them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,15 @@ from torch import distributed as dist
 from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.folding import constant_gates, folded_weight
 from torchrec_hilomoe.hilomoe.host_checks import (
     carry_over,
     check_arguments,
     check_maps,
     match_maps,
-    refuse_changed,
-    refuse_folding,
     refuse_wrapped,
     say_passed_over,
 )
-from torchrec_hilomoe.hilomoe.host_watch import HostWatch, stop_watching
+from torchrec_hilomoe.hilomoe.host_watch import HostWatch
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.losses import attached_losses
 from torchrec_hilomoe.hilomoe.module_names import check_module
@@ -36,7 +33,6 @@ __all__ = [
     "group_of",
     "inject_hilomoe",
     "inject_shared_router",
-    "remove_hilomoe",
     "routers_of",
     "set_auxiliary_loss_scale",
     "set_process_group",
@@ -225,81 +221,6 @@ def inject_shared_router(
     router.attach(model, query_module, tokens.values())
     _share_scale(model, 1.0)
     return names
-
-
-def remove_hilomoe(model: nn.Module) -> list[str]:
-    """Turn sites back into plain linear maps, in place.
-
-    Experts that compute become part of the base map where every row has the same gates: a single
-    expert, or all of a layer's experts with equal keys. The weight is then the sum, rounded once.
-
-    Returns:
-        The names of the maps.
-
-    Raises:
-        ValueError: If the model is wrapped or a site itself; if a site computes with experts that
-            differ from row to row, so that removing it would change the model's outputs, or with
-            weights that are tied to another map's or on ``meta``; if it is reparametrized or has
-            hooks, which a plain map would lose. The model is then as it was.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(8, 4))
-        >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
-        >>> for site in sites_of(model).values():
-        ...     site.active_layers = 0
-        >>> remove_hilomoe(model)
-        ['0']
-        >>> model
-        Sequential(
-          (0): Linear(in_features=8, out_features=4, bias=True)
-        )
-    """
-    refuse_wrapped(model)
-    sites = sites_of(model)
-    if "" in sites:
-        raise ValueError(
-            "remove_hilomoe: the model is a site itself, which can only be replaced in a module "
-            "that has it. Call remove_hilomoe on that module."
-        )
-    for name, site in sites.items():
-        refuse_changed(name, site, "remove_hilomoe", "removal")
-    computing = {name: site for name, site in sites.items() if site.active_layers}
-    refuse_folding(model, computing)
-    gates = {name: constant_gates(site) for name, site in computing.items()}
-    busy = {name: computing[name].active_layers for name, found in gates.items() if found is None}
-    if busy:
-        raise ValueError(
-            "remove_hilomoe: active_layers must be 0 at every site whose rows have gates of their "
-            "own, because removing experts that compute would change the model's outputs; got "
-            f"{busy}. Set active_layers = 0 first."
-        )
-    folded = {
-        n: folded_weight(computing[n], found) for n, found in gates.items() if found is not None
-    }
-    linears = {site: _linear_of(name, site) for name, site in sites.items()}
-    for name, weight in folded.items():
-        sites[name].weight.data.copy_(weight)  # what holds the parameter goes on holding it
-    places = [*model.named_modules(remove_duplicate=False)]  # a host may use a site in two of them
-    stop_watching(model)
-    for name, router in routers_of(model).items():
-        if isinstance(router, SampleRouter):
-            router.detach()
-            parent, _, own_name = name.rpartition(".")
-            delattr(model.get_submodule(parent), own_name)
-    for name, module in places:
-        if isinstance(module, HiLoMoELinear):
-            model.set_submodule(name, linears[module])
-    return list(sites)
-
-
-def _linear_of(name: str, site: HiLoMoELinear) -> nn.Linear:
-    """The plain map of a site, with what hangs on that."""
-    linear = nn.Linear(site.in_features, site.out_features, site.bias is not None, device="meta")
-    linear.weight = site.weight
-    linear.register_parameter("bias", site.bias)
-    fresh = HiLoMoELinear(1, 1, site.config, device="meta", router=site.router)
-    carry_over(site, linear, fresh, name)
-    return linear.train(site.training)
 
 
 def sites_of(model: nn.Module) -> dict[str, HiLoMoELinear]:

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.dispatch import refuse_torchscript
+from torchrec_hilomoe.hilomoe.execution import execution_for
 from torchrec_hilomoe.hilomoe.function import hilomoe, mix_rows, record_of, SiteOutput
 from torchrec_hilomoe.hilomoe.losses import loss_weights, RoutingRecord
-from torchrec_hilomoe.hilomoe.plan import plan_for
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.router import SampleRouter
 
@@ -66,7 +66,7 @@ class HiLoMoELinear(nn.Module):
             ``set_auxiliary_loss_scale``.
         scale_is_told: Whether the host has called that.
         group: Over which ranks that loss is; set for a whole model by ``set_process_group``.
-        plan: How it computes, decided when it was built.
+        execution: How it computes, decided when it was built.
         has_run: Set by each forward, for who wants to know whether the host calls the site.
         tokens: With a given router, the module that the router hears of whose the site's tokens
             are, where its inputs are the tokens of all samples in one list; else None.
@@ -97,7 +97,7 @@ class HiLoMoELinear(nn.Module):
                     "Experts need vectors to work on."
                 )
         self.in_features, self.out_features, self.config = in_features, out_features, config
-        self.plan = plan_for(config, in_features)
+        self.execution = execution_for(config, in_features)
         L, E, R = config.num_layers, config.num_experts, config.rank
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -249,7 +249,7 @@ class HiLoMoELinear(nn.Module):
             router.routing(),
             router.offsets(self.tokens),
             self.config,
-            self.plan,
+            self.execution,
         )
         return router.anchor(y)
 
@@ -265,7 +265,7 @@ class HiLoMoELinear(nn.Module):
             None if config.tie_keys else self._active(self.expert_keys),
             None if config.query_dim is None else self.query_proj,
             config,
-            self.plan,
+            self.execution,
             loss_weights(config, self.auxiliary_scale, self.group) if self.training else None,
             self.group,
         )

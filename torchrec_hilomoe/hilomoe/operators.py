@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
+from torchrec_hilomoe.hilomoe.execution import Execution
 from torchrec_hilomoe.hilomoe.experts import mix, mix_backward
-from torchrec_hilomoe.hilomoe.plan import Plan
 from torchrec_hilomoe.hilomoe.routing import Routing, score_by, score_by_backward, Scored
 
 __all__ = [
@@ -41,16 +41,16 @@ _LIBRARY = torch.library.Library("hilomoe", "DEF")
 
 
 @cache
-def options_of(config: HiLoMoEConfig, plan: Plan) -> str:
+def options_of(config: HiLoMoEConfig, execution: Execution) -> str:
     """A site's options as an operator takes them."""
     own = {field.name: getattr(config, field.name) for field in fields(HiLoMoEConfig)}
-    return json.dumps([own, asdict(plan)])
+    return json.dumps([own, asdict(execution)])
 
 
 @cache
-def _read(options: str) -> tuple[HiLoMoEConfig, Plan]:
-    config, plan = json.loads(options)
-    return HiLoMoEConfig(**config), Plan(**plan)
+def _read(options: str) -> tuple[HiLoMoEConfig, Execution]:
+    config, execution = json.loads(options)
+    return HiLoMoEConfig(**config), Execution(**execution)
 
 
 @cache
@@ -60,19 +60,19 @@ def operator(kernel: Callable) -> Callable[..., list[Tensor]]:
 
 
 @cache
-def implementation(kernel: Callable, config: HiLoMoEConfig, plan: Plan) -> Callable:
+def implementation(kernel: Callable, config: HiLoMoEConfig, execution: Execution) -> Callable:
     """A kernel with these options, as their backend runs it."""
-    if plan.backend == "triton":
+    if execution.backend == "triton":
         from torchrec_hilomoe.hilomoe import fused  # triton is there only if it was asked for
 
         kernel = getattr(fused, kernel.__name__)
-    elif plan.backend == "compiled":
+    elif execution.backend == "compiled":
         kernel = torch.compile(kernel, fullgraph=True)
-    return partial(kernel, config, plan)
+    return partial(kernel, config, execution)
 
 
 def _operator(schema: str, flops: Callable[..., int]) -> Callable[[Callable], Callable]:
-    """Define the operator of a kernel, which takes config and plan where that takes options."""
+    """Define a kernel's operator, which takes options where that takes config and execution."""
 
     def define(kernel: Callable) -> Callable:
         def run(options: str, *args) -> list[Tensor]:
@@ -123,9 +123,9 @@ def _zeros(args: Sequence, in_dims: Sequence) -> list:
 
 def _expert_flops(options, x, weight, bias, down, *_, **__) -> int:
     """FLOPs of the products with the experts' vectors, on their way down and up."""
-    config, plan = _read(options)
+    config, execution = _read(options)
     (rows, D), (L, E, R, _) = x, down
-    vectors = L * R * (E if plan.experts == "dense" else config.top_k)
+    vectors = L * R * (E if execution.experts == "dense" else config.top_k)
     return 2 * rows * vectors * (D + weight[0])
 
 
@@ -148,8 +148,8 @@ def _route_flops(options, query, keys, **_) -> int:
 
 def _route_backward_flops(options, grad, saved, loss_weights, need_query=True, **_) -> int:
     query, keys, *_ = saved
-    config, plan = _read(options)
-    factors = 1 + (need_query or plan.space == "queries")
+    config, execution = _read(options)
+    factors = 1 + (need_query or execution.space == "queries")
     times = 1 if config.stop_gradient == "scores" else 2
     return factors * _logit_flops(query, keys) + _passing_flops(options, query, keys, times)
 
@@ -159,10 +159,10 @@ def _logit_flops(query, keys) -> int:
 
 
 def _passing_flops(options: str, query, keys, times: int) -> int:
-    """Through the keys' Gram matrix or, where the plan says so, by moving the query."""
-    config, plan = _read(options)
+    """Through the keys' Gram matrix or, where the execution says so, by moving the query."""
+    config, execution = _read(options)
     (rows, Q), (L, E, *_) = query, keys
-    if plan.space == "queries":
+    if execution.space == "queries":
         passed = E if config.query_update == "soft" else config.top_k
         return times * 2 * rows * (L - 1) * passed * Q
     return 2 * (L * E) ** 2 * Q + times * rows * L * (L - 1) * E**2
@@ -189,7 +189,7 @@ def _site_backward_flops(options, grad, saved, loss_weights, needs, **_) -> int:
 )
 def site(
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     x: Tensor,
     query: Tensor | None,
     weight: Tensor,
@@ -200,8 +200,8 @@ def site(
 ) -> list[Tensor]:
     """The output, and what `route` and `mixed` find for it."""
     routed_by = (x if query is None else query, down if keys is None else keys)
-    counts_LE, memory, gates_LkN, chosen_LkN, *routed = route(config, plan, *routed_by)
-    y_NO, *found = mixed(config, plan, x, weight, bias, down, up, gates_LkN, chosen_LkN)
+    counts_LE, memory, gates_LkN, chosen_LkN, *routed = route(config, execution, *routed_by)
+    y_NO, *found = mixed(config, execution, x, weight, bias, down, up, gates_LkN, chosen_LkN)
     return [y_NO, counts_LE, memory, gates_LkN, chosen_LkN, *routed, *found]
 
 
@@ -210,7 +210,7 @@ def site(
 )
 def site_backward(
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     grad_NO: Tensor,
     saved: Sequence[Tensor],
     loss_weights: Sequence[float] | None,
@@ -220,7 +220,7 @@ def site_backward(
 
     Args:
         config: The site's options.
-        plan: How it computes.
+        execution: How it computes.
         grad_NO: By the output.
         saved: The tensors of `site` but the bias, and what it returned but the output; counts are
             those of all ranks.
@@ -230,13 +230,13 @@ def site_backward(
     x, query, weight, down, up, keys, *scored, slots, hidden = saved
     need_x, need_query, need_weight, need_bias = needs
     by_mixing = mix_backward(
-        grad_NO, x, weight, _vectors(down), _vectors(up), scored[2], slots, hidden, config, plan,
-        (need_x, need_weight, need_bias),
+        grad_NO, x, weight, _vectors(down), _vectors(up), scored[2], slots, hidden, config,
+        execution, (need_x, need_weight, need_bias),
     )  # fmt: skip
     keys_MQ = _vectors(down if keys is None else keys)
     q_NQ = x if query is None else query
     by_scoring = score_by_backward(
-        plan.space, by_mixing.gates_LkN, q_NQ, keys_MQ, _scored(scored), config, loss_weights
+        execution.space, by_mixing.gates_LkN, q_NQ, keys_MQ, _scored(scored), config, loss_weights
     )
     if need_x and query is None and config.stop_gradient != "query":
         by_scoring.add_query_to(by_mixing.x)
@@ -252,9 +252,9 @@ def site_backward(
 
 
 @_operator("Tensor query, Tensor keys", _route_flops)
-def route(config: HiLoMoEConfig, plan: Plan, query: Tensor, keys: Tensor) -> list[Tensor]:
+def route(config: HiLoMoEConfig, execution: Execution, query: Tensor, keys: Tensor) -> list[Tensor]:
     """This rank's counts, what the backward needs besides, and the routing."""
-    scored = score_by(plan.space, query, _vectors(keys), config)
+    scored = score_by(execution.space, query, _vectors(keys), config)
     found = scored.routing
     routed = (found.gates_LkN, found.chosen_LkN, found.scores_LEN, found.logsumexp_LN)
     assert scored.counts_LE is not None
@@ -264,7 +264,7 @@ def route(config: HiLoMoEConfig, plan: Plan, query: Tensor, keys: Tensor) -> lis
 @_operator("Tensor grad, Tensor[] saved, float[]? loss_weights", _route_backward_flops)
 def route_backward(
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     grad_gates_LkN: Tensor,
     saved: Sequence[Tensor],
     loss_weights: Sequence[float] | None,
@@ -272,7 +272,13 @@ def route_backward(
     """The gradients by query and keys; ``saved`` are they, and what `route` returned."""
     query, keys, *scored = saved
     grads = score_by_backward(
-        plan.space, grad_gates_LkN, query, _vectors(keys), _scored(scored), config, loss_weights
+        execution.space,
+        grad_gates_LkN,
+        query,
+        _vectors(keys),
+        _scored(scored),
+        config,
+        loss_weights,
     )
     return [grads.add_query_to(torch.zeros_like(query)), grads.keys_MQ.view(keys.shape)]
 
@@ -283,7 +289,7 @@ def route_backward(
 )
 def mixed(
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -293,14 +299,16 @@ def mixed(
     chosen_LkN: Tensor,
 ) -> list[Tensor]:
     """The output, the chosen vectors' places, and the products with them."""
-    found = mix(x, weight, bias, _vectors(down), _vectors(up), gates_LkN, chosen_LkN, config, plan)
+    found = mix(
+        x, weight, bias, _vectors(down), _vectors(up), gates_LkN, chosen_LkN, config, execution
+    )
     return [found.y_NO, found.slots, found.hidden]
 
 
 @_operator("Tensor grad, Tensor[] saved, bool[] needs", _mixed_backward_flops)
 def mixed_backward(
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     grad_NO: Tensor,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
@@ -308,8 +316,8 @@ def mixed_backward(
     """The gradients by input, weight, bias, down- and up-vectors, and gates."""
     x, weight, down, up, gates_LkN, slots, hidden = saved
     grads = mix_backward(
-        grad_NO, x, weight, _vectors(down), _vectors(up), gates_LkN, slots, hidden, config, plan,
-        needs,
+        grad_NO, x, weight, _vectors(down), _vectors(up), gates_LkN, slots, hidden, config,
+        execution, needs,
     )  # fmt: skip
     down_LERD, up_LERO = grads.down.view(down.shape), grads.up.view(up.shape)
     return [grads.x, grads.weight, grads.bias, down_LERD, up_LERO, grads.gates_LkN]

@@ -29,10 +29,10 @@ from torch.utils.hooks import RemovableHandle
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.dispatch import refuse_torchscript
+from torchrec_hilomoe.hilomoe.execution import Execution, execution_for
 from torchrec_hilomoe.hilomoe.function import record_of, rms_norm, route_samples
 from torchrec_hilomoe.hilomoe.losses import loss_weights, LossWeights, RoutingRecord
 from torchrec_hilomoe.hilomoe.passes import RoutedPass, RoutedPasses
-from torchrec_hilomoe.hilomoe.plan import Plan, plan_for
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.routing import Routing
 
@@ -108,7 +108,7 @@ class SampleRouter(nn.Module):
             places_LV = torch.empty(self._places_LV.shape, dtype=torch.int64, device=device)
             self.register_buffer("view_places", places_LV, persistent=False)
             read = places_LV.shape[1]
-        self.plan = plan_for(config, source)
+        self.execution = execution_for(config, source)
         self.query_width = config.query_dim or source
         L, E, V = config.num_layers, config.num_experts, config.query_dim or read
         self.expert_keys = nn.Parameter(torch.empty(L, E, V, device=device, dtype=dtype))
@@ -257,7 +257,7 @@ class SampleRouter(nn.Module):
             self.ranges,
             self.keys_LEQ()[: self.active_layers],
             config,
-            self.plan,
+            self.execution,
             loss_weights(config, self.auxiliary_scale, self.group) if self.training else None,
             self.group,
         )
@@ -332,7 +332,7 @@ def _route(
     ranges: Sequence[range],
     keys_LEQ: Tensor,
     config: HiLoMoEConfig,
-    plan: Plan,
+    execution: Execution,
     weights: LossWeights | None,
     group: RankGroup | None,
 ) -> tuple[Routing, Tensor | None]:
@@ -350,7 +350,7 @@ def _route(
         q_BQ = parts_of(q_BQ, ranges)
     elif config.query_norm:
         q_BQ = rms_norm(q_BQ)
-    return route_samples(q_BQ, keys_LEQ, config, plan, weights, group)
+    return route_samples(q_BQ, keys_LEQ, config, execution, weights, group)
 
 
 def check_views(views: Sequence[Sequence[range]], width: int, config: HiLoMoEConfig) -> None:

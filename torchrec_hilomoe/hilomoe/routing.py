@@ -295,7 +295,7 @@ def largest(logits_LEN: Tensor, k: int) -> Tensor:
 
 
 def score_by(space: str, q_NQ: Tensor, keys_MQ: Tensor, config: HiLoMoEConfig) -> Scored:
-    """Route rows by their query, in the space that the site's plan names.
+    """Route rows by their query, in the space that the site's execution names.
 
     In query space a layer moves the query by its own keys, ``q_{l+1} = q_l + p_l K_l``, and every
     layer compares with the query as it finds it. Gates (``query_update="selected"``) move it by the

@@ -19,8 +19,8 @@ from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
 from torchrec_hilomoe.data.vocabularies import vocabulary_faults
-from torchrec_hilomoe.hilomoe.folding import experts_never_vary
-from torchrec_hilomoe.hilomoe.inject import remove_hilomoe, sites_of
+from torchrec_hilomoe.hilomoe.inject import sites_of
+from torchrec_hilomoe.hilomoe.remove import experts_never_vary, remove_hilomoe
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
 from torchrec_hilomoe.runtime.checkout import commit_of

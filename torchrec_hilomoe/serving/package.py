@@ -42,14 +42,14 @@ def compile_package(model: ServedModel, path: str) -> None:
             "without --package."
         )
     sites = sites_of(model).values()
-    plans = [site.plan for site in sites]
+    executions = [site.execution for site in sites]
     for site in sites:
-        site.plan = replace(site.plan, experts="indexed")
+        site.execution = replace(site.execution, experts="indexed")
     try:
         program = export_program(model)
     finally:
-        for site, plan in zip(sites, plans, strict=True):
-            site.plan = plan
+        for site, execution in zip(sites, executions, strict=True):
+            site.execution = execution
     with without_warnings():
         torch._inductor.aoti_compile_and_package(program, package_path=path)
 

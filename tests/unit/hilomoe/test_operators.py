@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.rounding import assert_same, assert_within, float64_rounding
 from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear, inject_hilomoe, operators
+from torchrec_hilomoe.hilomoe.execution import execution_for
 from torchrec_hilomoe.hilomoe.inject import auxiliary_loss, inject_shared_router
 from torchrec_hilomoe.hilomoe.losses import LossWeights
-from torchrec_hilomoe.hilomoe.plan import plan_for
 
 ROWS, D, O = 7, 6, 5  # noqa: E741
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -32,16 +32,16 @@ NEEDS = (True, True, True)
 
 
 def calls(config: HiLoMoEConfig, width: int = D, **needs: bool) -> dict[Any, tuple]:
-    """Each kernel and what it could be called with, but for config and plan."""
+    """Each kernel and what it could be called with, but for config and execution."""
     torch.manual_seed(0)
     L, E, R, Q = config.num_layers, config.num_experts, config.rank, config.query_dim or width
     x, weight, bias = torch.randn(ROWS, width), torch.randn(O, width), torch.randn(O)
     query = torch.randn(ROWS, Q) if config.query_dim or config.query_norm else None
     down, up, keys = (torch.randn(L, E, *shape) for shape in ((R, width), (R, O), (Q,)))
     own_keys = None if config.tie_keys else keys
-    plan = plan_for(config, width)
+    execution = execution_for(config, width)
     site = (x, query, weight, bias, down, up, own_keys)
-    found = operators.site(config, plan, *site)
+    found = operators.site(config, execution, *site)
     y, counts, memory, gates, chosen, scores, logsumexp, slots, hidden = found
     mixed = (x, weight, bias, down, up, gates, chosen)
     routing = (memory, gates, chosen, scores, logsumexp)
@@ -57,7 +57,7 @@ def calls(config: HiLoMoEConfig, width: int = D, **needs: bool) -> dict[Any, tup
         ),
         operators.route: (q, keys),
         operators.route_backward: (
-            torch.randn_like(gates), [q, keys, *operators.route(config, plan, q, keys)], None
+            torch.randn_like(gates), [q, keys, *operators.route(config, execution, q, keys)], None
         ),
         operators.mixed: mixed,
         operators.mixed_backward: (
@@ -67,7 +67,7 @@ def calls(config: HiLoMoEConfig, width: int = D, **needs: bool) -> dict[Any, tup
 
 
 def operator_call(kernel: Any, config: HiLoMoEConfig, width: int = D) -> tuple[Any, str]:
-    return operators.operator(kernel), operators.options_of(config, plan_for(config, width))
+    return operators.operator(kernel), operators.options_of(config, execution_for(config, width))
 
 
 # Seconds each: the fast ones are of one kernel each.
@@ -88,7 +88,7 @@ def test_pytorch_finds_no_fault(options):
 
 def test_pytorch_finds_no_fault_where_experts_are_gathered():
     config = HiLoMoEConfig()
-    assert plan_for(config, 128).experts == "gathered"
+    assert execution_for(config, 128).experts == "gathered"
     for kernel, args in calls(config, 128).items():
         operator, text = operator_call(kernel, config, 128)
         torch.library.opcheck(operator, (text, *args))
@@ -98,8 +98,8 @@ def test_pytorch_finds_no_fault_where_experts_are_gathered():
 @every_option
 def test_flops_are_those_of_the_products_that_are_computed(options, needs):
     config = HiLoMoEConfig(**options)
-    plan = plan_for(config, D)
-    gathers = plan.space == "queries" and config.query_update == "selected"
+    execution = execution_for(config, D)
+    gathers = execution.space == "queries" and config.query_update == "selected"
     for kernel, args in calls(config, **needs).items():
         if gathers and kernel not in (operators.mixed, operators.mixed_backward):
             continue  # PyTorch does not count its embedding bags
@@ -107,7 +107,7 @@ def test_flops_are_those_of_the_products_that_are_computed(options, needs):
         with FlopCounterMode(display=False) as formula:
             operator(text, *args)
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as seen:
-            kernel(config, plan, *args)
+            kernel(config, execution, *args)
         assert formula.get_total_flops() == seen.get_total_flops(), kernel.__name__
 
 
@@ -118,7 +118,7 @@ def added(total: Any, left: Any, right: Any, **_: Any) -> int:
 def test_gathered_experts_count_what_a_row_chooses():
     config = HiLoMoEConfig(num_experts=16, top_k=2)
     operator, text = operator_call(operators.mixed, config, 128)
-    assert plan_for(config, 128).experts == "gathered"
+    assert execution_for(config, 128).experts == "gathered"
     args = calls(config, 128)[operators.mixed]
     with FlopCounterMode(display=False) as counter:
         operator(text, *args)

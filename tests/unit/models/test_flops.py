@@ -13,7 +13,7 @@ from tests.helpers.models import MODEL
 from torchrec_hilomoe.config import BSTConfig, InjectionConfig, ModelConfig
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.embeddings.features import FeatureWidths, History, SequenceFeatures
-from torchrec_hilomoe.hilomoe.plan import gathering_pays
+from torchrec_hilomoe.hilomoe.execution import gathering_pays
 from torchrec_hilomoe.models.build import BACKBONES, build_task
 from torchrec_hilomoe.models.flops import Cost, cost_table, count_cost
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
-from torchrec_hilomoe.hilomoe.plan import gathering_pays
+from torchrec_hilomoe.hilomoe.execution import gathering_pays
 from torchrec_hilomoe.hilomoe.probe.advice import (
     advise,
     Findings,

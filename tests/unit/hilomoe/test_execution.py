@@ -8,21 +8,21 @@ from torch import nn
 
 from tests.helpers.rounding import assert_within, float64_rounding
 from torchrec_hilomoe.hilomoe import HiLoMoEConfig, HiLoMoELinear
+from torchrec_hilomoe.hilomoe.execution import _say, execution_for
 from torchrec_hilomoe.hilomoe.experts import EXPERT_KERNELS
-from torchrec_hilomoe.hilomoe.plan import _say, plan_for
 
 
 def test_size_decides_how_experts_are_met():
-    assert plan_for(HiLoMoEConfig(num_experts=8), width=16).experts == "dense"
-    assert plan_for(HiLoMoEConfig(num_experts=8), width=256).experts == "gathered"
-    assert plan_for(HiLoMoEConfig(num_experts=8, top_k=8), width=256).experts == "dense"
+    assert execution_for(HiLoMoEConfig(num_experts=8), width=16).experts == "dense"
+    assert execution_for(HiLoMoEConfig(num_experts=8), width=256).experts == "gathered"
+    assert execution_for(HiLoMoEConfig(num_experts=8, top_k=8), width=256).experts == "dense"
 
 
 def test_size_decides_where_the_recursion_runs():
-    assert plan_for(HiLoMoEConfig(num_experts=64), width=256).space == "scores"
-    assert plan_for(HiLoMoEConfig(num_experts=256), width=256).space == "queries"
-    assert plan_for(HiLoMoEConfig(num_experts=64, query_dim=32), width=256).space == "queries"
-    assert plan_for(HiLoMoEConfig(num_experts=8), width=4).space == "scores"
+    assert execution_for(HiLoMoEConfig(num_experts=64), width=256).space == "scores"
+    assert execution_for(HiLoMoEConfig(num_experts=256), width=256).space == "queries"
+    assert execution_for(HiLoMoEConfig(num_experts=64, query_dim=32), width=256).space == "queries"
+    assert execution_for(HiLoMoEConfig(num_experts=8), width=4).space == "scores"
 
 
 def test_the_decision_is_logged_once_for_each_width(caplog):

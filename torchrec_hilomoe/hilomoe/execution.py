@@ -18,7 +18,7 @@ import torch
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 
-__all__ = ["Plan", "gathering_pays", "plan_for"]
+__all__ = ["Execution", "execution_for", "gathering_pays"]
 
 MOST_VECTORS = 256  # a kernel keeps a row's hidden values of all experts in registers
 
@@ -28,7 +28,7 @@ ExpertsName = Literal["dense", "gathered", "indexed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Execution:
     """How a site computes.
 
     Attributes:
@@ -45,7 +45,7 @@ class Plan:
     gpu_experts: ExpertsName
 
 
-def plan_for(config: HiLoMoEConfig, width: int) -> Plan:
+def execution_for(config: HiLoMoEConfig, width: int) -> Execution:
     """Decide how a site of this width computes.
 
     Raises:
@@ -61,15 +61,15 @@ def plan_for(config: HiLoMoEConfig, width: int) -> Plan:
         )
     gathered = backend == "eager" and gathering_pays(config.num_experts, config.top_k, width)
     moving = backend == "eager" and _moving_queries_pays(config, width)
-    plan = Plan(
+    execution = Execution(
         backend=backend,
         experts="indexed" if backend == "compiled" else "gathered" if gathered else "dense",
         # Embedding bags have no bfloat16 there, and a matrix unit hardly notices a dense bank.
         gpu_experts="indexed" if backend == "compiled" else "dense",
         space="queries" if moving else "scores",
     )
-    _say(config.backend, plan, width)
-    return plan
+    _say(config.backend, execution, width)
+    return execution
 
 
 def gathering_pays(num_experts: int, top_k: int, width: int) -> bool:
@@ -88,10 +88,16 @@ def _moving_queries_pays(config: HiLoMoEConfig, width: int) -> bool:
 
 
 @cache
-def _say(asked: str, plan: Plan, width: int) -> None:
+def _say(asked: str, execution: Execution, width: int) -> None:
     """Once per decision, not once per site; sites of other widths may be decided otherwise."""
-    way = "Triton kernels" if plan.backend == "triton" else f"experts {plan.experts}, {plan.space}"
-    _log.info("HiLoMoE backend %r for sites of %d inputs: %s, %s", asked, width, plan.backend, way)
+    way = (
+        "Triton kernels"
+        if execution.backend == "triton"
+        else f"experts {execution.experts}, {execution.space}"
+    )
+    _log.info(
+        "HiLoMoE backend %r for sites of %d inputs: %s, %s", asked, width, execution.backend, way
+    )
 
 
 def _against_compiling(config: HiLoMoEConfig) -> tuple[str, ...]:
