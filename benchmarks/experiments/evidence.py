@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from benchmarks.experiments.report import compare, Line, report
+from benchmarks.experiments.report import compare, compare_data, Line, report
 from benchmarks.harness import append, environment, read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +119,18 @@ DATA = {
     **{
         name: Data(recipe=recipe, head=(256, 128), route_by=route_by, prepared=True, tuned_on=name)
         for name, (recipe, route_by) in PREPARED.items()
+    },
+    # MovieLens with frozen vectors of its movies: of their titles, and drawn at random.
+    **{
+        f"ml-1m-{vectors}": Data(
+            recipe=PREPARED["ml-1m"][0],
+            options={"data.data_schema": "null"},
+            head=(256, 128),
+            route_by=PREPARED["ml-1m"][1],
+            prepared=True,
+            tuned_on="ml-1m",
+        )
+        for vectors in ("titles", "random")
     },
 }
 
@@ -385,6 +397,13 @@ def main() -> None:
         metavar="VARIANT",
         help="with report: what the first adds to the other, alone",
     )
+    parser.add_argument(
+        "--pair-data",
+        nargs=2,
+        choices=DATA,
+        metavar="DATA",
+        help="with report: what the same models gain from the first instead of the other, alone",
+    )
     parser.add_argument("--plot", type=Path, help="draw AUC over FLOPs to this file")
     args = parser.parse_args()
     args.prepared = dict(pair.split("=", 1) for pair in args.prepared)
@@ -402,6 +421,8 @@ def main() -> None:
         )
         if args.pair:
             compare(lines, *args.pair)
+        elif args.pair_data:
+            compare_data(lines, *args.pair_data)
         else:
             report(lines, COMPARED)
             if args.plot:

@@ -11,6 +11,7 @@ __all__ = [
     "SCORES",
     "Line",
     "compare",
+    "compare_data",
     "differences",
     "flops",
     "grouped",
@@ -47,6 +48,23 @@ def compare(lines: Sequence[Line], variant: str, against: str) -> None:
         paired = [differences(runs, variant, against, score) for score in SCORES]
         if paired[0]:
             print(f"| {data}, {backbone} | {' | '.join(map(difference, paired))} |")
+
+
+def compare_data(lines: Sequence[Line], data: str, against: str) -> None:
+    """Print what models gain from data of the same rows: every score, pair by pair."""
+    print(f"| {data}, against {against} | {' | '.join(SCORES)} |")
+    print("|---" * (1 + len(SCORES)) + "|")
+    groups = grouped([line for line in lines if line["data"] in (data, against)])
+    for backbone in dict.fromkeys(backbone for _, backbone in groups):
+        both = [
+            {**run, "variant": f"{run['variant']}, {run['data']}"}
+            for name in (data, against)
+            for run in groups.get((name, backbone), ())
+        ]
+        for variant in variants_of(groups.get((data, backbone), ())):
+            names = [f"{variant}, {name}" for name in (data, against)]
+            paired = [differences(both, *names, score) for score in SCORES]
+            print(f"| {backbone}, {variant} | {' | '.join(map(difference, paired))} |")
 
 
 def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:

@@ -34,6 +34,7 @@ from torchrec_hilomoe.data.prepare.shards import Noted, shard_rows, Shards
 from torchrec_hilomoe.data.prepare.sources import RawFile
 from torchrec_hilomoe.data.prepare.split_rules import check_splits, waiting_shard
 from torchrec_hilomoe.data.prepare.streaming import in_order
+from torchrec_hilomoe.data.prepare.vectors import Vectors, write_vectors
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
 __all__ = [
@@ -120,11 +121,13 @@ class Learned:
     Attributes:
         schema: What the columns mean.
         vocabularies: Raw values of tables that the schema names files of, that with id 1 first.
+        vectors: Of frozen tables; their keys are among the vocabularies.
         notes: Counts for the report that do not add up over users.
     """
 
     schema: Schema
     vocabularies: Mapping[str, pl.Series] = field(default_factory=dict)
+    vectors: Mapping[str, Vectors] = field(default_factory=dict)
     notes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -250,6 +253,8 @@ def prepare_log(
         folder.write_schema(schema)
         for table, values in learned.vocabularies.items():
             folder.write_vocabulary(table, values.to_arrow())
+        for table, given in learned.vectors.items():
+            write_vectors(folder, table, given, schema.tables[table])
         rows_per_file = shard_rows(4 * total.entries / total.rows + 8 * len(schema.columns))
         shards = Shards(scratch=local, seed=options.seed, schema=schema)
         _encode(log, runs, parts, before, total, rows_per_file, shards, workers)

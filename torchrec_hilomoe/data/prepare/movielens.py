@@ -3,19 +3,23 @@
 The history is what the user rated before, movie by movie, with genres and stars. Each user's
 ratings are cut in the order of time: the first 80 % train, the next 10 % validate, the last
 10 % test. Everything in a row but its label is known before the rating is given.
+
+Vectors of movies, such as of their titles, become a frozen table beside those that are trained.
 """
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.counting import by_frequency
 from torchrec_hilomoe.data.prepare.encoding import encode_lists, Encoder, encoder_of
-from torchrec_hilomoe.data.prepare.folder import Report
+from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
 from torchrec_hilomoe.data.prepare.log import (
     Counted,
     Encoded,
@@ -30,7 +34,14 @@ from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.records import BadRecords, find_raw
 from torchrec_hilomoe.data.prepare.sources import LineFile, MALFORMED, PLACE, ROW
 from torchrec_hilomoe.data.prepare.timelines import earlier, Lines, split_of
-from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
+from torchrec_hilomoe.data.prepare.vectors import Vectors
+from torchrec_hilomoe.data.schema import (
+    FrozenTable,
+    IdFeature,
+    PooledFeature,
+    Schema,
+    VocabularyRule,
+)
 
 __all__ = ["prepare_movielens"]
 
@@ -48,6 +59,7 @@ PATTERNS = {
 PROFILE = ("gender", "age", "occupation", "zip")
 CLICK_STARS = 4
 MAX_STARS = 5
+VECTOR, HISTORY = "movie_vector", "history_movie_vector"  # the first names the table, too
 ZIP_DIGITS = 3  # an area of the United States; the whole code is close to being the user
 GENRES = (
     pl.col("genres")
@@ -63,6 +75,7 @@ def prepare_movielens(
     raw: str,
     max_history: int = 50,
     max_liked: int = 100,
+    vectors: str | None = None,
     **common: Unpack[Common],
 ) -> Report:
     """Prepare MovieLens-1M: predict whether a user gives a movie four stars or more.
@@ -71,6 +84,8 @@ def prepare_movielens(
         raw: Folder with ratings.dat, movies.dat and users.dat, each plain or gzipped (.gz).
         max_history: How many of the user's last ratings a row keeps; a run can cut further.
         max_liked: How many of the user's last liked movies a row keeps, as a bag.
+        vectors: A file of vectors of movies, which become a frozen table: Parquet, .npz or .h5
+            with key, the movies' numbers, and value.
         common: Options that every command has.
 
     Returns:
@@ -81,8 +96,9 @@ def prepare_movielens(
         ValueError: If an option is out of range.
     """
     return prepare_log(
-        lambda *_: _Ratings(raw, max_history, max_liked),
+        lambda *_: _Ratings(raw, max_history, max_liked, vectors),
         lengths={"max_history": max_history, "max_liked": max_liked},
+        named={} if vectors is None else {"vectors": vectors},
         **common,
     )
 
@@ -96,18 +112,22 @@ class _Ratings(EventLog):
         raw: Their folder.
         max_history: Events of a history.
         max_liked: Movies of the bag of liked ones.
+        vectors: A file of movies' vectors, if there are any.
     """
 
     order = ("user", "time", "line")
     counted = {"user": pl.Int64, "movie": pl.Int64, "genre_set": pl.String}
 
-    def __init__(self, raw: str, max_history: int, max_liked: int) -> None:
+    def __init__(self, raw: str, max_history: int, max_liked: int, vectors: str | None) -> None:
         paths = {name: find_raw(raw, name, SOURCE) for name in PATTERNS}
         self._files = {n: LineFile(paths[n], PATTERNS[n], encoding="latin-1") for n in PATTERNS}
         self.file = self._files["ratings.dat"]
         self.columns = self.file.columns()
         self.nothing = f"{self.file.path} has no good line. {SOURCE}"
         self._max_history, self._max_liked = max_history, max_liked
+        self._vectors = None if vectors is None else Vectors(vectors)
+        if self._vectors is not None and not pa.types.is_integer(self._vectors.keys.type):
+            raise DataError(f"{vectors} has texts as keys; key must hold the movies' numbers.")
 
     def read(self, batch: pl.DataFrame) -> Read:
         """Take lines apart."""
@@ -178,10 +198,11 @@ class _Ratings(EventLog):
         history = pl.col("position").clip(upper_bound=self._max_history)
         liked = pl.col("likes").clip(upper_bound=self._max_liked)
         genres = pl.col("genres").list.len().cast(pl.Int64).fill_null(0)
+        lists = 3 if self._vectors is None else 4
         tally = Tally(
             rows=found.height,
             trained=trained.height,
-            entries=int(found.select((3 * history + liked + genres).sum()).item()),
+            entries=int(found.select((lists * history + liked + genres).sum()).item()),
             notes=Counter(
                 {
                     "repeated_ratings_dropped": events.height - found.height,
@@ -208,13 +229,26 @@ class _Ratings(EventLog):
             "user": rows["user"],
             **self._profile_rows,
         }
-        return Learned(schema=_schema(tables, self._max_history, self._max_liked))
+        schema = _schema(tables, self._max_history, self._max_liked)
+        if self._vectors is None:
+            return Learned(schema=schema)
+        keys = pl.Series(VECTOR, self._vectors.keys)
+        self._encoders[VECTOR] = encoder_of(keys, 0)
+        return Learned(
+            schema=_with_vectors(schema, self._vectors),
+            vocabularies={VECTOR: keys},
+            vectors={VECTOR: self._vectors},
+        )
 
     def encode(self, events: pl.DataFrame, before: Tally) -> Encoded:
         """Encode some users' ratings."""
         found = self._follow(events).with_columns(pl.col("stars").cast(pl.Int32))
+        encoded = {"user": found["user"], "movie": found["movie"]}
+        if VECTOR in self._encoders:
+            encoded[VECTOR] = found["movie"]
         found = found.with_columns(
-            [self._encoders[name].encode(found[name]).cast(pl.Int32) for name in ("user", "movie")]
+            self._encoders[name].encode(raw).cast(pl.Int32).alias(name)
+            for name, raw in encoded.items()
         ).with_columns(pl.col("genre_set", *PROFILE).fill_null(0), pl.col("genres").fill_null([]))
         liked_movie = found.filter("liked")["movie"]
 
@@ -236,6 +270,11 @@ class _Ratings(EventLog):
                 "history_length": np.log1p(position_M.to_numpy()),
                 "like_rate": ((likes_M + 1) / (position_M + 2)).to_numpy(),
                 "label": part["liked"].to_numpy(),
+                **(
+                    {VECTOR: part[VECTOR].to_numpy(), HISTORY: history.lists(found[VECTOR])}
+                    if VECTOR in self._encoders
+                    else {}
+                ),
             }
 
         return Encoded(split_R=found["split"].to_numpy(), rows=rows)
@@ -261,4 +300,18 @@ def _schema(tables: dict[str, int], max_history: int, max_liked: int) -> Schema:
         dense=("history_length", "like_rate"),
         label="label",
         group="user",
+    )
+
+
+def _with_vectors(schema: Schema, vectors: Vectors) -> Schema:
+    """Give the candidate and each event of the history a frozen vector."""
+    (history,) = schema.sequences
+    event = IdFeature(name=HISTORY, table=VECTOR)
+    return replace(
+        schema,
+        tables={**schema.tables, VECTOR: len(vectors.keys) + 1},
+        candidate=(*schema.candidate, IdFeature(name=VECTOR, table=VECTOR)),
+        sequences=(replace(history, fields=(*history.fields, event)),),
+        frozen={VECTOR: FrozenTable(width=vectors.width, file=vectors_file(VECTOR))},
+        vocabularies={VECTOR: VocabularyRule(kind="given", file=vocabulary_file(VECTOR))},
     )
