@@ -37,7 +37,7 @@ NUMERIC := tests/numerics tests/unit/backbones tests/unit/embeddings tests/unit/
 CAPABILITIES ?= default avx2 native
 THREADS ?= 1 2
 
-.PHONY: help train test test-all test-processors lint format bench $(BENCHES) figures api matrix clean
+.PHONY: help train test test-all test-processors test-spark lint format bench $(BENCHES) figures api matrix clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -58,6 +58,9 @@ test-processors: $(DEVELOPMENT) ## those on numbers, as other processors and two
 	    echo "$$capability kernels, $$threads thread(s)"; \
 	    env $$kernels OMP_NUM_THREADS=$$threads $(TESTS) -q -m "not slow and not gpu" $(NUMERIC) $(ARGS); \
 	done; done
+
+test-spark: $(STAMPS)/spark ## examples/prepare_spark.py against prepare; installs PySpark, wants Java 17
+	$(PYTEST) tests/integration/test_spark.py $(ARGS)
 
 lint: $(DEVELOPMENT) ## style, formatting, types
 	$(BIN)/ruff check .
@@ -111,5 +114,9 @@ $(RUNTIME): pyproject.toml $(STAMPS)/$(DEVICE)
 	@touch $@
 
 $(DEVELOPMENT): requirements/dev.txt $(RUNTIME)
+	$(PIP) -r $<
+	@touch $@
+
+$(STAMPS)/spark: requirements/spark.txt $(DEVELOPMENT)
 	$(PIP) -r $<
 	@touch $@

@@ -61,11 +61,17 @@ def test_a_set_has_all_that_the_package_names_within_its_caps(release, device, l
 
 
 @pytest.mark.parametrize(
-    "line", [*EXTRAS["dev"], *EXTRAS["plots"], *EXTRAS["server"], *EXTRAS["sweep"]]
+    "line",
+    [line for extra in ("dev", "plots", "server", "sweep", "titles") for line in EXTRAS[extra]],
 )
 def test_the_development_set_has_its_extras_within_their_caps(line):
     requirement = Requirement(line)
     assert requirement.specifier.contains(pins("dev.txt")[canonicalize_name(requirement.name)])
+
+
+def test_pyspark_is_pinned_within_its_caps():
+    (requirement,) = map(Requirement, EXTRAS["spark"])
+    assert requirement.specifier.contains(pins("spark.txt")[canonicalize_name(requirement.name)])
 
 
 def test_every_dependency_has_a_cap():
@@ -82,7 +88,7 @@ def test_the_sets_differ_in_fbgemm_alone_and_are_the_doctors(release):
 
 def test_there_is_no_set_but_those_of_the_releases():
     claimed = {release.requirements(device) for release in RELEASES for device in FBGEMM}
-    beside = {"requirements/base.txt", "requirements/dev.txt"}
+    beside = {"requirements/base.txt", "requirements/dev.txt", "requirements/spark.txt"}
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "requirements").iterdir()}
     assert found == claimed | beside
     assert PINNED.requirements("cpu") == "requirements/cpu.txt"  # what `make` installs

@@ -16,6 +16,7 @@ import yaml
 from tests.helpers.processes import ROOT, run_ranks
 from tests.helpers.runs import assert_same_metrics, read_tensors, train
 from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
+from torchrec_hilomoe.serving import Scorer
 from torchrec_hilomoe.training.metrics import compute_metrics
 
 ROWS, TESTED = 2000, 300
@@ -27,7 +28,10 @@ DESCRIPTION: dict[str, Any] = {
     "sequences": [
         {
             "name": "clicks",
-            "fields": [{"name": "clicked", "table": "item"}],
+            "fields": [
+                {"name": "clicked", "table": "item"},
+                {"name": "dwell", "table": "dwell"},
+            ],
             "max_length": 4,
             "time": "clicked_at",
         }
@@ -45,6 +49,7 @@ DESCRIPTION: dict[str, Any] = {
         "item": {"kind": "counted", "min_count": 4},
         "user": {"kind": "hashed"},
         "colour": {"kind": "given", "file": "colours.txt", "unknown": "last"},
+        "dwell": {"kind": "bucketed", "buckets": 6},
     },
 }
 
@@ -56,11 +61,15 @@ def raw_rows(rows: int, seed: int) -> pa.Table:
     def items(count: int) -> list[str]:
         return [f"i{it}" for it in rng.zipf(1.5, size=count) % 60]
 
+    def seconds(count: int) -> list[float | None]:
+        return [None if rng.random() < 0.1 else rng.lognormal() for _ in range(count)]
+
     lengths = rng.integers(0, 7, size=rows).tolist()
     return pa.table(
         {
             "item": pa.array(items(rows)).dictionary_encode(),
             "clicked": pa.array([items(n) for n in lengths], pa.list_(pa.string())),
+            "dwell": pa.array([seconds(n) for n in lengths], pa.list_(pa.float32())),
             "clicked_at": pa.array([[1000] * n for n in lengths], pa.list_(pa.int64())),
             "user": [f"u{n}" for n in rng.integers(0, 200, size=rows)],
             "age": pa.array(rng.integers(0, 8, size=rows), pa.int8()),
@@ -130,6 +139,13 @@ def test_raw_rows_score_as_evaluation_scores_what_was_prepared_of_them(shop, cap
     metrics = compute_metrics(logits_N, labels_N, np.zeros(TESTED, dtype=np.int64))
     # Two rows that differ by less than rounding may change places.
     assert abs(metrics.auc - evaluated["auc"]) <= 1 / TESTED
+    scorer = Scorer(str(out))
+    ids = scorer.score(pq.read_table(shop / "data" / "test"), values="ids")
+    assert np.array_equal(scorer.score(raw), ids)
+    # The model would tell if numbers were put into other buckets.
+    doubled = [[it and 2 * it for it in seconds] for seconds in raw["dwell"].to_pylist()]
+    place = raw.column_names.index("dwell")
+    assert not np.array_equal(scorer.score(raw.set_column(place, "dwell", [doubled])), ids)
 
 
 def test_a_checkpoint_from_before_the_experts_is_refused_by_the_command(shop):

@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 MOST_ROWS = 1 << 40  # a trillion
+MOST_BUCKETS = 1 << 16
 # A table becomes a module of a dictionary of modules, a prefix of parameters, a file.
 TABLE_NAME = re.compile(r"\w[\w -]{0,99}")
 TAKEN = frozenset(dir(nn.ModuleDict()))
@@ -169,9 +170,12 @@ class VocabularyRule:
 
     Attributes:
         kind: Source of the values: ``counted``: those that occur often enough in training rows;
-            ``given``: those of a list; ``hashed``: every value has a row, which it may share.
+            ``given``: those of a list; ``hashed``: every value has a row, which it may share;
+            ``bucketed``: numbers, in buckets with about as many training values each.
         min_count: Smallest number of occurrences of a ``counted`` value; rarer ones are unknown.
-        unknown: Row of unknown values: ``zero``, with padding, or ``last``, their own.
+        unknown: Row of unknown values: ``zero``, with padding, or ``last``, their own. Of numbers,
+            only missing ones (null, not a number) are unknown.
+        buckets: Largest number of buckets of a ``bucketed`` vocabulary; null for the others.
         file: File of the values and their ids, beside the schema; null if ``hashed``.
 
     Example:
@@ -179,14 +183,15 @@ class VocabularyRule:
         'zero'
     """
 
-    kind: Literal["counted", "given", "hashed"]
+    kind: Literal["counted", "given", "hashed", "bucketed"]
     min_count: int = 1
     unknown: Literal["zero", "last"] = "zero"
+    buckets: int | None = None
     file: str | None = None
 
     def __post_init__(self) -> None:
         for name, valid in (
-            ("kind", ("counted", "given", "hashed")),
+            ("kind", ("counted", "given", "hashed", "bucketed")),
             ("unknown", ("zero", "last")),
         ):
             if getattr(self, name) not in valid:
@@ -198,4 +203,14 @@ class VocabularyRule:
             raise ValueError(
                 f"Schema.vocabularies: min_count is {self.min_count} for a {self.kind} vocabulary; "
                 "it must be at least 1, and only counted ones may have more."
+            )
+        if (self.buckets is None) == (self.kind == "bucketed"):
+            raise ValueError(
+                f"Schema.vocabularies: buckets is {self.buckets} for a {self.kind} vocabulary; "
+                "bucketed ones want a number, such as 32, and others have none."
+            )
+        if self.buckets is not None and not 2 <= self.buckets <= MOST_BUCKETS:
+            raise ValueError(
+                f"Schema.vocabularies: buckets must be from 2 to {MOST_BUCKETS}, got "
+                f"{self.buckets}."
             )

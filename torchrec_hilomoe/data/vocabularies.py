@@ -1,12 +1,35 @@
-"""What a vocabulary must be to belong to a schema, for whoever reads one."""
+"""What a vocabulary must be to belong to a schema, and which of its buckets a number is in.
+
+Shape legend:
+    N  numbers
+    V  values of a vocabulary; those of a bucketed one are the least numbers of its buckets
+"""
 
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 
 from torchrec_hilomoe.data.schema import Schema
 
-__all__ = ["vocabulary_faults"]
+__all__ = ["bucket_ids", "vocabulary_faults"]
+
+
+def bucket_ids(numbers_N: np.ndarray, least_V: np.ndarray, unknown: int) -> np.ndarray:
+    """Return the id of the bucket that each number is in, int64; NaN is unknown.
+
+    Args:
+        numbers_N: float64.
+        least_V: The least number of each bucket, rising; the first is minus infinity.
+        unknown: The id of what is no number.
+
+    Example:
+        >>> least = np.array([-np.inf, 0.5, 2.0])
+        >>> bucket_ids(np.array([-7.0, 0.5, 1.9, 1e9, np.nan]), least, 0).tolist()
+        [1, 2, 2, 3, 0]
+    """
+    ids_N = np.searchsorted(least_V, numbers_N, side="right")
+    return np.where(np.isnan(numbers_N), unknown, ids_N)
 
 
 def vocabulary_faults(vocabulary: pa.Table, schema: Schema, table: str) -> Iterator[str]:
@@ -21,13 +44,17 @@ def vocabulary_faults(vocabulary: pa.Table, schema: Schema, table: str) -> Itera
         A fault in words; none if the vocabulary fits.
 
     Raises:
-        ArrowException: If ids are no whole numbers.
+        ArrowException: If ids are no whole numbers, or values of buckets no numbers.
     """
     ids = vocabulary["id"].cast(pa.int64()).to_pylist()
     if sorted(ids, key=lambda it: it or 0) != list(range(1, len(ids) + 1)):
         yield f"ids are not 1 to {len(ids)}, each once"
     if len(vocabulary["value"].unique()) != len(ids):
         yield "a value occurs twice"
+    if schema.vocabularies[table].kind == "bucketed":
+        least_V = vocabulary.sort_by("id")["value"].cast(pa.float64()).to_numpy()
+        if not len(least_V) or least_V[0] != -np.inf or not (np.diff(least_V) > 0).all():
+            yield "values are no least numbers of buckets, rising from minus infinity"
     rows = schema.tables[table]
     wanted = len(ids) + (2 if schema.vocabularies[table].unknown == "last" else 1)
     if wanted != rows:

@@ -23,6 +23,7 @@ from torchrec_hilomoe.data.hashing import hash_ids
 from torchrec_hilomoe.data.parquet import column_faults, is_list
 from torchrec_hilomoe.data.prepare.column_kinds import stored_type
 from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.data.vocabularies import bucket_ids
 from torchrec_hilomoe.serving.archive import ArtifactError
 from torchrec_hilomoe.serving.artifact import Artifact
 from torchrec_hilomoe.serving.inputs import InputLayout
@@ -40,11 +41,12 @@ def vocabulary_of(table: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Vocabulary:
-    """Ids by raw value, all of one type."""
+    """Ids by raw value, all of one type; or the least numbers of buckets."""
 
     ids: Mapping[Any, int]
     kind: pa.DataType
     unknown: int
+    least: np.ndarray | None
 
 
 class Requests:
@@ -176,7 +178,8 @@ class Requests:
             )
         table = self._tables[name]
         vocabulary = self._vocabularies.get(table)
-        if pt.is_floating(values.type) or pt.is_nested(values.type):
+        is_number = vocabulary is not None and vocabulary.least is not None
+        if pt.is_nested(values.type) or (pt.is_floating(values.type) and not is_number):
             raise ValueError(
                 f"column {name!r} has values of type {values.type}, but values of table {table!r} "
                 "are whole numbers or texts; convert them."
@@ -193,6 +196,9 @@ class Requests:
             ) from error
         if vocabulary is None:
             return pc.fill_null(values, 0).to_numpy(zero_copy_only=False)
+        if vocabulary.least is not None:
+            numbers_N = pc.fill_null(values, float("nan")).to_numpy(zero_copy_only=False)
+            return bucket_ids(numbers_N, vocabulary.least, vocabulary.unknown)
         coded = values.dictionary_encode(null_encoding="encode")
         found = [vocabulary.ids.get(it, vocabulary.unknown) for it in coded.dictionary.to_pylist()]
         return np.array(found, dtype=np.int64)[coded.indices.to_numpy(zero_copy_only=False)]
@@ -230,4 +236,6 @@ def _read(artifact: Artifact, table: str, schema: Schema) -> _Vocabulary:
         raise ArtifactError(f"{path} is no vocabulary ({' '.join(str(error).split())}).") from error
     kind = found.schema.field("value").type
     ids = dict(zip(found["value"].to_pylist(), found["id"].to_pylist(), strict=True))
-    return _Vocabulary(ids=ids, kind=kind, unknown=schema.unknown_id(table))
+    is_bucketed = schema.vocabularies[table].kind == "bucketed"
+    least = found.sort_by("id")["value"].to_numpy() if is_bucketed else None
+    return _Vocabulary(ids=ids, kind=kind, unknown=schema.unknown_id(table), least=least)

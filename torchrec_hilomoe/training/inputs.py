@@ -60,7 +60,8 @@ def schema_of(config: RunConfig) -> Schema:
 
 def _with_counted_sizes(recipe: Schema, folder: Schema) -> Schema:
     """The recipe's columns, with the folder's sizes of the tables whose values its rows decide."""
-    counted = (t for t, rule in recipe.vocabularies.items() if rule.kind == "counted")
+    rules = recipe.vocabularies.items()
+    counted = (table for table, rule in rules if rule.kind in ("counted", "bucketed"))
     sizes = {table: folder.tables[table] for table in counted if table in folder.tables}
     return replace(recipe, tables={**recipe.tables, **sizes})
 

@@ -33,7 +33,7 @@ TEXTS = (
 IDS = "ids are whole numbers or texts"
 # What a column is for, in words; and what would do in place of a type that does not.
 ONE, MANY, NUMBER, MOMENT = "one id a row", "a list of ids a row", "a number a row", "a time a row"
-MOMENTS = "a list of times a row"
+MOMENTS, NUMBERS = "a list of times a row", "a list of numbers a row"
 
 
 def stored_type(kind: pa.DataType) -> pa.DataType:
@@ -102,10 +102,11 @@ def refuse_types(columns: pa.Schema, schema: Schema, source: Mapping[str, str], 
 
 
 def _uses(schema: Schema) -> Iterable[tuple[str, str]]:
+    bucketed = {table for table, rule in schema.vocabularies.items() if rule.kind == "bucketed"}
     for feature in (*schema.candidate, *(f for f in schema.pooled if f.max_length == 1)):
-        yield feature.name, ONE
+        yield feature.name, NUMBER if feature.table in bucketed else ONE
     for feature in (*schema.sequence_fields, *(f for f in schema.pooled if f.max_length > 1)):
-        yield feature.name, MANY
+        yield feature.name, NUMBERS if feature.table in bucketed else MANY
     for name in schema.event_times:
         yield name, MOMENTS
     for name in (*schema.dense, schema.label, *filter(None, [schema.weight])):
@@ -123,14 +124,16 @@ def _fault(kind: pa.DataType, use: str) -> str | None:
         return "flatten the lists: one list a row, of plain values"
     if read_type(kind, moment=use in (MOMENT, MOMENTS)) is None:
         return "store its parts as columns of their own, of plain values or lists of them"
-    if is_list and use not in (MANY, MOMENTS):
+    if is_list and use not in (MANY, MOMENTS, NUMBERS):
         more = ", or describe it as a pooled feature with max_length above 1" if use == ONE else ""
         return f"store one value a row{more}"
     if use in (MANY, MOMENTS) and pt.is_floating(value):
         return "store whole numbers, without missing entries" + (
-            ", or texts" if use == MANY else ""
+            ", or texts; or give its table a bucketed vocabulary, for numbers"
+            if use == MANY
+            else ""
         )
-    if use == NUMBER and _is_moment(value):
+    if use in (NUMBER, NUMBERS) and _is_moment(value):
         return "store seconds or days as a number, or name the column as the schema's time"
     if use in (MOMENT, MOMENTS) and pt.is_boolean(value):
         return "store whole seconds, dates or timestamps"

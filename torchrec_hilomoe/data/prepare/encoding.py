@@ -17,8 +17,10 @@ import pyarrow as pa
 
 from torchrec_hilomoe.data.hashing import hash_ids
 from torchrec_hilomoe.data.schema import PooledFeature, Schema
+from torchrec_hilomoe.data.vocabularies import bucket_ids
 
 __all__ = [
+    "Bucketed",
     "Encoder",
     "Hashed",
     "Ids",
@@ -118,8 +120,27 @@ class Texts(Encoder):
         return (found.cast(pl.Int64) + 1).fill_null(self._unknown)
 
 
+class Bucketed(Encoder):
+    """A vocabulary of the least numbers of buckets.
+
+    Args:
+        least_V: Rising from minus infinity.
+        unknown: The id of what is missing.
+    """
+
+    def __init__(self, least_V: np.ndarray, unknown: int) -> None:
+        self._least, self._unknown = least_V, unknown
+
+    def encode(self, values: pl.Series) -> pl.Series:
+        """Find each number's bucket."""
+        numbers_N = values.fill_null(float("nan")).to_numpy()
+        return pl.Series(values.name, bucket_ids(numbers_N, self._least, self._unknown))
+
+
 def encoder_of(values: pl.Series, unknown: int) -> Encoder:
-    """Return the encoder of a vocabulary; value ``v`` of it has id ``v + 1``."""
+    """Return the encoder of a vocabulary; value, or bucket, ``v`` of it has id ``v + 1``."""
+    if values.dtype.is_float():
+        return Bucketed(values.to_numpy(), unknown)
     if values.dtype.is_integer():
         return Numbers(values.cast(pl.Int64).to_numpy(), unknown)
     return Texts(values, unknown)

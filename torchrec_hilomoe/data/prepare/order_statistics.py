@@ -1,10 +1,11 @@
 """Which of many numbers has a given rank, in memory that does not grow with them."""
 
 import os
+from threading import Lock
 
 import numpy as np
 
-__all__ = ["OrderStatistics"]
+__all__ = ["Buckets", "OrderStatistics"]
 
 PENDING = 1 << 20
 
@@ -67,3 +68,40 @@ class OrderStatistics:
             np.save(path, np.sort(numbers))
             # Mapped: a search reads the few pages that it looks at.
             self._runs.append(np.load(path, mmap_mode="r"))
+
+
+class Buckets:
+    """Finds buckets with about as many numbers each; threads may add at the same time.
+
+    Args:
+        scratch: A local folder.
+        name: Of files there.
+    """
+
+    def __init__(self, scratch: str, name: str) -> None:
+        self._ranks = OrderStatistics(scratch, name)
+        self._lock = Lock()
+
+    def add(self, numbers: np.ndarray) -> None:
+        """Take some numbers, float64, in any order; NaN does not count."""
+        with self._lock:
+            self._ranks.add(_ordered(numbers[~np.isnan(numbers)] + 0.0))  # -0.0 is 0.0
+
+    def least(self, buckets: int) -> np.ndarray:
+        """Return the least number of each bucket, rising; the first is minus infinity.
+
+        Ties make them fewer: no bucket is empty but the only one of no number at all.
+        """
+        count = self._ranks.count
+        if not count:
+            return np.array([-np.inf])
+        ranks = [0, *(number * count // buckets for number in range(1, buckets))]
+        found = np.array([self._ranks.at(rank) for rank in ranks])
+        least = np.unique(_ordered(found.view(np.float64)).view(np.float64))
+        return np.concatenate([[-np.inf], least[1:]])
+
+
+def _ordered(numbers: np.ndarray) -> np.ndarray:
+    """Turn floats into whole numbers of the same order, by their bits; twice, it turns back."""
+    bits = numbers.view(np.int64)
+    return bits ^ ((bits >> 63) & np.int64(0x7FFF_FFFF_FFFF_FFFF))

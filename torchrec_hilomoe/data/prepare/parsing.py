@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from torchrec_hilomoe.data.hashing import hash64
-from torchrec_hilomoe.data.prepare.plan import Plan
+from torchrec_hilomoe.data.prepare.plan import Plan, Value
 from torchrec_hilomoe.data.prepare.sources import MALFORMED, PLACE, ROW
 from torchrec_hilomoe.data.schema import PooledFeature
 
@@ -17,6 +17,11 @@ __all__ = ["FAULT", "hashed_text", "parse"]
 
 FAULT = "__fault"  # what is wrong with a row; null if nothing is
 EXACT = 2.0**53  # beyond it a float no longer tells one whole number from the next
+WORDS: dict[Value, str] = {
+    pl.String: "text",
+    pl.Int64: "whole number",
+    pl.Float64: "number",
+}
 CLICKS = "1 is a click and 0 is none, so make one of ratings or counts by a threshold"
 
 
@@ -69,20 +74,20 @@ class _Parsing:
     def add_ids(self) -> None:
         """Add columns of ids, and events' times."""
         schema = self.plan.schema
-        done: dict[tuple[str, bool], pl.Expr] = {}  # a raw column may have several uses
+        done: dict[tuple[str, Value], pl.Expr] = {}  # a raw column may have several uses
         for feature in schema.id_features:
-            raw, text = self.plan.source(feature.name), feature.table in self.plan.text
+            raw, value = self.plan.source(feature.name), self.plan.value(feature.table)
             many = feature in schema.sequence_fields
             many |= isinstance(feature, PooledFeature) and feature.max_length > 1
-            if (raw, text) not in done:
-                done[raw, text] = self._many(raw, text) if many else self._one(raw, text)
-            column = self.columns[feature.name] = done[raw, text]
+            if (raw, value) not in done:
+                done[raw, value] = self._many(raw, value) if many else self._one(raw, value)
+            column = self.columns[feature.name] = done[raw, value]
             if feature.table not in schema.vocabularies:
                 rows = schema.tables[feature.table]
                 outside = f"{raw} has an id outside its table's 0 to {rows - 1}"
                 self._fault(column, many, lambda c, n=rows: (c < 0) | (c >= n), outside)
         for name in schema.event_times:
-            self.columns[name] = self._many(self.plan.source(name), text=False)
+            self.columns[name] = self._many(self.plan.source(name), pl.Int64)
 
     def add_parallel(self) -> None:
         """Make parallel lists equally long, or say where they are not."""
@@ -135,32 +140,37 @@ class _Parsing:
         fault = column.list.eval(wrong(pl.element())).list.any() if many else wrong(column)
         self.faults.append((fault, reason))
 
-    def _one(self, raw: str, text: bool) -> pl.Expr:
-        """Return a column of raw ids, Int64 or String; a null is a missing one."""
+    def _one(self, raw: str, value: Value) -> pl.Expr:
+        """Return a column of raw values; a null is a missing one."""
         column = pl.col(raw)
-        if text:
+        if value == pl.String:
             return column.cast(pl.String)
-        whole = _integers(column, self.kinds[raw])
-        fault = column.is_not_null() & whole.is_null()
-        self.faults.append((fault, f"{raw} is no whole number"))
-        return whole
+        if value == pl.Float64:
+            found = column.cast(pl.Float64, strict=False)
+        else:
+            found = _integers(column, self.kinds[raw])
+        fault = column.is_not_null() & found.is_null()
+        self.faults.append((fault, f"{raw} is no {WORDS[value]}"))
+        return found
 
-    def _many(self, raw: str, text: bool) -> pl.Expr:
-        """Return a column of lists of raw ids; a null is an empty list."""
+    def _many(self, raw: str, value: Value) -> pl.Expr:
+        """Return a column of lists of raw values; a null is an empty list."""
         column, kind = pl.col(raw), self.kinds[raw]
         if not isinstance(kind, pl.List):
             joined = column.cast(pl.String)
             joined = pl.when(joined != "").then(joined)
             column, kind = joined.str.split(self.plan.separator), pl.List(pl.String)
-        entries = pl.String if text else pl.Int64
         if isinstance(kind.inner, pl.Datetime):
             column = column.list.eval(pl.element().dt.epoch("s"))
-        lists = column.cast(pl.List(entries), strict=False)
-        lists = lists.fill_null(pl.lit([], pl.List(entries)))
-        what = "text" if text else "whole number"
-        reason = f"{raw} has an entry that is no {what}"
-        if text:
+        lists = column.cast(pl.List(value), strict=False)
+        lists = lists.fill_null(pl.lit([], pl.List(value)))
+        reason = f"{raw} has an entry that is no {WORDS[value]}"
+        if value == pl.String:
             self._fault(lists, True, lambda c: c.is_null() | (c == ""), reason)
+        elif value == pl.Float64:  # a missing number is unknown
+            nulls = lists.list.eval(pl.element().is_null()).list.sum()
+            given = column.fill_null(pl.lit([], kind)).list.eval(pl.element().is_null()).list.sum()
+            self.faults.append((nulls > given, reason))
         else:
             self._fault(lists, True, lambda c: c.is_null(), reason)
         return lists

@@ -18,8 +18,10 @@ from torchrec_hilomoe.data.prepare.records import find_raw
 from torchrec_hilomoe.data.prepare.sources import CsvFile, RawFile
 from torchrec_hilomoe.data.schema import Schema, VocabularyRule
 
-__all__ = ["HOLD_OUT", "HoldOut", "Inputs", "Plan", "counted", "csv_inputs"]
+__all__ = ["HOLD_OUT", "HoldOut", "Inputs", "Plan", "Value", "counted", "csv_inputs"]
 
+# What raw values are read as: texts, whole numbers, or numbers that are put into buckets.
+Value = type[pl.String] | type[pl.Int64] | type[pl.Float64]
 HOLD_OUT = ("rows", "group", "time", "tail")
 
 
@@ -100,6 +102,13 @@ class Plan:
     def source(self, column: str) -> str:
         """Return the raw column that a column of the schema is made of."""
         return self.raw.get(column, column)
+
+    def value(self, table: str) -> Value:
+        """Return what the raw values of a table are."""
+        rule = self.schema.vocabularies.get(table)
+        if rule is not None and rule.kind == "bucketed":
+            return pl.Float64
+        return pl.String if table in self.text else pl.Int64
 
     @property
     def sources(self) -> tuple[str, ...]:

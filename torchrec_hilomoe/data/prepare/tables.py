@@ -27,7 +27,7 @@ from torchrec_hilomoe.data.prepare.counting import by_frequency, ValueCounts
 from torchrec_hilomoe.data.prepare.encoding import encode, encoders_of, prepared_types
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report, scratch_folder
 from torchrec_hilomoe.data.prepare.options import Common, Options
-from torchrec_hilomoe.data.prepare.order_statistics import OrderStatistics
+from torchrec_hilomoe.data.prepare.order_statistics import Buckets, OrderStatistics
 from torchrec_hilomoe.data.prepare.parsing import FAULT, parse
 from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.records import BadRecords
@@ -49,9 +49,9 @@ ENTRIES = "__entries"  # of all lists of a row
 AT = "__at"  # the place of a row among the rows of all files
 SECONDS_UNTIL = 1 << 36  # the year 4147; times beyond are no seconds
 
-# Counts of the values of every column of a counted vocabulary, by table and column; columns of one
-# raw column are counted once.
-_Counts = Mapping[tuple[str, str], ValueCounts]
+# Counts of the values of every column of a counted vocabulary, by table and column, or the numbers
+# of one whose values are buckets; columns of one raw column are counted once.
+_Counts = Mapping[tuple[str, str], ValueCounts | Buckets]
 
 logger = logging.getLogger(__name__)
 
@@ -255,20 +255,29 @@ def _count(piece: _Piece, rule: SplitRule, counts: _Counts) -> Counter[str]:
     trained = rows.filter(pl.Series(split_N == 0))
     for (_, name), found in counts.items():
         values = trained[name]
-        found.add(values.explode() if values.dtype.is_nested() else values)
+        values = values.explode() if values.dtype.is_nested() else values
+        if isinstance(found, Buckets):
+            found.add(values.drop_nulls().to_numpy())
+        else:
+            found.add(values)
     by_split = np.bincount(split_N, minlength=len(SPLITS)).tolist()
     return Counter(dict(zip(SPLITS, by_split, strict=True)))
 
 
-def _counters(plan: Plan, scratch: str) -> dict[tuple[str, str], ValueCounts]:
+def _counters(plan: Plan, scratch: str) -> _Counts:
     columns: dict[tuple[str, str], str] = {}
     for feature in plan.schema.id_features:
         rule = plan.schema.vocabularies.get(feature.table)
-        if rule is not None and rule.kind == "counted":
+        if rule is not None and rule.kind in ("counted", "bucketed"):
             columns.setdefault((feature.table, plan.source(feature.name)), feature.name)
+    buckets = {
+        table: Buckets(scratch, f"numbers-{at}") for at, table in enumerate(plan.schema.tables)
+    }
     return {
-        (table, name): ValueCounts(
-            scratch, f"values-{place}", kind=pl.String if table in plan.text else pl.Int64
+        (table, name): (
+            buckets[table]
+            if plan.value(table) == pl.Float64
+            else ValueCounts(scratch, f"values-{place}", kind=plan.value(table))
         )
         for place, ((table, _), name) in enumerate(columns.items())
     }
@@ -293,15 +302,19 @@ def _check(inputs: Inputs, good: Mapping[str, int], rule: SplitRule) -> None:
 
 
 def _vocabularies(plan: Plan, counts: _Counts) -> dict[str, pl.Series]:
-    """Return the values of counted and given tables.
+    """Return the values of counted, bucketed and given tables.
 
     A value is known if it is frequent enough in one of the table's columns; columns do not add up.
     Where it is too rare it does not count towards the order either.
     """
     found: dict[str, pl.Series] = {}
     for table, rule in plan.schema.vocabularies.items():
-        if rule.kind == "counted":
-            columns = [it.at_least(rule.min_count) for (of, _), it in counts.items() if of == table]
+        own = [it for (of, _), it in counts.items() if of == table]
+        if rule.buckets is not None:
+            (numbers,) = {it for it in own if isinstance(it, Buckets)}  # of all columns
+            found[table] = pl.Series("value", numbers.least(rule.buckets))
+        elif rule.kind == "counted":
+            columns = [it.at_least(rule.min_count) for it in own if isinstance(it, ValueCounts)]
             whole = pl.concat(columns).group_by("value").agg(pl.col("count").sum())
             found[table] = by_frequency(whole)
         elif rule.kind == "given":

@@ -96,6 +96,19 @@ def test_a_vocabulary_has_each_value_and_each_id_once(folder):
     assert "3 values want 4 rows of table 'kind', schema says 5" in size
 
 
+@pytest.mark.parametrize(
+    "values", [["a", "b"], [0.0, 1.0], [float("-inf"), 2.0, 1.0]], ids=["texts", "0", "falling"]
+)
+def test_buckets_rise_from_minus_infinity(folder, values):
+    rule = VocabularyRule(kind="bucketed", buckets=4, file="vocabularies/kind.parquet")
+    tables = {**SCHEMA.tables, "kind": len(values) + 1}
+    # Rows of ids that the smaller table lacks are told, too.
+    replace(SCHEMA, tables=tables, vocabularies={"kind": rule}).save(str(folder / SCHEMA_FILE))
+    write_vocabulary(folder, values, list(range(1, len(values) + 1)))
+    (found,) = (fault for fault in faults(folder) if "kind.parquet" in fault)
+    assert "cannot be read" in found or "no least numbers of buckets, rising" in found
+
+
 def test_vectors_have_the_shape_of_their_table(folder):
     frozen = {"place": FrozenTable(width=8, file="vectors/place.npy")}
     replace(COUNTED, frozen=frozen).save(str(folder / SCHEMA_FILE))

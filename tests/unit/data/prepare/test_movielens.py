@@ -6,13 +6,16 @@ from math import log1p
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import ParquetSource
+from torchrec_hilomoe.data.prepare.check import check_prepared
 from torchrec_hilomoe.data.prepare.movielens import prepare_movielens
+from torchrec_hilomoe.data.schema import Schema
 
 REPOSITORY = Path(__file__).parents[4]
 REAL = REPOSITORY.parent / "shared" / "data" / "ml-1m"
@@ -142,6 +145,49 @@ def test_genre_sets_are_ids_whatever_their_order(tmp_path):
     for row in rows:
         assert row["history_genre_set"] == [sets.get(movie, 0) for movie in row["history_movie"]]
     assert rows[-1]["genre_set"] == 0  # no training row has Comedy
+
+
+def write_movie_vectors(path, movies):
+    """Write vectors that begin with their movie's number."""
+    values = pa.array(
+        [[float(movie), 1.0, 0.0, 0.0] for movie in movies], pa.list_(pa.float32(), 4)
+    )
+    pq.write_table(pa.table({"key": pa.array(movies), "value": values}), path)
+    return str(path)
+
+
+def test_vectors_become_a_frozen_table_of_candidate_and_history(tmp_path):
+    """One movie has no vector, one vector no movie; rows held out get theirs, too."""
+    ratings = random_ratings(0)
+    raw, out = write_raw(tmp_path / "raw", ratings), tmp_path / "out"
+    given = write_movie_vectors(tmp_path / "movies.parquet", [10, 70, 30, 20, 50, 60])
+    prepare_movielens(raw=raw, out=str(out), max_history=3, vectors=given)
+    assert check_prepared(str(out)).faults == ()
+    schema = Schema.load(str(out / "schema.json"))
+    assert schema.frozen["movie_vector"].width == 4
+    numbers = np.load(out / schema.frozen["movie_vector"].file)[:, 0].astype(int).tolist()
+    timelines = defaultdict(list)
+    for user, movie, *_ in sorted(ratings, key=lambda rating: rating[3]):
+        timelines[user].append(movie if movie != 40 else 0)  # 0 begins the vector of padding
+    users = ids_by_count(user for user, *_ in ratings)
+    rows = [row for split in SPLITS for row in prepared_rows(out, split)]
+    assert len(rows) == len(ratings)
+    for row in rows:
+        (timeline,) = (timelines[user] for user, id_ in users.items() if id_ == row["user"])
+        place = round(np.expm1(row["history_length"]))
+        assert numbers[row["movie_vector"]] == timeline[place]
+        before = [numbers[id_] for id_ in row["history_movie_vector"]]
+        assert before == timeline[:place][-3:]
+
+
+def test_vectors_of_texts_are_refused(tmp_path):
+    raw = write_raw(tmp_path / "raw", random_ratings(0))
+    table = pa.table({"key": ["ten"], "value": [[1.0, 2.0, 3.0, 4.0]]})
+    pq.write_table(table, tmp_path / "movies.parquet")
+    with pytest.raises(DataError, match="texts as keys; key must hold the movies' numbers"):
+        prepare_movielens(
+            raw=raw, out=str(tmp_path / "out"), vectors=str(tmp_path / "movies.parquet")
+        )
 
 
 def assert_no_leaks(folder, ratings, every=1):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torchrec_hilomoe.data.prepare import order_statistics
-from torchrec_hilomoe.data.prepare.order_statistics import OrderStatistics
+from torchrec_hilomoe.data.prepare.order_statistics import Buckets, OrderStatistics
 
 
 @pytest.mark.parametrize("pending", [7, 1 << 20])
@@ -33,3 +33,29 @@ def test_a_rank_that_is_not_there_is_an_error(tmp_path, rank):
         found.add(np.array([1, 2, 3]))
     with pytest.raises(IndexError, match=f"rank {rank} of "):
         found.at(rank)
+
+
+@pytest.mark.parametrize("pending", [7, 1 << 20])
+@pytest.mark.parametrize("digits", [0, 9], ids=["ties", "no ties"])
+def test_buckets_hold_about_as_many_numbers_each(tmp_path, monkeypatch, pending, digits):
+    monkeypatch.setattr(order_statistics, "PENDING", pending)
+    rng = np.random.default_rng(0)
+    numbers = np.concatenate([rng.normal(size=300).round(digits), [-0.0, 0.0, np.inf, -np.inf]])
+    found = Buckets(str(tmp_path), "n")
+    for part in np.array_split(np.concatenate([numbers, [np.nan]]), 20):
+        found.add(part)
+    least = found.least(8)
+    ranked = np.sort(numbers)
+    wanted = {ranked[number * len(ranked) // 8] for number in range(1, 8)} - {ranked[0]}
+    assert least.tolist() == [-np.inf, *sorted(wanted)]
+    sizes = np.bincount(np.searchsorted(least, numbers, "right"))[1:]
+    assert sizes.min() > 0
+    if digits:
+        assert set(sizes.tolist()) <= {len(numbers) // 8, len(numbers) // 8 + 1}
+
+
+def test_there_is_a_bucket_whatever_the_numbers(tmp_path):
+    assert Buckets(str(tmp_path), "none").least(4).tolist() == [-np.inf]
+    same = Buckets(str(tmp_path), "same")
+    same.add(np.full(9, -2.5))
+    assert same.least(4).tolist() == [-np.inf]

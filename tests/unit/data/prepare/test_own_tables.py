@@ -14,6 +14,7 @@ from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.hashing import hash_ids
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import load_schema, ParquetSource
+from torchrec_hilomoe.data.prepare.check import check_prepared
 from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
 
 ROWS = 300
@@ -206,6 +207,106 @@ def test_files_of_their_own_are_not_touched(raw, tmp_path):
     assert [split.rows for split in report.splits.values()] == [ROWS, 40, 50]
     ordered = [row["at"] for row in read(tmp_path / "out", "valid")]
     assert ordered == table(40, seed=1)["at"].to_pylist()
+
+
+def with_dwell_times(folder, *, kind=None):
+    """Give events a number each, and rows one; the raw rows, as Python has them."""
+    rng = np.random.default_rng(3)
+    numbers = [None, float("nan"), -0.5, 7.0]
+    rows = [
+        row
+        | {
+            "dwell": [
+                numbers[rng.integers(4)] if rng.random() < 0.2 else float(rng.lognormal())
+                for _ in row["clicked"]
+            ],
+            "spent": None if rng.random() < 0.1 else float(rng.normal()),
+        }
+        for row in table().to_pylist()
+    ]
+    whole = pa.Table.from_pylist(rows)
+    if kind is not None:
+        whole = whole.set_column(
+            whole.column_names.index("dwell"), "dwell", whole["dwell"].cast(kind)
+        )
+    for part in range(3):
+        pq.write_table(whole.slice(part * 100, 100), folder / "train" / f"{part}.parquet")
+    (group,) = DESCRIPTION["sequences"]
+    fields = [*group["fields"], {"name": "dwell", "table": "dwell"}]
+    described = DESCRIPTION | {
+        "sequences": [group | {"fields": fields}],
+        "pooled": [*DESCRIPTION["pooled"], {"name": "spent", "table": "spent"}],
+        "vocabularies": DESCRIPTION["vocabularies"]
+        | {
+            "dwell": {"kind": "bucketed", "buckets": 5},
+            "spent": {"kind": "bucketed", "buckets": 3, "unknown": "last"},
+        },
+    }
+    (folder / "schema.yaml").write_text(yaml.safe_dump(described))
+    return rows
+
+
+def bucket_of(number, least):
+    """The place of the last bucket that begins at or below a number, from 1 on."""
+    return sum(start <= number for start in least)
+
+
+def test_numbers_along_a_history_become_buckets_of_training_rows(raw, tmp_path):
+    source = with_dwell_times(raw)
+    out = tmp_path / "out"
+    report = prepare(raw, out, valid_percent=10, test_percent=20)
+    assert check_prepared(str(out)).faults == ()
+    trained = [row for row in source if row["at"] < 10_210]
+    kept = {
+        "dwell": [it for row in trained for it in row["dwell"] if it is not None and it == it],
+        "spent": [row["spent"] for row in trained if row["spent"] is not None],
+    }
+    least = {}
+    for name, count in (("dwell", 5), ("spent", 3)):
+        ranked = sorted(kept[name])
+        starts = sorted({ranked[part * len(ranked) // count] for part in range(1, count)})
+        found = pq.read_table(out / "vocabularies" / f"{name}.parquet").to_pydict()
+        least[name] = [float("-inf"), *starts]
+        assert found == {"value": least[name], "id": list(range(1, count + 1))}
+    schema = load_schema(str(out))
+    assert (schema.tables["dwell"], schema.tables["spent"]) == (6, 5)
+    rows = {row["at"]: row for split in ("train", "valid", "test") for row in read(out, split)}
+    for want in source:
+        got = rows.pop(want["at"])
+        ids = [
+            0 if it is None or it != it else bucket_of(it, least["dwell"]) for it in want["dwell"]
+        ]
+        assert got["dwell"] == ids[-4:]
+        spent = want["spent"]
+        assert got["spent"] == (4 if spent is None else bucket_of(spent, least["spent"]))
+    unknown = sum(row["spent"] is None for row in trained)
+    assert report.unknown["train"]["spent"]["unknown_ids"] == unknown > 0
+
+
+def test_numbers_in_a_text_are_read_and_others_are_bad(raw, tmp_path, caplog):
+    source = with_dwell_times(raw)
+    for row in source:
+        row["dwell"] = "^".join("1e1" for _ in row["dwell"])
+    source[7] |= {"clicked": ["i1"], "clicked_numbers": [1], "clicked_at": [1], "dwell": "long"}
+    pq.write_table(pa.Table.from_pylist(source), raw / "train" / "0.parquet")
+    (raw / "train" / "1.parquet").unlink()
+    (raw / "train" / "2.parquet").unlink()
+    report = prepare(raw, tmp_path / "out")
+    assert report.rows_bad == {"0.parquet": 1}
+    assert "0.parquet row 7: malformed: 'dwell has an entry that is no number'" in caplog.text
+    rows = [row for split in ("train", "valid", "test") for row in read(tmp_path / "out", split)]
+    assert {id_ for row in rows for id_ in row["dwell"]} == {1}
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.large_list(pa.float16())], ids=str)
+def test_a_history_of_numbers_says_what_would_do(raw, tmp_path, kind):
+    with_dwell_times(raw, kind=kind)
+    described = yaml.safe_load((raw / "schema.yaml").read_text())
+    described["vocabularies"]["dwell"] = {"kind": "counted"}
+    (raw / "other.yaml").write_text(yaml.safe_dump(described))
+    with pytest.raises(DataError, match=r"'dwell' is .*; or give its table a bucketed"):
+        prepare(raw, tmp_path / "out", schema=str(raw / "other.yaml"))
+    assert prepare(raw, tmp_path / "out").rows_kept == ROWS
 
 
 def spoil(column: str, row: int, value: object) -> pa.Table:

@@ -63,13 +63,16 @@ def typed(draw: st.DrawFn) -> pa.Array:
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(st.sampled_from(PLACES), typed(), st.sampled_from(["counted", "hashed"]))
+@given(st.sampled_from(PLACES), typed(), st.sampled_from(["counted", "hashed", "bucketed"]))
 def test_any_type_anywhere_is_read_or_one_line(tmp_path_factory, place, array, kind):
     raw = tmp_path_factory.mktemp("fuzz") / "raw"
     (raw / "train").mkdir(parents=True)
     pq.write_table(pa.table({**columns(), place: array}), raw / "train" / "0.parquet")
     schema = {
-        "vocabularies": {table: {"kind": kind} for table in ("item", "tag", "word")},
+        "vocabularies": {
+            table: {"kind": kind} | ({"buckets": 3} if kind == "bucketed" else {})
+            for table in ("item", "tag", "word")
+        },
         "tables": {"item": 30, "tag": 30, "word": 50},
     }
     try:
