@@ -28,6 +28,7 @@ from torchrec_hilomoe.runtime.launch_args import drop_launcher_residue
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 DOCUMENTS = [path for path in TEXTS if path.name != "CHANGELOG.md"]
 TRAIN = "apps/train.py"
+SPARK = "examples/prepare_spark.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,9 @@ def check_python(words: Sequence[str]) -> None:
         check_flags(["-m", words[1]], words[2:])
     elif words[0] == TRAIN and "--help" not in words:
         parse_run(words[1:])
+    elif words[0] == SPARK:  # which imports PySpark, that the development set lacks
+        source = (ROOT / SPARK).read_text()
+        assert all(f'"{word}"' in source for word in words if word.startswith("--"))
     else:
         assert (ROOT / words[0]).is_file()
         positional = [word for word in words[1:2] if not word.startswith("-")]
