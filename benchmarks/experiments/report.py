@@ -62,8 +62,8 @@ def compare_data(lines: Sequence[Line], data: str, against: str) -> None:
             for run in groups.get((name, backbone), ())
         ]
         for variant in variants_of(groups.get((data, backbone), ())):
-            names = [f"{variant}, {name}" for name in (data, against)]
-            paired = [differences(both, *names, score) for score in SCORES]
+            mine, other = (f"{variant}, {name}" for name in (data, against))
+            paired = [differences(both, mine, other, score) for score in SCORES]
             print(f"| {backbone}, {variant} | {' | '.join(map(difference, paired))} |")
 
 
