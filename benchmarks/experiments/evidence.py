@@ -17,46 +17,17 @@ Real data are prepared by ``apps/prepare.py`` and named: ``--prepared ml-1m=data
 """
 
 import argparse
-import json
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 from benchmarks.experiments.report import compare, compare_data, Line, report
-from benchmarks.harness import append, environment, read_lines
+from benchmarks.experiments.runs import Case, Data, read, ROOT, train, TUNING_SEED
+from benchmarks.harness import append, environment
 
-ROOT = Path(__file__).parents[2]
-TUNING_SEED = 1000
+RESULTS = ROOT / "benchmarks/results/evidence.jsonl"
 BACKBONES = ("din", "dien", "bst", "transact", "interformer")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What is trained on.
-
-    Attributes:
-        recipe: Whose settings hold where the grid says nothing.
-        options: Beside them.
-        head: Hidden widths of the plain model; wider and narrower ones are derived from it.
-        route_by: Features that decide in each expert layer of the variants "by feature": what is
-            known to choose the map in a generated world; else, chosen before any run, something
-            of the candidate or its place, of who asks, and of the history.
-        prepared: Whether the rows come from a folder.
-        tuned_on: The data whose tuning chose the rates; where there was none, the recipe's hold.
-    """
-
-    recipe: str
-    options: Mapping[str, str] = field(default_factory=dict)
-    head: tuple[int, ...]
-    route_by: str
-    prepared: bool = False
-    tuned_on: str
 
 
 # In `smooth` nothing chooses a map; it is a control.
@@ -147,9 +118,6 @@ COMPARED = (
 # What one can name where nothing is known.
 SIDES = {"model.hilomoe.route_by": "[[candidate], [context], [histories]]"}
 
-# With its gates as printed, InterFormer has hardly begun to learn when a world's rows are over.
-OF_BACKBONE = {"interformer": {"model.interformer.gating": "self"}}
-
 LEARNING_RATES = ("0.002", "0.004", "0.008")
 TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
 EXPERT_RATES = ("1.0", "5.0")
@@ -200,31 +168,6 @@ def variants(data: Data) -> dict[str, dict[str, str]]:
         "head rank 4, auto": own | experts("head", 4, "sample") | AUTO,
         "head rank 4, by feature, random": own | experts("head", 4, "random") | by_feature,
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One run."""
-
-    data: str
-    backbone: str
-    variant: str
-    seed: int
-    options: Mapping[str, str]
-
-    @property
-    def tuning(self) -> bool:
-        """Whether it serves to choose rates, and not to compare."""
-        return self.seed == TUNING_SEED
-
-    def same_as(self, line: Line) -> bool:
-        """Whether a line of the results file is this run."""
-        return (line["data"], line["backbone"], line["variant"], line["seed"]) == (
-            self.data,
-            self.backbone,
-            self.variant,
-            self.seed,
-        ) and line["options"] == dict(self.options)
 
 
 def tuning_cases(lines: list[Line], data: str, backbone: str, given: Mapping) -> Iterator[Case]:
@@ -288,77 +231,9 @@ def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
             yield Case(data=data, backbone=backbone, variant=variant, seed=seed, options=options)
 
 
-def train(case: Case, args: argparse.Namespace) -> Line:
-    """Run a case and read what it wrote.
-
-    Raises:
-        RuntimeError: If it failed; its last words are in the message.
-    """
-    data, folder = DATA[case.data], Path(args.work) / str(abs(hash(str(case))))
-    options = {
-        "model.backbone": case.backbone,
-        "model.hilomoe.route_by": "null",  # whatever the recipe has; the variant says
-        **OF_BACKBONE.get(case.backbone, {}),
-        **data.options,
-        **case.options,
-        "seed": str(case.seed),
-        "out_dir": str(folder),
-    }
-    if data.prepared:
-        options["data.path"] = args.prepared[case.data]
-    start = time.perf_counter()
-    _command("apps/train.py", "--config", data.recipe, *_flags(options))
-    summary = json.loads((folder / "summary.json").read_text())
-    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    line = {
-        "data": case.data,
-        "backbone": case.backbone,
-        "variant": case.variant,
-        "seed": case.seed,
-        "options": dict(case.options),
-        "steps": summary["steps"],
-        "valid": next(row for row in reversed(logged) if row["split"] == "valid"),
-        "test": None if case.tuning else summary["test"],
-        "best_auc": summary["best_auc"],
-        "flops": summary["flops"]["total"],
-        "parameters": summary["parameters"]["total"] - summary["parameters"]["tables"],
-        "output_ratio": _output_ratio(folder, summary["steps"], case),
-        "samples_per_second": summary["samples_per_second"],
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    shutil.rmtree(folder)
-    return line
-
-
-def _output_ratio(folder: Path, step: int, case: Case) -> float | None:
-    """The mean over sites of what experts add, over what the base map puts out."""
-    if "model.hilomoe" in case.options or case.tuning:
-        return None
-    found = folder / "routing.json"
-    checkpoint = str(folder / "checkpoints" / f"step_{step}")
-    _command("apps/evaluate.py", checkpoint, "--split", "valid", "--out", str(found))
-    routing = json.loads(found.read_text()).get("routing")
-    if routing is None:  # `auto` found nothing
-        return None
-    sites = routing["sites"]
-    return sum(site["output_ratio"] for site in sites) / len(sites)
-
-
-def _flags(options: Mapping[str, str]) -> list[str]:
-    return [part for name, value in options.items() for part in (f"--{name}", value)]
-
-
-def _command(*arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} exited {done.returncode}: {done.stderr[-2000:]}")
-
-
-def read(path: Path) -> list[Line]:
-    """The lines that are there."""
-    return read_lines(path) if path.exists() else []
+def train_one(case: Case, args: argparse.Namespace) -> Line:
+    """Run a case of the grid."""
+    return train(case, DATA[case.data], args.work, args.prepared.get(case.data))
 
 
 def run_missing(cases: Iterable[Case], args: argparse.Namespace) -> int:
@@ -366,7 +241,7 @@ def run_missing(cases: Iterable[Case], args: argparse.Namespace) -> int:
     lines, stamp = read(args.out), environment("cpu")
     missing = [case for case in cases if not any(case.same_as(line) for line in lines)]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for line in pool.map(lambda case: train(case, args), missing):
+        for line in pool.map(lambda case: train_one(case, args), missing):
             append(args.out, [{**line, **stamp}])
             score = line["valid" if line["test"] is None else "test"]["auc"]
             print(
@@ -390,7 +265,7 @@ def main() -> None:
     parser.add_argument("--prepared", nargs="*", default=[], metavar="DATA=FOLDER")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/evidence.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
         "--pair",
         nargs=2,
