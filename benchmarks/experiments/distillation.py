@@ -6,8 +6,9 @@
 
 The student is ``head rank 4, by feature`` of ``evidence.py``, at the rates that were tuned for it.
 Its teacher is the same model with a head and embeddings of twice the width, trained on the same
-rows and exported by ``apps/export.py``. ``taught`` is the student once more, from the same start,
-on the same rows in the same order, with the teacher's share in its loss.
+rows and exported by ``apps/export.py``: a teacher a seed in a generated world, which is another one
+with each seed, and on real data one for all, of a seed of its own. ``taught`` is the student once
+more, from the same start, on the same rows in the same order, with the teacher's share in its loss.
 
 That share and the temperature are chosen by ``tune``: by validation AUC, on a seed that no
 comparison uses. The test split is read by ``run`` alone.
@@ -26,16 +27,17 @@ from benchmarks.harness import append, environment
 
 STUDENT = "head rank 4, by feature"
 SCORES = ("auc", "logloss")
-WEIGHTS = ("0.25", "0.5", "0.75", "1.0")
+WEIGHTS = ("0.5", "1.0")
 TEMPERATURES = ("1.0", "3.0")
 WIDER = 2
-EMBEDDING_DIMS = {"composed": 16, "toys": 32}  # of the recipes
+TEACHER_SEED = 2000  # on real data
+EMBEDDING_DIMS = {"composed": 16, "trivago": 16, "toys": 32}  # of the recipes
 
 
-def options_of(data: str, backbone: str) -> dict[str, str]:
-    """The student's."""
+def options_of(data: str, backbone: str, given: Mapping[str, str]) -> dict[str, str]:
+    """The student's; ``given`` are those of the command line."""
     rates = chosen(read(evidence.RESULTS), DATA[data].tuned_on, backbone, TUNED_VARIANT)
-    return {**evidence.variants(DATA[data])[STUDENT], **(rates or {})}
+    return {**given, **evidence.variants(DATA[data])[STUDENT], **(rates or {})}
 
 
 def wider(options: Mapping[str, str], data: str) -> dict[str, str]:
@@ -76,26 +78,31 @@ class Experiment:
 
     def __init__(self, data: str, backbone: str, args: argparse.Namespace) -> None:
         self.data, self.backbone, self.args = data, backbone, args
-        self.student = options_of(data, backbone)
+        given = dict(option.split("=", 1) for option in args.options)
+        self.student = options_of(data, backbone, given)
 
     def tune(self) -> None:
-        """Train the student without a teacher and with every share and temperature."""
-        grid = [soft(*pair) for pair in product(WEIGHTS, TEMPERATURES)]
-        self._seed(TUNING_SEED, grid)
+        """Train the student with every share and temperature."""
+        teacher = self._teacher_of(TUNING_SEED)
+        for pair in product(WEIGHTS, TEMPERATURES):
+            options = self.student | soft(*pair)
+            self._train("taught", TUNING_SEED, options, teacher=teacher)
 
     def run(self, seeds: list[int]) -> None:
         """Train the student without and with its teacher, seed by seed."""
         chosen_term = best(read(self.args.out), self.data, self.backbone)
         for seed in seeds:
-            self._seed(seed, [chosen_term])
+            teacher = self._teacher_of(seed)
+            self._train("student", seed, self.student)
+            self._train("taught", seed, self.student | chosen_term, teacher=teacher)
 
-    def _seed(self, seed: int, terms: list[dict[str, str]]) -> None:
+    def _teacher_of(self, seed: int) -> Path:
+        """Train and export the teacher of a seed's students, unless its folder is there."""
+        seed = TEACHER_SEED if DATA[self.data].prepared else seed
         artifact = self.args.work.resolve() / f"{self.data}-{self.backbone}-{seed}"
         if not artifact.exists():
             self._train("teacher", seed, wider(self.student, self.data), artifact=artifact)
-        self._train("student", seed, self.student)
-        for term in terms:
-            self._train("taught", seed, self.student | term, teacher=artifact)
+        return artifact
 
     def _train(
         self,
@@ -120,6 +127,7 @@ class Experiment:
             self.args.prepared.get(self.data),
             teacher=teacher,
             artifact=artifact,
+            output_ratio=False,
         )
         if not known:
             append(self.args.out, [{**line, **environment("cpu")}])
@@ -148,11 +156,13 @@ def tables(lines: list[Line]) -> Iterator[str]:
     for (data, backbone), runs in grouped(lines).items():
         for variant in ("student", "taught", "teacher"):
             own = [run for run in runs if run["variant"] == variant]
+            if not own:
+                continue
             cells = [f"{data}, {backbone}", variant, f"{own[0]['flops'] / 1e3:.1f}"]
             cells += [mean([run["test"][score] for run in own]) for score in SCORES]
             for score in SCORES:
                 paired = differences(runs, variant, "student", score)
-                cells.append("" if variant == "student" else difference(paired))
+                cells.append(difference(paired) if paired and variant != "student" else "")
             yield f"| {' | '.join(cells)} |"
 
 
@@ -164,6 +174,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", choices=EMBEDDING_DIMS, default=["composed"])
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["din"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--prepared", nargs="*", default=[], metavar="DATA=FOLDER")
     parser.add_argument("--work", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/distillation.jsonl")

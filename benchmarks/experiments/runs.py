@@ -80,6 +80,7 @@ def train(
     *,
     teacher: Path | None = None,
     artifact: Path | None = None,
+    output_ratio: bool = True,
 ) -> Line:
     """Run a case and read what it wrote.
 
@@ -90,6 +91,7 @@ def train(
         prepared: The folder of its rows; None for a generated world.
         teacher: An exported model that it learns from, besides the clicks.
         artifact: Where to export what it has learned; None exports nothing.
+        output_ratio: Whether to measure what experts add, over what their base maps put out.
 
     Raises:
         RuntimeError: If it failed; its last words are in the message.
@@ -126,7 +128,7 @@ def train(
         "best_auc": summary["best_auc"],
         "flops": summary["flops"]["total"],
         "parameters": summary["parameters"]["total"] - summary["parameters"]["tables"],
-        "output_ratio": _output_ratio(last, folder, case),
+        "output_ratio": _output_ratio(last, folder, case) if output_ratio else None,
         "samples_per_second": summary["samples_per_second"],
         "seconds": round(time.perf_counter() - start, 1),
     }
