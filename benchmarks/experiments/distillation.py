@@ -1,6 +1,6 @@
 """Does a wide teacher help a narrow student with experts? Paired by seed with the same student.
 
-    python -m benchmarks.experiments.distillation tune --data composed
+    python -m benchmarks.experiments.distillation tune
     python -m benchmarks.experiments.distillation run --data composed --seeds 0 1 2
     python -m benchmarks.experiments.distillation report
 
@@ -10,8 +10,8 @@ rows and exported by ``apps/export.py``: a teacher a seed in a generated world, 
 with each seed, and on real data one for all, of a seed of its own. ``taught`` is the student once
 more, from the same start, on the same rows in the same order, with the teacher's share in its loss.
 
-That share and the temperature are chosen by ``tune``: by validation AUC, on a seed that no
-comparison uses. The test split is read by ``run`` alone.
+That share and the temperature are chosen by ``tune``, for all data: by validation AUC in the world
+``composed``, on a seed that no comparison uses. The test split is read by ``run`` alone.
 """
 
 import argparse
@@ -31,6 +31,7 @@ WEIGHTS = ("0.5", "1.0")
 TEMPERATURES = ("1.0", "3.0")
 WIDER = 2
 TEACHER_SEED = 2000  # on real data
+TUNED_ON = "composed"
 EMBEDDING_DIMS = {"composed": 16, "trivago": 16, "toys": 32}  # of the recipes
 
 
@@ -55,7 +56,7 @@ def soft(weight: str, temperature: str) -> dict[str, str]:
     return {"train.teacher_weight": weight, "train.teacher_temperature": temperature}
 
 
-def best(lines: list[Line], data: str, backbone: str) -> dict[str, str]:
+def best(lines: list[Line], backbone: str) -> dict[str, str]:
     """The teacher's share and temperature with the best validation AUC.
 
     Raises:
@@ -64,11 +65,11 @@ def best(lines: list[Line], data: str, backbone: str) -> dict[str, str]:
     runs = [
         line
         for line in lines
-        if (line["data"], line["backbone"], line["variant"]) == (data, backbone, "taught")
+        if (line["data"], line["backbone"], line["variant"]) == (TUNED_ON, backbone, "taught")
         and line["seed"] == TUNING_SEED
     ]
     if not runs:
-        raise ValueError(f"tune the teacher's term first: tune --data {data}")
+        raise ValueError(f"tune the teacher's term first: tune --backbones {backbone}")
     options = max(runs, key=lambda line: line["valid"]["auc"])["options"]
     return soft(options["train.teacher_weight"], options["train.teacher_temperature"])
 
@@ -90,7 +91,7 @@ class Experiment:
 
     def run(self, seeds: list[int]) -> None:
         """Train the student without and with its teacher, seed by seed."""
-        chosen_term = best(read(self.args.out), self.data, self.backbone)
+        chosen_term = best(read(self.args.out), self.backbone)
         for seed in seeds:
             teacher = self._teacher_of(seed)
             self._train("student", seed, self.student)
@@ -179,6 +180,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/distillation.jsonl")
     args = parser.parse_args()
+    if args.action == "tune":
+        args.data = [TUNED_ON]
     args.prepared = dict(pair.split("=", 1) for pair in args.prepared)
     if args.action == "report":
         print("\n".join(tables(read(args.out))))
