@@ -31,14 +31,13 @@ from typing import ClassVar
 
 import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
 
 from torchrec_hilomoe.backbones.base import Backbone, check_histories, HookPoint
 from torchrec_hilomoe.backbones.layers.attention import SelfAttention
 from torchrec_hilomoe.backbones.layers.cls_tokens import Places, places_of, prepend, TokenCounts
 from torchrec_hilomoe.backbones.layers.dhen import Interaction
 from torchrec_hilomoe.backbones.layers.gating import Gating
-from torchrec_hilomoe.backbones.layers.jagged import pad, unpad
+from torchrec_hilomoe.backbones.layers.jagged import offsets_of, pad, unpad
 from torchrec_hilomoe.backbones.layers.masknet import MaskNet, steps_of
 from torchrec_hilomoe.backbones.layers.mlp import MLP
 from torchrec_hilomoe.backbones.layers.summaries import ContextSummary, HistorySummary
@@ -164,8 +163,8 @@ class InterFormer(Backbone):
         """Return logits ``(B,)``."""
         x_BXD = self._context(self.sample_of(features))
         steps = steps_of(features.histories, features.num_tokens)
-        self.event_rows(_offsets(steps.lengths))
-        offsets = self.token_rows(_offsets(steps.lengths + self.counts.cls))
+        self.event_rows(offsets_of(steps.lengths))
+        offsets = self.token_rows(offsets_of(steps.lengths + self.counts.cls))
         events_TD = self.merge(steps.values)
         places = places_of(offsets, events_TD, features.max_seqlen, self.counts, self.head_width)
         context_BCD = self.context_summaries[0](x_BXD)
@@ -186,10 +185,6 @@ class InterFormer(Backbone):
             return tokens_BXD
         dense_B1D = self.dense(sample_BF[:, -self.num_dense :]).unsqueeze(1)
         return torch.cat([tokens_BXD, dense_B1D], dim=1)
-
-
-def _offsets(lengths_B: Tensor) -> Tensor:
-    return F.pad(torch.cumsum(lengths_B, dim=0), (1, 0))
 
 
 def _check_heads(num_heads: int, embedding: int) -> None:

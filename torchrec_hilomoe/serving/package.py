@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from torchrec_hilomoe.hilomoe.inject import sites_of
 from torchrec_hilomoe.serving.archive import ArtifactError
@@ -17,9 +18,12 @@ from torchrec_hilomoe.serving.artifact import Artifact, PACKAGE_FILE
 from torchrec_hilomoe.serving.model import ServedModel
 from torchrec_hilomoe.serving.program import export_program, without_warnings
 
-__all__ = ["compile_package", "load_package"]
+__all__ = ["compile_package", "compile_program", "load_package"]
 
-CRASHED = ("TransAct", "InterFormer")  # a package of one of them ended its process
+# With vectors also in what remains of a loop, the code that torch 2.13 writes for a padded tensor
+# reads up to a vector beyond the end of a buffer: of no rows, or where memory ends, that ends the
+# process.
+OPTIONS = {"cpp.enable_loop_tail_vec": False}
 
 
 def compile_package(model: ServedModel, path: str) -> None:
@@ -28,14 +32,8 @@ def compile_package(model: ServedModel, path: str) -> None:
     There experts are looked up by plain indexing, which the compiler fuses with the products.
 
     Raises:
-        ValueError: If there is no C++ compiler, or packages of the backbone are not trusted.
+        ValueError: If there is no C++ compiler.
     """
-    backbone = type(model.backbone).__name__
-    if backbone in CRASHED:
-        raise ValueError(
-            f"a package of {backbone} cannot be had: compiled models of {' and '.join(CRASHED)} "
-            "have crashed. Export without --package."
-        )
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError(
             "an AOTInductor package needs a C++ compiler: install g++ or set CXX, or export "
@@ -50,8 +48,15 @@ def compile_package(model: ServedModel, path: str) -> None:
     finally:
         for site, execution in zip(sites, executions, strict=True):
             site.execution = execution
+    compile_program(program, path)
+
+
+def compile_program(program: ExportedProgram, path: str) -> None:
+    """Compile a program to a local file ``*.pt2``, by code that stays within its tensors."""
     with without_warnings():
-        torch._inductor.aoti_compile_and_package(program, package_path=path)
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=path, inductor_configs=OPTIONS
+        )
 
 
 def load_package(artifact: Artifact) -> Callable[..., Tensor]:
