@@ -108,6 +108,8 @@ def draw(
         for feature in schema.pooled
     ]
     bagged = [ids_K(f, int(bag.sum())) for f, bag in zip(schema.pooled, bags, strict=True)]
+    if not schema.sequences:  # the candidate is looked up among the pooled
+        bagged, bags, values, lengths = [*values, *bagged], [*lengths, *bags], [], []
     dense = len(schema.dense)
     return CTRBatch(
         pooled=_jagged(schema.pooled_keys, bagged, bags, ones_B),

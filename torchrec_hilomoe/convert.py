@@ -3,8 +3,10 @@
     python -m torchrec_hilomoe.convert runs/old/checkpoints/step_900 runs/new/checkpoints/step_900
 
 A router that sites share once lived in the first of them, as ``SITE.router``; it is a module of the
-model now, ``hilomoe_router``. Nothing but names changes: DCP's index is rewritten, the files that
-hold the tensors are copied byte for byte, and compared with their checksums on the way.
+model now, ``hilomoe_router``. The candidate's tables once were in a collection of their own; where
+data has no histories, they are among the pooled ones now. Nothing but names changes: DCP's index
+is rewritten, the files that hold the tensors are copied byte for byte, and compared with their
+checksums on the way.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from torchrec_hilomoe.runtime.paths import open_binary, path_manager
+from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint import CheckpointError
 from torchrec_hilomoe.training.checkpoint.manifest import read_manifest, rewrite_manifest
 from torchrec_hilomoe.training.checkpoint.storage import CHUNK, IndexUnpickler, Store
@@ -27,6 +30,7 @@ __all__ = ["convert_checkpoint", "main"]
 INDEX = ".metadata"
 OLD_ROUTER = re.compile(r"\bbackbone\.(?P<site>.+?)\.router\.(?=(expert_keys|query_proj)\b)")
 CHOICES = "choices.model.backbone."
+APART, POOLED = ".sparse.unpooled.embeddings.", ".sparse.pooled.embedding_bags."
 
 
 def convert_checkpoint(old: str, new: str) -> dict[str, str]:
@@ -40,8 +44,8 @@ def convert_checkpoint(old: str, new: str) -> dict[str, str]:
         Each name that changed, and what it became.
 
     Raises:
-        CheckpointError: If there is no checkpoint, it is damaged, it has no name that changed, or
-            something is at ``new`` already.
+        CheckpointError: If there is no checkpoint, it is damaged, it has no name that changed, two
+            of its tables would have one name, or something is at ``new`` already.
     """
     files = read_manifest(old).files
     if path_manager.exists(new) and path_manager.ls(new):
@@ -49,7 +53,9 @@ def convert_checkpoint(old: str, new: str) -> dict[str, str]:
     with open_binary(f"{old}/{INDEX}") as source:
         metadata = IndexUnpickler(source).load()
     names = _new_names(metadata.state_dict_metadata)
-    if not names:
+    if not checkpoint.open(old).schema.sequences:
+        names = _in_one_collection(old, names)
+    if all(name == to for name, to in names.items()):
         raise CheckpointError(
             f"checkpoint {old} has no name that changed, so it can be loaded as it is."
         )
@@ -74,20 +80,36 @@ def convert_checkpoint(old: str, new: str) -> dict[str, str]:
 
 
 def _new_names(names: Iterable[str]) -> dict[str, str]:
-    """Every name that stays, and its new form; empty if none changes.
+    """Every name that stays, and its new form.
 
     Counts of choices are kept once a router, where there was a copy for each site.
     """
     names = list(names)
     owners = {found["site"] for name in names if (found := OLD_ROUTER.search(name))}
     found = {}
-    for name in names if owners else ():
-        if name.startswith(CHOICES):
+    for name in names:
+        if owners and name.startswith(CHOICES):
             site, _, rank = name.removeprefix(CHOICES).rpartition(".")
             if site in owners:
                 found[name] = f"{CHOICES}hilomoe_router.{rank}"
         else:
             found[name] = OLD_ROUTER.sub("backbone.hilomoe_router.", name)
+    return found
+
+
+def _in_one_collection(old: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The same, with the candidate's tables among the pooled ones.
+
+    Raises:
+        CheckpointError: If a table is among them already, which both looked up.
+    """
+    found = {name: to.replace(APART, POOLED) for name, to in names.items()}
+    twice = [name for name, to in found.items() if to != names[name] and to in names]
+    if twice:
+        raise CheckpointError(
+            f"checkpoint {old} has tables twice, of the candidate and of pooled features, which "
+            f"are one now: {', '.join(twice)}. Train anew."
+        )
     return found
 
 

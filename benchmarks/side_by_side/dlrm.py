@@ -1,8 +1,7 @@
 """DLRM twice: in the product's runtime, and in the loop of TorchRec's own example.
 
-Both have TorchRec's dense parts, so that what differs is what drives them. Ours
-looks one feature up as a candidate, in a collection of its own, because that is how the product is
-fed; theirs looks all of them up in one collection. The example's loop: a meta-device collection,
+Both have TorchRec's dense parts, and one collection of tables, so that what differs is what drives
+them. The example's loop: a meta-device collection,
 row-wise Adagrad in its backward pass, ``DistributedModelParallel`` with the plan that it makes,
 Adagrad for the dense part, ``TrainPipelineSparseDist``. Two things of the example are left out: it
 sends vectors as 16-bit numbers, which would not give the same losses, and it hands the tables to
@@ -34,7 +33,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks.driving import fill_table
 from benchmarks.random_batches import Stream
@@ -215,5 +213,4 @@ def _tables(model: nn.Module) -> dict[str, ShardedTensor]:
 
 
 def _theirs(batch: CTRBatch) -> Batch:
-    ids = KeyedJaggedTensor.concat([batch.unpooled, batch.pooled])
-    return Batch(dense_features=batch.dense, sparse_features=ids, labels=batch.labels)
+    return Batch(dense_features=batch.dense, sparse_features=batch.pooled, labels=batch.labels)

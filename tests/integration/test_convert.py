@@ -1,17 +1,23 @@
-"""Checkpoints from before a shared router was the model's: told of, converted, resumed."""
+"""Checkpoints whose names have changed since: told of, converted, resumed."""
 
 import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from tests.helpers.processes import ROOT
+from tests.helpers.raw_logs import criteo_rows, write_criteo
 from tests.helpers.runs import load, read_lines, read_tensors, train
 from torchrec_hilomoe.convert import convert_checkpoint
+from torchrec_hilomoe.data.prepare.criteo import prepare_criteo
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint.manifest import read_manifest, rewrite_manifest
 from torchrec_hilomoe.training.checkpoint.storage import IndexUnpickler, Store
@@ -33,13 +39,7 @@ def run(tmp_path_factory):
 def old(run, tmp_path_factory):
     """A checkpoint of it, as the names were: in the first site, and counted once a site."""
     new, old = run / "checkpoints" / f"step_{STEP}", tmp_path_factory.mktemp("old") / "step_10"
-    old.mkdir()
-    files = read_manifest(new).files
-    for name in files:
-        (old / name).write_bytes((new / name).read_bytes())
-    with (new / ".metadata").open("rb") as source:
-        metadata = IndexUnpickler(source).load()
-    own = {name.removeprefix("model.model.backbone.") for name in metadata.state_dict_metadata}
+    own = {name.removeprefix("model.model.backbone.") for name in index_of(new).state_dict_metadata}
     sites = sorted(n.removesuffix(".expert_in") for n in own if n.endswith(".expert_in"))
 
     def names(name: str) -> list[str]:
@@ -47,31 +47,48 @@ def old(run, tmp_path_factory):
             return [name.replace("hilomoe_router", site) for site in sites]
         return [name.replace("hilomoe_router", f"{sites[0]}.router")]
 
-    def of(entries):
-        return {to: entry for name, entry in entries.items() for to in names(name)}
+    write_renamed(new, old, names)
+    was = index_of(old).state_dict_metadata
+    assert len(sites) > 1
+    assert f"model.model.backbone.{sites[0]}.router.expert_keys" in was
+    assert f"choices.model.backbone.{sites[1]}.rank0" in was
+    return old
+
+
+def index_of(path: Path) -> Metadata:
+    with (path / ".metadata").open("rb") as source:
+        return IndexUnpickler(source).load()
+
+
+def write_renamed(path: Path, to: Path, names: Callable[[str], list[str]]) -> None:
+    """Write a checkpoint under other names, of which an entry may have several."""
+    to.mkdir()
+    files = read_manifest(str(path)).files
+    for name in files:
+        (to / name).write_bytes((path / name).read_bytes())
+    metadata = index_of(path)
+
+    def of(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {new: entry for name, entry in entries.items() for new in names(name)}
 
     was = replace(
         metadata,
         state_dict_metadata=of(metadata.state_dict_metadata),
         planner_data={name: (name,) for name in of(metadata.planner_data)},
         storage_data={
-            replace(index, fqn=to): place
+            replace(index, fqn=new): place
             for index, place in metadata.storage_data.items()
-            for to in names(index.fqn)
+            for new in names(index.fqn)
         },
     )
-    assert len(sites) > 1
-    assert f"model.model.backbone.{sites[0]}.router.expert_keys" in was.state_dict_metadata
-    assert f"choices.model.backbone.{sites[1]}.rank0" in was.state_dict_metadata
     store = Store()
-    with store.create_stream(old / ".metadata", "wb") as sink:
+    with store.create_stream(to / ".metadata", "wb") as sink:
         sink.write(pickle.dumps(was))
-    rewrite_manifest(str(new), str(old), {**files, ".metadata": store.checksums[".metadata"]})
-    return old
+    rewrite_manifest(str(path), str(to), {**files, ".metadata": store.checksums[".metadata"]})
 
 
 def test_loading_says_how_to_convert(old):
-    with pytest.raises(Exception, match=r"hilomoe_router\. Convert it: python -m .*convert .*old"):
+    with pytest.raises(Exception, match=r"first site\. Convert it: python -m .*convert .*old"):
         load(old, *SHARED, ranks=1)
 
 
@@ -111,3 +128,30 @@ def test_refuses_what_it_cannot_convert(run, old, tmp_path):
         convert_checkpoint(str(broken), str(tmp_path / "b"))
     assert not (tmp_path / "b" / "progress.json").exists()
     assert json.loads((old / "progress.json").read_text())["step"] == STEP
+
+
+def test_without_histories_the_candidate_was_apart(tmp_path):
+    (tmp_path / "raw").mkdir()
+    write_criteo(tmp_path / "raw" / "train.txt", criteo_rows(600))
+    prepare_criteo(raw=str(tmp_path / "raw"), out=str(tmp_path / "data"))
+    options = (f"--data.path={tmp_path}/data", "--model.backbone=dlrm", "--train.batch_size=64")
+    train(tmp_path / "run", *options, "--train.max_steps=4")
+    now = tmp_path / "run" / "checkpoints" / "step_4"
+    apart, pooled = ".unpooled.embeddings.C1.", ".pooled.embedding_bags.C1."
+    write_renamed(now, tmp_path / "old", lambda name: [name.replace(pooled, apart)])
+    assert any(apart in name for name in index_of(tmp_path / "old").state_dict_metadata)
+    with pytest.raises(
+        Exception, match=r"apart from others\. Convert it: python -m .*convert .*old"
+    ):
+        load(tmp_path / "old", *options, ranks=1)
+    renamed = convert_checkpoint(str(tmp_path / "old"), str(tmp_path / "new"))
+    assert {to: name for name, to in renamed.items()} == {
+        name: name.replace(pooled, apart) for name in read_tensors(now) if pooled in name
+    }
+    wanted, found = read_tensors(now), read_tensors(tmp_path / "new")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    twice = tmp_path / "twice"
+    write_renamed(now, twice, lambda name: list({name, name.replace(pooled, apart)}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"tables twice.*C1.*Train anew"):
+        convert_checkpoint(str(twice), str(tmp_path / "never"))

@@ -199,9 +199,10 @@ def head_columns() -> Tensor:
 
 def tables(ours: CTRModel, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     layers = theirs.embedding_layer.embedding_layer.embedding_layers
-    pooled = ours.sparse.pooled
+    unpooled, pooled = ours.sparse.unpooled, ours.sparse.pooled
+    assert unpooled is not None
     assert pooled is not None
-    mine = {name: ours.sparse.unpooled.embeddings[name].get_parameter("weight") for name in ITEM}
+    mine = {name: unpooled.embeddings[name].get_parameter("weight") for name in ITEM}
     mine |= {name: pooled.embedding_bags[name].get_parameter("weight") for name in CONTEXT}
     return [(mine[name], layers[name].weight) for name in mine]
 

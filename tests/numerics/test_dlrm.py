@@ -52,10 +52,10 @@ def counterparts(ours: TrainTask, model: DLRM, schema: Schema) -> dict[str, list
     """For each of our parameters, theirs: several, where ours is a table that features share."""
     own = dict(ours.named_parameters())
     found: dict[str, list[nn.Parameter]] = {name: [] for name in own}
-    kinds = {feature.name: "pooled.embedding_bags" for feature in schema.pooled}
+    pooled = set(schema.pooled_keys)
     bags = model.sparse_arch.embedding_bag_collection.embedding_bags
     for feature in schema.id_features:
-        kind = kinds.get(feature.name, "unpooled.embeddings")
+        kind = "pooled.embedding_bags" if feature.name in pooled else "unpooled.embeddings"
         weight = bags[feature.name].weight
         assert isinstance(weight, nn.Parameter)
         found[f"model.sparse.{kind}.{feature.table}.weight"].append(weight)

@@ -30,7 +30,8 @@ def collate(
 ) -> CTRBatch:
     """Join the rows that count into a batch, in the order given.
 
-    A schema without pooled features gets a ``pooled`` with no keys.
+    A schema without pooled features gets a ``pooled`` with no keys, and one without histories such
+    an ``unpooled``.
 
     Args:
         layout: What the rows were decoded with.

@@ -128,13 +128,27 @@ class Schema:
 
     @property
     def unpooled_keys(self) -> tuple[str, ...]:
-        """Keys of ``CTRBatch.unpooled``: the candidate's, then the histories'."""
-        return tuple(field.name for field in (*self.candidate, *self.sequence_fields))
+        """Keys of ``CTRBatch.unpooled``."""
+        return tuple(field.name for field in self.unpooled_features)
 
     @property
     def pooled_keys(self) -> tuple[str, ...]:
         """Keys of ``CTRBatch.pooled``."""
-        return tuple(feature.name for feature in self.pooled)
+        return tuple(feature.name for feature in self.pooled_features)
+
+    @property
+    def unpooled_features(self) -> tuple[IdFeature, ...]:
+        """Columns of which each id's vector is wanted: the candidate's, then the histories'.
+
+        None where there are no histories, whose tables the candidate would share: all is looked up
+        in one collection then.
+        """
+        return (*self.candidate, *self.sequence_fields) if self.sequences else ()
+
+    @property
+    def pooled_features(self) -> tuple[IdFeature | PooledFeature, ...]:
+        """Columns of which each row's mean vector is wanted."""
+        return self.pooled if self.sequences else (*self.candidate, *self.pooled)
 
     @property
     def id_features(self) -> tuple[IdFeature | PooledFeature, ...]:

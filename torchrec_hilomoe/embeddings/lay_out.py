@@ -24,9 +24,10 @@ class LookedUp:
     """What lookups found, each feature's vectors in the width of its table.
 
     Attributes:
-        unpooled: Vectors of each id of the candidate's fields, ``(B, D)``, and of the histories',
-            ``(T, D)``.
-        pooled: Vectors of each pooled feature, ``(B, D)``.
+        unpooled: Vectors of each id of the histories' fields, ``(T, D)``, and of the candidate's,
+            ``(B, D)``.
+        pooled: Vectors of each pooled feature, ``(B, D)``; the candidate's fields, too, may be
+            here.
         lengths: ``(B,)`` int64 of each sequence group, events of each row.
         dense: ``(B, F)``.
         max_seqlen: Length of the longest history in the batch, at least 1.
@@ -68,9 +69,8 @@ def lay_out(
             return projections[feature](looked_up.detach())
         return looked_up
 
-    fields = {
-        field.name: vectors(field.name, found.unpooled[field.name]) for field in schema.candidate
-    }
+    singles = {**found.pooled, **found.unpooled}
+    fields = {field.name: vectors(field.name, singles[field.name]) for field in schema.candidate}
     moments = {name: found.times[place] for place, name in enumerate(schema.event_times)}
     dense_BF = found.dense
     parts = [vectors(feature.name, found.pooled[feature.name]) for feature in schema.pooled]

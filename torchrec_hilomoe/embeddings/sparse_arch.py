@@ -36,7 +36,7 @@ TRAINED = 0  # stands for the collection of trained tables among those of frozen
 
 
 class SparseArch(nn.Module):
-    """One pooled and one sequence collection, and how their vectors are laid out.
+    """One pooled and one sequence collection, if there are such features, and their layout.
 
     The collections are what TorchRec shards; everything else here is small and replicated. Tables
     that the schema marks as frozen are in collections of their own: their vectors are never
@@ -51,7 +51,8 @@ class SparseArch(nn.Module):
             vector, instead of a number.
 
     Raises:
-        ValueError: If every table of the candidate and the histories is frozen.
+        ValueError: If every table of the candidate and the histories is frozen; without histories,
+            if every table is.
     """
 
     def __init__(
@@ -89,8 +90,10 @@ class SparseArch(nn.Module):
     @property
     def trained_tables(self) -> tuple[nn.Parameter, ...]:
         """Tables that learn, or what this rank holds of them."""
-        collections = [self.unpooled] + ([self.pooled] if self.pooled is not None else [])
-        return tuple(table for module in collections for table in module.parameters())
+        collections = (self.unpooled, self.pooled)
+        return tuple(
+            table for module in collections if module is not None for table in module.parameters()
+        )
 
     @property
     def frozen_tables(self) -> tuple[nn.Parameter, ...]:
@@ -162,12 +165,12 @@ class SparseArch(nn.Module):
         vectors = self._unpooled_vectors(inputs.unpooled)
         pooled = self._pooled_vectors(inputs.pooled)
         found = LookedUp(
-            unpooled={
-                field.name: vectors[field.name].values()
-                for field in (*schema.candidate, *schema.sequence_fields)
-            },
+            unpooled={name: of_name.values() for name, of_name in vectors.items()},
             # By key: the order in which a sharded collection returns its features is the plan's.
-            pooled={it.name: first(rows, pooled[self._width(it)][it.name]) for it in schema.pooled},
+            pooled={
+                it.name: first(rows, pooled[self._width(it)][it.name])
+                for it in schema.pooled_features
+            },
             lengths=tuple(
                 first(rows, vectors[group.fields[0].name].lengths().long())
                 for group in schema.sequences
@@ -181,11 +184,12 @@ class SparseArch(nn.Module):
         return lay_out(found, schema, self.projections, self.dense_embedding)
 
     def _unpooled_vectors(self, unpooled: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        found = {TRAINED: self.unpooled(unpooled)} | self._given("unpooled", unpooled)
+        found = {} if self.unpooled is None else {TRAINED: self.unpooled(unpooled)}
+        found |= self._given("unpooled", unpooled)
         # Picked by key, since what a tracer or a sharded collection returns is no plain mapping.
         return {
             field.name: found[self._width(field)][field.name]
-            for field in (*self._schema.candidate, *self._schema.sequence_fields)
+            for field in self._schema.unpooled_features
         }
 
     def _pooled_vectors(self, pooled: KeyedJaggedTensor) -> dict[int, Any]:

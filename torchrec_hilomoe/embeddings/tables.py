@@ -1,4 +1,4 @@
-"""Schema -> TorchRec table configurations: one pooled collection and one for sequences.
+"""Schema -> TorchRec table configurations: one pooled collection and one for sequences, if any.
 
 Frozen tables are in collections of their own, one of each kind for every width.
 """
@@ -21,7 +21,7 @@ POOLED_COPY = "_pooled"
 
 def unpooled_collection(
     schema: Schema, embedding_dim: int, device: torch.device
-) -> EmbeddingCollection:
+) -> EmbeddingCollection | None:
     """Tables of the candidate and of the histories, which share them by name.
 
     Args:
@@ -29,11 +29,16 @@ def unpooled_collection(
         embedding_dim: Width of every vector; a collection has one.
         device: Where the tables are made; ``meta`` until they are sharded.
 
+    Returns:
+        The collection; None if the schema has no histories.
+
     Raises:
         ValueError: If all of them are frozen.
     """
+    if not schema.sequences:
+        return None
     features = _features_by_table(
-        field for field in _unpooled(schema) if field.table not in schema.frozen
+        field for field in schema.unpooled_features if field.table not in schema.frozen
     )
     if not features:
         raise ValueError(
@@ -51,15 +56,25 @@ def pooled_collection(
 ) -> EmbeddingBagCollection | None:
     """Tables of the user, context and multi-valued features; their vectors are averaged.
 
+    Those of the candidate are among them where there are no histories.
+
     A table that a sequence also uses gets a second copy here, named with the suffix
     ``_pooled``: the two collections are sharded by different rules.
 
     Returns:
         The collection; None if the schema has no pooled feature with a trained table.
+
+    Raises:
+        ValueError: If the schema has no histories, and all of its tables are frozen.
     """
     features = _features_by_table(
-        feature for feature in schema.pooled if feature.table not in schema.frozen
+        feature for feature in schema.pooled_features if feature.table not in schema.frozen
     )
+    if not features and not schema.sequences:
+        raise ValueError(
+            f"Schema.frozen has every table ({', '.join(schema.frozen)}); give at least one field "
+            "a table that is trained, such as the item's own."
+        )
     if not features:
         return None
     return EmbeddingBagCollection(
@@ -74,8 +89,8 @@ def frozen_collections(
     collections: dict[str, EmbeddingCollection | EmbeddingBagCollection] = {}
     for width in sorted({table.width for table in schema.frozen.values()}):
         chosen = {name for name, table in schema.frozen.items() if table.width == width}
-        unpooled = _features_by_table(field for field in _unpooled(schema) if field.table in chosen)
-        pooled = _features_by_table(f for f in schema.pooled if f.table in chosen)
+        unpooled = _features_by_table(f for f in schema.unpooled_features if f.table in chosen)
+        pooled = _features_by_table(f for f in schema.pooled_features if f.table in chosen)
         if unpooled:
             collections[f"unpooled_{width}"] = EmbeddingCollection(
                 tables=_unpooled_tables(schema, unpooled, width), device=device
@@ -85,10 +100,6 @@ def frozen_collections(
                 tables=_pooled_tables(schema, pooled, width), device=device
             )
     return collections
-
-
-def _unpooled(schema: Schema) -> tuple[IdFeature, ...]:
-    return (*schema.candidate, *schema.sequence_fields)
 
 
 def _unpooled_tables(
@@ -109,7 +120,7 @@ def _unpooled_tables(
 def _pooled_tables(
     schema: Schema, features: dict[str, list[str]], width: int
 ) -> list[EmbeddingBagConfig]:
-    sequence_tables = {field.table for field in _unpooled(schema)}
+    sequence_tables = {field.table for field in schema.unpooled_features}
     listed = {feature.name for feature in schema.pooled if feature.max_length > 1}
     return [
         EmbeddingBagConfig(

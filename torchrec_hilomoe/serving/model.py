@@ -170,8 +170,9 @@ def lengths_of(layout: InputLayout, lengths_GB: Tensor) -> dict[str, Tensor]:
 
 def _tables(sparse: SparseArch) -> Iterator[tuple[list[str], Tensor]]:
     """Yield the features and the vectors of every table."""
-    pooled = [] if sparse.pooled is None else [sparse.pooled]
-    for collection in (sparse.unpooled, *pooled, *sparse.given.values()):
+    for collection in (sparse.unpooled, sparse.pooled, *sparse.given.values()):
+        if collection is None:
+            continue
         if isinstance(collection, EmbeddingCollection):
             configs, tables = collection.embedding_configs(), collection.embeddings
         else:

@@ -71,8 +71,9 @@ def assemble(
         sharders=sharders_of(train),
         static_graph=train.gradient_accumulation_steps == 1,
     )
-    assert isinstance(task.model.sparse.unpooled, ShardedEmbeddingCollection)
-    look_up_unpooled_as_pooled(task.model.sparse.unpooled)
+    if task.model.sparse.unpooled is not None:
+        assert isinstance(task.model.sparse.unpooled, ShardedEmbeddingCollection)
+        look_up_unpooled_as_pooled(task.model.sparse.unpooled)
     if config.data.path is not None:
         load_frozen_tables(task.model.sparse, config.data.path)
     use_precision(task, train.precision, context.device)

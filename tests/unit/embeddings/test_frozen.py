@@ -108,11 +108,13 @@ def test_every_parameter_is_a_table_or_replicated_and_frozen_ones_are_counted_ap
     assert {id(p) for p in sparse.tables} == {id(p) for part in parts[:2] for p in part}
 
 
-def test_a_candidate_of_nothing_but_given_vectors_is_refused():
-    schema = replace(
-        FROZEN, candidate=(IdFeature(name="kind", table="kind"),), sequences=(), pooled=()
-    )
-    with pytest.raises(ValueError, match=r"every table of the candidate.*\(kind, tag\); give at"):
+@pytest.mark.parametrize("histories", [True, False])
+def test_a_candidate_of_nothing_but_given_vectors_is_refused(histories):
+    kind = IdFeature(name="kind", table="kind")
+    group = replace(SCHEMA.sequences[0], fields=(replace(kind, name="kinds"),))
+    schema = replace(FROZEN, candidate=(kind,), sequences=(group,) if histories else (), pooled=())
+    said = " of the candidate and the histories" if histories else ""
+    with pytest.raises(ValueError, match=rf"has every table{said} \(kind, tag\); give at"):
         SparseArch(schema, DIM, torch.device("meta"))
 
 

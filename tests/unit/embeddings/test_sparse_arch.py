@@ -13,7 +13,7 @@ from tests.helpers.models import batches
 from tests.helpers.rounding import assert_within, by_chance, of_sums
 from torchrec_hilomoe.backbones.layers.jagged import mean_rows
 from torchrec_hilomoe.data.batch import CTRBatch
-from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
+from torchrec_hilomoe.data.schema import FrozenTable, IdFeature, Schema, SequenceGroup
 from torchrec_hilomoe.embeddings.features import HistoryWidths, ModelInputs, SequenceFeatures
 from torchrec_hilomoe.embeddings.freezing import freeze_lookups
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
@@ -31,9 +31,7 @@ def run(sparse: SparseArch, batch: CTRBatch) -> SequenceFeatures:
 
 
 def table(sparse: SparseArch, name: str) -> Tensor:
-    collection = sparse.unpooled if name in sparse.unpooled.embeddings else sparse.pooled
-    assert collection is not None
-    found = [p for key, p in collection.named_parameters() if key.endswith(f".{name}.weight")]
+    found = [p for key, p in sparse.named_parameters() if key.endswith(f".{name}.weight")]
     assert len(found) == 1
     return found[0]
 
@@ -125,11 +123,19 @@ def test_only_lists_are_averaged():
 def test_kinds_of_features_may_be_absent(kinds):
     schema = without(SCHEMA, *kinds)
     sparse = arch(schema)
-    keys = [index for index, key in enumerate(SCHEMA.unpooled_keys) if key in schema.unpooled_keys]
     batch = next(batches(ROWS, ROWS))
     dense = batch.dense if schema.dense else torch.empty(ROWS, 0)
-    unpooled = batch.unpooled.permute(keys)
-    features = sparse(replace(ModelInputs.of(batch), unpooled=unpooled, dense=dense))
+    every = KeyedJaggedTensor.concat([batch.unpooled, batch.pooled])
+    places = {key: place for place, key in enumerate(every.keys())}
+    unpooled, pooled = (
+        every.permute([places[key] for key in keys])
+        for keys in (schema.unpooled_keys, schema.pooled_keys)
+    )
+    inputs = replace(ModelInputs.of(batch), unpooled=unpooled, pooled=pooled, dense=dense)
+    features = sparse(inputs)
+    for place, field in enumerate(schema.candidate):
+        vectors = table(sparse, field.table)[every[field.name].values().long()]
+        assert torch.equal(features.candidate[:, place * DIM : (place + 1) * DIM], vectors)
     widths = sparse.widths
     assert features.context.shape == (ROWS, widths.context)
     assert features.candidate.shape == (ROWS, widths.candidate)
@@ -150,7 +156,21 @@ def test_a_table_that_both_collections_use_has_two_copies():
     sparse = arch(replace(SCHEMA, pooled=pooled))
     assert sparse.pooled is not None
     assert list(sparse.pooled.embedding_bags) == ["item_pooled"]
+    assert sparse.unpooled is not None
     assert list(sparse.unpooled.embeddings) == ["item", "kind"]
+
+
+def test_without_histories_one_collection_has_all_tables():
+    user, *others = without(SCHEMA, "sequences").pooled
+    schema = replace(without(SCHEMA, "sequences"), pooled=(replace(user, table="item"), *others))
+    sparse = arch(schema)
+    assert (sparse.unpooled, schema.unpooled_keys) == (None, ())
+    assert sparse.pooled is not None
+    shared = sparse.pooled.embedding_bag_configs()[0].feature_names
+    assert shared == [schema.candidate[0].name, user.name]
+    whole = {table: FrozenTable(file="x.npy", width=8) for table in schema.tables}
+    with pytest.raises(ValueError, match="has every table .*a table that is trained"):
+        arch(replace(schema, frozen=whole))
 
 
 def test_candidate_and_history_learn_into_one_table():

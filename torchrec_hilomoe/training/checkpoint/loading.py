@@ -303,13 +303,16 @@ class Checkpoint:
 
 
 def _remedy(path: str, missing: Iterable[str], extra: Iterable[str]) -> str:
-    if any(".hilomoe_router." in name for name in missing) and any(
-        ".router." in name for name in extra
-    ):
-        return (
-            "It was saved when a shared router was part of its first site; now it is "
-            f"hilomoe_router. Convert it: python -m torchrec_hilomoe.convert {path} NEW_FOLDER"
-        )
+    changed = (
+        (".hilomoe_router.", ".router.", "a shared router was part of its first site"),
+        (".sparse.pooled.", ".sparse.unpooled.", "a candidate's tables were apart from others"),
+    )
+    for now, before, said in changed:
+        if any(now in name for name in missing) and any(before in name for name in extra):
+            return (
+                f"It was saved when {said}. Convert it: python -m torchrec_hilomoe.convert {path} "
+                "NEW_FOLDER"
+            )
     return (
         "Use the configuration that it was saved with (config.yaml in it), or name what may "
         "differ with --allow_missing '[PATTERN, ...]'."
