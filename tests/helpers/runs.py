@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ __all__ = [
     "train",
     "train_and_signal",
     "train_and_signal_in_validation",
+    "train_each",
 ]
 
 # Stages end after steps 5, 7, 9, 12 and 18: the backbone's, one of each expert layer, the rest. So
@@ -85,6 +86,12 @@ def run_app(*argv: str, ranks: int = 1) -> list[Ended]:
 def train(out: Path, *overrides: str, ranks: int = 1) -> None:
     """Train a small run to its end in processes of its own, as ``apps/train.py`` does."""
     run_ranks(_train, ranks, [*SMALL, f"--out_dir={out}", *overrides], joined=False)
+
+
+def train_each(runs: Mapping[Path, Sequence[str]]) -> None:
+    """Train small runs, options by folder, one after the other in one process of their own."""
+    argvs = [[*SMALL, f"--out_dir={out}", *overrides] for out, overrides in runs.items()]
+    run_ranks(_train_each, 1, argvs, joined=False)
 
 
 def train_and_signal(
@@ -163,6 +170,11 @@ def _train(argv: list[str]) -> None:
     parsed = parse_run(argv)
     with init_distributed("cpu") as context:
         run_training(parsed, context, Teacher)
+
+
+def _train_each(argvs: list[list[str]]) -> None:
+    for argv in argvs:
+        _train(argv)
 
 
 def _train_and_signal(argv: list[str], rank: int, number: signal.Signals, seen: Path) -> None:

@@ -1,6 +1,7 @@
 """From raw files to probabilities: prepare, train, export, score, each by its command."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from tests.helpers.processes import ROOT, run_ranks
-from tests.helpers.runs import assert_same_metrics, read_tensors, train
+from tests.helpers.runs import assert_same_metrics, read_tensors, run_app, train, train_each
 from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
 from torchrec_hilomoe.serving import Scorer
 from torchrec_hilomoe.training.metrics import compute_metrics
@@ -156,28 +157,106 @@ def test_a_checkpoint_from_before_the_experts_is_refused_by_the_command(shop):
     assert not out.exists()
 
 
-def test_a_student_learns_from_an_exported_model_and_goes_on_with_the_same_bits(shop, tmp_path):
-    teacher = tmp_path / "teacher"
-    argv = [shop / "run" / "checkpoints" / "step_18", "--out", teacher]
+@pytest.fixture(scope="module")
+def teacher(shop):
+    """An exported model, and the options of students that learn from it."""
+    out = shop / "teacher"
+    argv = [shop / "run" / "checkpoints" / "step_18", "--out", out]
     (code,) = run_ranks(run, 1, "export", argv, joined=False)
     assert code == 0
-    student = [f"--data.path={shop / 'data'}", "--model.backbone=din", "--model.hilomoe=null"]
-    student += ["--checkpoint.every_steps=6", "--train.evaluate_every=6"]
-    taught = [f"--train.teacher={teacher}", "--train.teacher_weight=0.7"]
-    taught += ["--train.teacher_temperature=2"]
-    train(tmp_path / "alone", *student, ranks=2)
-    train(tmp_path / "taught", *student, *taught, ranks=2)
-    summary = json.loads((tmp_path / "taught" / "summary.json").read_text())
+    return out
+
+
+def student(shop, *options):
+    """Options of a plain model of the same columns."""
+    plain = [f"--data.path={shop / 'data'}", "--model.backbone=din", "--model.hilomoe=null"]
+    return [*plain, "--checkpoint.every_steps=6", "--train.evaluate_every=6", *options]
+
+
+def last_of(folder):
+    return read_tensors(folder / "checkpoints" / "step_18")
+
+
+def same(some, others):
+    assert some.keys() == others.keys()
+    return all(torch.equal(tensor, others[name]) for name, tensor in some.items())
+
+
+@pytest.fixture(scope="module")
+def taught(shop, teacher):
+    """The run of a student in two processes."""
+    soft = [f"--train.teacher={teacher}", "--train.teacher_weight=0.7"]
+    options = student(shop, *soft, "--train.teacher_temperature=2")
+    train(shop / "taught", *options, ranks=2)
+    return options
+
+
+def test_a_student_learns_from_an_exported_model_and_goes_on_with_the_same_bits(shop, taught):
+    summary = json.loads((shop / "taught" / "summary.json").read_text())
     assert (summary["teacher"]["backbone"], summary["teacher"]["step"]) == ("DIN", 18)
 
     half = "checkpoints/step_6"
-    shutil.copytree(tmp_path / "taught" / half, tmp_path / "again" / half)
-    train(tmp_path / "again", *student, *taught, ranks=2)
-    tensors = {
-        name: read_tensors(tmp_path / name / "checkpoints" / "step_18")
-        for name in ("alone", "taught", "again")
-    }
-    for name, tensor in tensors["taught"].items():
-        assert torch.equal(tensors["again"][name], tensor), name
-    head = next(name for name in tensors["taught"] if "head" in name and "weight" in name)
-    assert not torch.equal(tensors["alone"][head], tensors["taught"][head])
+    shutil.copytree(shop / "taught" / half, shop / "again" / half)
+    train(shop / "again", *taught, ranks=2)
+    assert same(last_of(shop / "again"), last_of(shop / "taught"))
+
+
+def test_a_teacher_has_no_say_without_weight_and_the_only_one_with_all_of_it(shop, teacher):
+    """To the bit; the other rows are the same ones with every click turned round."""
+    shutil.copytree(shop / "raw", shop / "turned")
+    rows = pq.read_table(shop / "raw" / "train.parquet")
+    clicks = pa.array(~rows["label"].to_numpy())
+    place = rows.column_names.index("label")
+    pq.write_table(rows.set_column(place, "label", clicks), shop / "turned" / "train.parquet")
+    described = str(shop / "turned" / "schema.yaml")
+    prepare_parquet(raw=str(shop / "turned"), schema=described, out=str(shop / "other"))
+
+    def options(weight, data):
+        soft = [f"--train.teacher={teacher}", f"--train.teacher_weight={weight}"]
+        return student(shop, *soft, "--train.teacher_temperature=2", f"--data.path={shop / data}")
+
+    train_each(
+        {
+            shop / "clicks": student(shop),
+            shop / "unheard": options(0, "data"),
+            shop / "heard": options(1, "data"),
+            shop / "heard, other clicks": options(1, "other"),
+            shop / "nearly, other clicks": options(0.99, "other"),
+        }
+    )
+    assert same(last_of(shop / "unheard"), last_of(shop / "clicks"))
+    assert same(last_of(shop / "heard, other clicks"), last_of(shop / "heard"))
+    assert not same(last_of(shop / "nearly, other clicks"), last_of(shop / "heard"))
+
+
+def test_a_run_goes_on_with_no_other_teacher_than_its_own(shop, teacher, taught):
+    """Gone, replaced by another one, and moved: only the last is no mistake."""
+    half, folder = "checkpoints/step_6", shop / "half"
+    shutil.copytree(shop / "taught" / half, folder / half)
+    argv = [*taught, f"--out_dir={folder}"]
+    moved = teacher.rename(shop / "moved")
+    try:
+        (ended,) = run_app(*argv)
+        assert ended.code == 2
+        assert ended.shown.splitlines()[-1] == (
+            f"error: train.teacher: there is no artifact at {teacher} (manifest.json is missing). "
+            "Name a folder that export has written."
+        )
+        other = [shop / "run" / "checkpoints" / "step_15", "--out", teacher]
+        (code,) = run_ranks(run, 1, "export", other, joined=False)
+        assert code == 0
+        (ended,) = run_app(*argv)
+        assert ended.code == 2
+        assert re.fullmatch(
+            rf"error: checkpoint .*/step_6 has learned from another model than train\.teacher "
+            rf"{teacher} is now: DIN of .*/step_18, .*, against DIN of .*/step_15, .*\. Name the "
+            r"former one, or begin another run with --init_from .*/step_6",
+            ended.shown.splitlines()[-1],
+        )
+        assert not (folder / "checkpoints" / "step_12").exists()
+        train(folder, *taught, f"--train.teacher={moved}", ranks=2)
+    finally:
+        if teacher.exists():
+            shutil.rmtree(teacher)
+        moved.rename(teacher)
+    assert same(last_of(folder), last_of(shop / "taught"))

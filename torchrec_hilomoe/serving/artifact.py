@@ -117,6 +117,10 @@ class Artifact:
         """Return the path of a file; None if the artifact has none of this name."""
         return f"{self.path}/{name}" if name in self._files else None
 
+    def checksum(self, name: str) -> FileChecksum:
+        """Return the size and the CRC-32 of a file that the artifact has."""
+        return self._files[name]
+
     def _damaged(self, cause: str) -> ArtifactError:
         return ArtifactError(f"artifact {self.path} is damaged: {cause}. {AGAIN}")
 

@@ -64,8 +64,9 @@ class Teacher:
 
     @property
     def description(self) -> Mapping[str, object]:
-        """What the artifact is of."""
-        return asdict(self._artifact.origin)
+        """What the artifact is of, and the size and the CRC-32 of its program."""
+        program = self._artifact.checksum(PROGRAM_FILE)
+        return {**asdict(self._artifact.origin), "program": asdict(program)}
 
     def teach(
         self, batches: Generator[CTRBatch, None, None], device: torch.device

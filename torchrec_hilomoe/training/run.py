@@ -49,7 +49,12 @@ from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
 from torchrec_hilomoe.training.sharding.plan_report import PlanReport
 from torchrec_hilomoe.training.stages import PlateauConfig
-from torchrec_hilomoe.training.teaching import OpenTeacher, Teacher
+from torchrec_hilomoe.training.teaching import (
+    documents_of,
+    OpenTeacher,
+    refuse_another,
+    Teacher,
+)
 from torchrec_hilomoe.training.trainer import Intervals, Trainer
 from torchrec_hilomoe.training.warm_start import warm_start
 
@@ -117,6 +122,8 @@ def _run_in(
         if config.resume != "auto":
             _refuse_to_go_back(resumed.progress.step, checkpoints)
         resumed.check_schema(schema)
+        if teacher is not None:
+            refuse_another(resumed, teacher, str(config.train.teacher))
     progress = None if resumed is None else resumed.progress
     loader = loader_of(
         config, "train", context.world, start=progress.position if progress else None
@@ -147,6 +154,7 @@ def _run_in(
                 "schema.json": schema.to_json() + "\n",
                 "plan.json": assembly.plan.to_json(),
                 "plan.txt": assembly.plan.text(),
+                **documents_of(teacher),
             },
             on_saved=log.saved,
         )

@@ -1,4 +1,7 @@
-"""What training asks of a model that another one learns from; :mod:`..serving.teacher` is one."""
+"""What training asks of a model that another one learns from; :mod:`..serving.teacher` is one.
+
+Checkpoints keep which model it was, so that a resumed run goes on with no other one.
+"""
 
 from collections.abc import Callable, Generator, Mapping
 from typing import Protocol
@@ -7,8 +10,13 @@ import torch
 
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.runtime.documents import parse_json
+from torchrec_hilomoe.runtime.paths import to_json
+from torchrec_hilomoe.training.checkpoint import Checkpoint, CheckpointError
 
-__all__ = ["OpenTeacher", "Teacher"]
+__all__ = ["OpenTeacher", "Teacher", "documents_of", "refuse_another"]
+
+DOCUMENT = "teacher.json"
 
 
 class Teacher(Protocol):
@@ -16,7 +24,7 @@ class Teacher(Protocol):
 
     @property
     def description(self) -> Mapping[str, object]:
-        """What it is, as it is kept in ``summary.json``."""
+        """What it is, as summaries and checkpoints keep it; no two have the same ``program``."""
         ...
 
     def teach(
@@ -28,3 +36,34 @@ class Teacher(Protocol):
 
 # From train.teacher, the columns of the data and its folder; None where the data is generated.
 OpenTeacher = Callable[[str, Schema, str | None], Teacher]
+
+
+def documents_of(teacher: Teacher | None) -> dict[str, str]:
+    """Return what checkpoints keep of a run's teacher: a text by the name of its file."""
+    return {} if teacher is None else {DOCUMENT: to_json(teacher.description) + "\n"}
+
+
+def refuse_another(resumed: Checkpoint, teacher: Teacher, path: str) -> None:
+    """Refuse to go on from a checkpoint that has learned from another model.
+
+    Args:
+        resumed: Where the run goes on; one that has learned from clicks alone may begin to.
+        teacher: The model that it would learn from.
+        path: Value of ``train.teacher``.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    if not resumed.has(DOCUMENT):
+        return
+    before = parse_json(resumed.document(DOCUMENT), f"{resumed.path}/{DOCUMENT}")
+    here = parse_json(to_json(teacher.description), path)
+    if before.get("program") == here["program"]:
+        return
+    models = [f"{it.get('backbone')} of {it.get('checkpoint')}" for it in (before, here)]
+    programs = [it.get("program") for it in (before, here)]
+    raise CheckpointError(
+        f"checkpoint {resumed.path} has learned from another model than train.teacher {path} is "
+        f"now: {models[0]}, {programs[0]}, against {models[1]}, {programs[1]}. Name the former "
+        f"one, or begin another run with --init_from {resumed.path}"
+    )

@@ -120,6 +120,10 @@ class Checkpoint:
         self._files = manifest.files
         self._verified = False
 
+    def has(self, name: str) -> bool:
+        """Return whether a file lies in it."""
+        return name in self._files
+
     def document(self, name: str) -> str:
         """Return a text that lies beside the tensors.
 
