@@ -49,12 +49,14 @@ class Guess:
     Attributes:
         column: What was seen of it.
         why: In words.
-        table: The embedding table; empty for numbers.
+        table: The embedding table; empty for numbers that are no lists.
+        bucketed: Whether its values are numbers, which that table has buckets of.
     """
 
     column: SeenColumn
     why: str
     table: str = ""
+    bucketed: bool = False
 
 
 @dataclass(kw_only=True)
@@ -140,7 +142,7 @@ def _place_special(column: SeenColumn, columns: Sequence[SeenColumn], found: Gue
 
 
 def _useless(column: SeenColumn) -> str | None:
-    if column.kind == "unreadable" or (column.is_list and column.kind == "number"):
+    if column.kind == "unreadable":
         return f"its type {column.stored} is none that a feature can have"
     if len(column.distinct) < 2:
         return "has the same value in every row" if len(column.distinct) else "has no value"
@@ -187,11 +189,13 @@ def _place_lists(lists: Sequence[SeenColumn], ids: Sequence[SeenColumn], found: 
     scalars = [c for c in ids if not c.is_list]
     item = found.candidate[0].column if found.candidate else None
     lengths: pl.Series | None = None
-    ordered = sorted(lists, key=lambda c: 0 if item is not None and _share(c, item) else 1)
+    # Numbers go with the events of ids that are as many.
+    ordered = sorted(lists, key=lambda c: (_is_amount(c), item is None or not _share(c, item)))
     for column in ordered:
         own = column.values.list.len().fill_null(0)
         alike = lengths is not None and own.equals(lengths)
-        if alike and (column.kind == "moment" or column.words & TIMES):
+        numbers = _is_amount(column)
+        if alike and not numbers and (column.kind == "moment" or column.words & TIMES):
             found.history_time = Guess(column=column, why="when each event happened")
             continue
         of = [c for c in scalars if c is item or c.words & column.words - EVENTS]
@@ -201,12 +205,24 @@ def _place_lists(lists: Sequence[SeenColumn], ids: Sequence[SeenColumn], found: 
         events = (shares and best is item) or column.words & EVENTS
         table = _table(best) if best is not None and shares else _table(column)
         why = f"up to {column.longest} entries"
+        if numbers:
+            why += f", numbers from {column.entries.min()} to {column.entries.max()}"
         if best is not None and shares:
             why += f", {share:.0%} of whose values are those of {best.name}"
+        if numbers and not alike:
+            why = f"{why}, which are as many as no history's events; such lists may be pooled"
+            found.left_out.append(Guess(column=column, why=why))
+            continue
         place = found.history if alike or (events and lengths is None) else found.pooled
         if place is found.history and lengths is None:
             lengths = own
-        place.append(Guess(column=column, why=why, table=table))
+        place.append(Guess(column=column, why=why, table=table, bucketed=numbers))
+
+
+def _is_amount(column: SeenColumn) -> bool:
+    """Say whether a list holds numbers that are no names of anything, such as dwell times."""
+    whole = column.kind == "integer" and column.words & QUANTITIES and "id" not in column.words
+    return column.kind == "number" or bool(whole and len(column.distinct) > FEW)
 
 
 def _share(column: SeenColumn, other: SeenColumn) -> float:

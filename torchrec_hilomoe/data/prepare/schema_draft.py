@@ -17,6 +17,7 @@ from torchrec_hilomoe.runtime.paths import path_manager, write_text
 __all__ = ["draft_schema"]
 
 MANY = 1000  # values of which rare ones are better unknown
+BUCKETS = 32  # of numbers along a history
 LONGEST = 200  # events of a history, unless somebody says otherwise
 PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 WORDS = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")  # of YAML
@@ -114,6 +115,7 @@ def _vocabularies(found: Guesses) -> Iterator[str]:
     ids = [*found.candidate, *found.history, *found.pooled]
     columns = {one.table: one.column for one in reversed(ids)}
     hashed = [t for t, column in columns.items() if column.kind == "fingerprint"]
+    bucketed = {one.table for one in ids if one.bucketed}
     if hashed:
         yield _commented("tables:", "rows that fingerprints of 64 bits share")
         yield from (f"  {_name(table)}: 1000000" for table in hashed)
@@ -121,6 +123,9 @@ def _vocabularies(found: Guesses) -> Iterator[str]:
     for table in dict.fromkeys(one.table for one in ids):
         if table in hashed:
             yield f"  {_name(table)}: {{kind: hashed}}"
+        elif table in bucketed:
+            line = f"  {_name(table)}: {{kind: bucketed, buckets: {BUCKETS}}}"
+            yield _commented(line, "quantiles of training rows")
         elif len(columns[table].distinct) > MANY:
             line = f"  {_name(table)}: {{kind: counted, min_count: 2}}"
             yield _commented(line, "rarer values are unknown")

@@ -69,6 +69,29 @@ def draft(folder: Path, table: pa.Table) -> tuple[str, dict[str, Any]]:
     return text, yaml.safe_load(text)
 
 
+def test_numbers_that_go_with_a_history_are_put_into_buckets(tmp_path):
+    """Of whole seconds, too; vectors of every row are left out."""
+    columns = clicks()
+    lengths = [len(row) for row in columns["past_items"]]
+    columns["dwell_time"] = [RNG.random(length).tolist() for length in lengths]
+    columns["past_duration"] = lists(10**6, lengths)
+    columns["vector"] = RNG.random((ROWS, 4)).tolist()
+    text, schema = draft(tmp_path, pa.table(columns))
+    (history,) = schema["sequences"]
+    assert history["time"] == "past_time"
+    assert {"name": "dwell_time", "table": "dwell_time"} in history["fields"]
+    for name in ("dwell_time", "past_duration"):
+        assert schema["vocabularies"][name] == {"kind": "bucketed", "buckets": 32}
+    assert "numbers from 0." in text
+    assert "# - vector: up to 4 entries, numbers from" in text
+    out = tmp_path / "out"
+    prepare_parquet(
+        raw=str(tmp_path / "raw"), schema=str(tmp_path / "shop.yaml"), out=str(out), fill_dense=0
+    )
+    assert check_prepared(str(out)).faults == ()
+    assert load_schema(str(out)).tables["dwell_time"] == 33
+
+
 def test_every_column_has_its_place_and_the_reason(tmp_path):
     text, schema = draft(tmp_path, pa.table(clicks()))
     assert {name: schema[name] for name in ("dataset", "label", "group", "time")} == {
@@ -107,7 +130,7 @@ def test_every_column_has_its_place_and_the_reason(tmp_path):
         "# - constant: has the same value in every row",
         "# - request: every row has a value of its own",
         "# - loaded_ms: looks like milliseconds",
-        "# - vector: its type list<element: double> is none",
+        "# - vector: has the same value in every row",
         "# - nested: its type struct<a: int64> is none",
         "are missing: prepare with --fill_dense 0",
         "100% of whose values are those of item_id",
