@@ -151,9 +151,10 @@ def tables(lines: list[Line]) -> Iterator[str]:
             auc = line["valid"]["auc"]
             yield f"| {line['data']}, {line['backbone']} | {weight} | {temperature} | {auc:.5f} |"
     yield ""
-    yield "| data, backbone | model | kFLOP/sample | AUC | logloss | AUC, to the student "
-    yield "| logloss, to the student |"
-    yield "|---|---|---|---|---|---|---|"
+    names = ["data, backbone", "model", "kFLOP/sample", *SCORES]
+    names += [f"{score}, to the student" for score in SCORES]
+    yield f"| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
     for (data, backbone), runs in grouped(lines).items():
         for variant in ("student", "taught", "teacher"):
             own = [run for run in runs if run["variant"] == variant]
