@@ -43,7 +43,8 @@ def entered(assembly: Assembly):
 
 def step(assembly: Assembly) -> float:
     pipeline = Pipeline(assembly.model, assembly.optimizers.stage_optimizer, assembly.model.device)
-    output = pipeline.step(batches(BATCH, BATCH))
+    said = torch.linspace(-2, 2, BATCH)  # heard where there is a teacher's weight
+    output = pipeline.step(replace(it, teacher_logits=said) for it in batches(BATCH, BATCH))
     pipeline.detach()
     return output.loss.item()
 
@@ -136,8 +137,9 @@ def test_a_step_without_dense_gradients_needs_no_scale(alone):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # dynamo warns of its own doings, by several names
-def test_a_compiled_dense_part_gives_the_same_losses(alone):
-    plain, compiled = assembled(alone), assembled(alone, compile=True)
+@pytest.mark.parametrize("taught", [{}, {"teacher": "models/wide", "teacher_weight": 0.7}])
+def test_a_compiled_dense_part_gives_the_same_losses(alone, taught):
+    plain, compiled = assembled(alone, **taught), assembled(alone, compile=True, **taught)
     start = {name.removeprefix("model."): t for name, t in weights(held(plain)).items()}
     load_whole(compiled.model, start)
     # As many maps as there are, over the rows of a batch.
