@@ -79,6 +79,8 @@ def prepare_parquet(
     frozen = description.schema.frozen
     vectors = {table: Vectors(f"{raw}/{given.file}") for table, given in frozen.items()}
     text = _text_tables(description, kinds)
+    given = _given(description.schema, vectors, raw, text)
+    _check_order(description.schema, vectors, given)
     plan = Plan(
         schema=_finished(description.schema, vectors),
         raw=description.raw,
@@ -87,7 +89,7 @@ def prepare_parquet(
         separator=separator,
         missing_dense=fill_dense,
         missing_remedy="; --fill_dense NUMBER gives missing ones a value",
-        given=_given(description.schema, vectors, raw, text),
+        given=given,
     )
     by_time = "time" if plan.schema.time is not None else "rows"
     if valid_by == "time" and plan.schema.time is None:
@@ -141,7 +143,14 @@ class Description:
                 if isinstance(rule, dict) and rule.get("kind") != "hashed"
             }
             found["tables"] = counted | (found.get("tables") or {})
-            return cls(schema=Schema.from_dict(found), columns=columns)
+            schema = Schema.from_dict(found)
+            used = {feature.table for feature in schema.id_features}
+            if idle := [table for table in schema.vocabularies if table not in used]:
+                raise ValueError(
+                    f"vocabularies names table {idle[0]!r}, which no feature has; remove it, or "
+                    "give a feature that table"
+                )
+            return cls(schema=schema, columns=columns)
         except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} is not a schema: {reason}") from error
@@ -238,6 +247,25 @@ def _given(
                 "numbers; give them one type."
             )
     return found
+
+
+def _check_order(
+    schema: Schema, vectors: Mapping[str, Vectors], given: Mapping[str, pa.Array]
+) -> None:
+    """Refuse vectors that would be those of other ids: they are stored in the order of keys."""
+    for table, found in vectors.items():
+        count = len(found.keys)
+        values = given.get(table)
+        if table not in schema.vocabularies:  # values are ids
+            values = pa.array(range(1, min(schema.tables[table], count + 1)), pa.int64())
+        if values is None or not values[:count].cast(pa.string()).equals(
+            found.keys.cast(pa.string())
+        ):
+            raise DataError(
+                f"{found.path} has its vectors in another order than table {table!r} has ids; "
+                "give the table the vocabulary {kind: given}, without a file: ids follow the keys "
+                "of the vectors then."
+            )
 
 
 def _values(path: str) -> pa.Array:

@@ -387,13 +387,60 @@ def test_a_missing_number_may_be_filled(raw, tmp_path):
             },
             r"column \w+ holds texts, but table 'item' has no vocabulary",
         ),
+        *(
+            (
+                {"vocabularies": {**DESCRIPTION["vocabularies"], "colour": rule}},
+                r"is not a schema: vocabularies names table 'colour', which no feature has",
+            )
+            for rule in ({"kind": "counted"}, {"kind": "bucketed", "buckets": 3})
+        ),
+        *(
+            (
+                {
+                    "tables": {**DESCRIPTION["tables"], "cover": 50},
+                    "vocabularies": {
+                        table: rule
+                        for table, rule in (DESCRIPTION["vocabularies"] | {"cover": rule}).items()
+                        if rule is not None
+                    },
+                },
+                r"covers\.h5 has its vectors in another order than table 'cover' has ids",
+            )
+            for rule in (
+                {"kind": "counted"},
+                {"kind": "bucketed", "buckets": 3},
+                {"kind": "hashed"},
+                {"kind": "given", "file": "numbers.txt"},
+                None,
+            )
+        ),
     ],
 )
 def test_mistakes_in_the_description_are_named(raw, tmp_path, change, message):
     (raw / "schema.yaml").write_text(json.dumps({**DESCRIPTION, **change}))
+    (raw / "numbers.txt").write_text("\n".join(map(str, [*range(1, 40), 0])))
     with pytest.raises(ValueError, match=message):
         prepare(raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "rule"),
+    [(range(1, 8), None), (range(40), {"kind": "given", "file": "numbers.txt"})],
+    ids=["ids", "given"],
+)
+def test_vectors_may_have_the_order_of_other_ids(raw, tmp_path, keys, rule):
+    write_vectors(raw / "covers.h5", keys)
+    (raw / "numbers.txt").write_text("\n".join(map(str, range(45))))
+    described = DESCRIPTION | {"tables": {**DESCRIPTION["tables"], "cover": 40}}
+    rules = DESCRIPTION["vocabularies"] | {"cover": rule}
+    described["vocabularies"] = {table: it for table, it in rules.items() if it is not None}
+    (raw / "schema.yaml").write_text(json.dumps(described))
+    prepare(raw, tmp_path / "out")
+    vectors = np.load(tmp_path / "out" / "vectors" / "cover.npy")
+    assert check_prepared(str(tmp_path / "out")).faults == ()
+    assert vectors[1 : 1 + len(keys)].any(axis=1).all()
+    assert not vectors[1 + len(keys) :].any()
 
 
 @pytest.mark.parametrize(
