@@ -188,7 +188,8 @@ class Requests:
             return hash_ids(values, self._schema.tables[table])
         kind = pa.int64() if vocabulary is None else vocabulary.kind
         try:
-            values = pc.cast(values, kind)
+            # Of numbers, preparing takes the nearest one of 64 bits.
+            values = pc.cast(values, kind, safe=not is_number)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise ValueError(
                 f"column {name!r} has values of type {values.type}, but those of table {table!r} "
@@ -230,12 +231,14 @@ def _read(artifact: Artifact, table: str, schema: Schema) -> _Vocabulary:
             f"artifact {artifact.path} has no vocabulary of table {table!r}, so raw values have no "
             "ids. Export the checkpoint again with the data's folder: --data.path DIR"
         )
+    is_bucketed = schema.vocabularies[table].kind == "bucketed"
     try:
         found = pq.read_table(path, columns=["value", "id"])
+        if is_bucketed:  # another engine may have stored other numbers
+            found = found.set_column(0, "value", found["value"].cast(pa.float64()))
     except (pa.ArrowException, OSError, KeyError) as error:
         raise ArtifactError(f"{path} is no vocabulary ({' '.join(str(error).split())}).") from error
     kind = found.schema.field("value").type
     ids = dict(zip(found["value"].to_pylist(), found["id"].to_pylist(), strict=True))
-    is_bucketed = schema.vocabularies[table].kind == "bucketed"
     least = found.sort_by("id")["value"].to_numpy() if is_bucketed else None
     return _Vocabulary(ids=ids, kind=kind, unknown=schema.unknown_id(table), least=least)

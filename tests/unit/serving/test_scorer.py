@@ -2,6 +2,9 @@
 
 import threading
 import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -20,7 +23,7 @@ from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.serving import export_model, Scorer
 from torchrec_hilomoe.serving import scorer as scorer_module
 from torchrec_hilomoe.serving.archive import ArtifactError
-from torchrec_hilomoe.serving.artifact import PROGRAM_FILE, REQUEST_FILE
+from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE, REQUEST_FILE
 from torchrec_hilomoe.serving.files import score_files
 from torchrec_hilomoe.serving.program import load_program, load_request
 from torchrec_hilomoe.serving.requests import Requests
@@ -280,6 +283,34 @@ def test_values_of_another_type_than_the_vocabulary_are_told(of_texts, rows):
     wrong = replace_column(rows, "tags", pa.array([["many"]] * ROWS))
     with pytest.raises(ValueError, match=r"those of table 'tag' are int64 .*convert them"):
         of_texts.score(wrong)
+
+
+def of_buckets(folder, least):
+    """The requests of a model with buckets of numbers; nothing here scores them."""
+    rule = VocabularyRule(kind="bucketed", buckets=3, file="vocabularies/place.parquet")
+    (folder / "vocabularies").mkdir()
+    pq.write_table(pa.table({"value": least, "id": [1, 2, 3]}), folder / rule.file)
+    schema = replace(SCHEMA, vocabularies={"place": rule})
+    artifact = SimpleNamespace(path=folder, schema=schema, file=lambda it: str(folder / it))
+    return Requests(cast(Artifact, artifact))
+
+
+@pytest.mark.parametrize("stored", [pa.float64(), pa.float32(), pa.string()], ids=str)
+def test_borders_are_numbers_however_another_engine_stores_them(tmp_path, stored):
+    requests = of_buckets(tmp_path, pa.array([-np.inf, 0.5, 2.0**60]).cast(stored))
+
+    def ids(numbers):
+        return requests.encode(pa.table({"place": numbers}))["place"].to_pylist()
+
+    assert ids([0.5, np.nextafter(0.5, 0.0), 2.0**60, None]) == [2, 1, 3, 0]
+    for kind in (pa.int64(), pa.uint64(), pa.decimal128(20, 0)):  # of which float64 has not all
+        assert ids(pa.array([2**60 + 1, 2**62 + 1, 2**60 - 1000, 0], kind)) == [3, 3, 2, 1]
+
+
+@pytest.mark.parametrize("least", [["a", "b", "c"], [[0.5], [1.0], [2.0]]], ids=["text", "lists"])
+def test_borders_that_are_no_numbers_are_told(tmp_path, least):
+    with pytest.raises(ArtifactError, match=r"place\.parquet is no vocabulary \("):
+        of_buckets(tmp_path, least)
 
 
 @pytest.fixture
