@@ -253,6 +253,14 @@ def test_a_run_goes_on_with_no_other_teacher_than_its_own(shop, teacher, taught)
             r"former one, or begin another run with --init_from .*/step_6",
             ended.shown.splitlines()[-1],
         )
+        (ended,) = run_app(*argv, "--train.teacher=null")
+        assert ended.code == 2
+        assert re.fullmatch(
+            r"error: checkpoint .*/step_6 has learned from DIN of .*/step_18, and train\.teacher "
+            r"is null\. Name its folder, .*teacher_weight 0 .* or begin another run with "
+            r"--init_from .*/step_6",
+            ended.shown.splitlines()[-1],
+        )
         assert not (folder / "checkpoints" / "step_12").exists()
         train(folder, *taught, f"--train.teacher={moved}", ranks=2)
     finally:

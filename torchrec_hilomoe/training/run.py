@@ -122,8 +122,7 @@ def _run_in(
         if config.resume != "auto":
             _refuse_to_go_back(resumed.progress.step, checkpoints)
         resumed.check_schema(schema)
-        if teacher is not None:
-            refuse_another(resumed, teacher, str(config.train.teacher))
+        refuse_another(resumed, teacher, config.train.teacher)
     progress = None if resumed is None else resumed.progress
     loader = loader_of(
         config, "train", context.world, start=progress.position if progress else None

@@ -43,12 +43,12 @@ def documents_of(teacher: Teacher | None) -> dict[str, str]:
     return {} if teacher is None else {DOCUMENT: to_json(teacher.description) + "\n"}
 
 
-def refuse_another(resumed: Checkpoint, teacher: Teacher, path: str) -> None:
-    """Refuse to go on from a checkpoint that has learned from another model.
+def refuse_another(resumed: Checkpoint, teacher: Teacher | None, path: str | None) -> None:
+    """Refuse to go on from a checkpoint that has learned from another model, or without it.
 
     Args:
         resumed: Where the run goes on; one that has learned from clicks alone may begin to.
-        teacher: The model that it would learn from.
+        teacher: The model that it would learn from; None for clicks alone.
         path: Value of ``train.teacher``.
 
     Raises:
@@ -57,7 +57,14 @@ def refuse_another(resumed: Checkpoint, teacher: Teacher, path: str) -> None:
     if not resumed.has(DOCUMENT):
         return
     before = parse_json(resumed.document(DOCUMENT), f"{resumed.path}/{DOCUMENT}")
-    here = parse_json(to_json(teacher.description), path)
+    if teacher is None:
+        raise CheckpointError(
+            f"checkpoint {resumed.path} has learned from {before.get('backbone')} of "
+            f"{before.get('checkpoint')}, and train.teacher is null. Name its folder, with "
+            "--train.teacher_weight 0 if clicks are to decide alone from here, or begin another "
+            f"run with --init_from {resumed.path}"
+        )
+    here = parse_json(to_json(teacher.description), str(path))
     if before.get("program") == here["program"]:
         return
     models = [f"{it.get('backbone')} of {it.get('checkpoint')}" for it in (before, here)]
