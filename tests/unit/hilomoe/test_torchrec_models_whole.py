@@ -88,6 +88,7 @@ def test_logits(name, tables, lengths):
 
 @every_model
 @pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")  # 2.14's
 def test_a_trace_computes_the_same_and_cannot_be_scripted(name, tables):
     _, model = pair(name, tables, grown=True)
     given = batch(tables, [1, 2, 0])
