@@ -6,17 +6,16 @@ A package holds a shared library, which the process that loads it runs: load wha
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from torchrec_hilomoe.hilomoe.inject import sites_of
 from torchrec_hilomoe.serving.archive import ArtifactError
 from torchrec_hilomoe.serving.artifact import Artifact, PACKAGE_FILE
 from torchrec_hilomoe.serving.model import ServedModel
 from torchrec_hilomoe.serving.program import export_program, without_warnings
+from torchrec_hilomoe.serving.sites import served_sites
 
 __all__ = ["compile_package", "compile_program", "load_package"]
 
@@ -29,7 +28,7 @@ OPTIONS = {"cpp.enable_loop_tail_vec": False}
 def compile_package(model: ServedModel, path: str) -> None:
     """Compile a model to a local file ``*.pt2``; takes from half a minute to some minutes.
 
-    There experts are looked up by plain indexing, which the compiler fuses with the products.
+    Its sites are those of :mod:`torchrec_hilomoe.serving.sites`.
 
     Raises:
         ValueError: If there is no C++ compiler.
@@ -39,15 +38,8 @@ def compile_package(model: ServedModel, path: str) -> None:
             "an AOTInductor package needs a C++ compiler: install g++ or set CXX, or export "
             "without --package."
         )
-    sites = sites_of(model).values()
-    executions = [site.execution for site in sites]
-    for site in sites:
-        site.execution = replace(site.execution, experts="indexed")
-    try:
+    with served_sites(model):
         program = export_program(model)
-    finally:
-        for site, execution in zip(sites, executions, strict=True):
-            site.execution = execution
     compile_program(program, path)
 
 
