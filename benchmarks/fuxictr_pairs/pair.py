@@ -74,29 +74,38 @@ class Pair(ABC):
         return {"label": batch.labels}, {name: drawn.flatten() for name, drawn in ids.items()}, mask
 
     @torch.no_grad()
-    def copy_weights(self, model: DistributedModelParallel) -> None:
-        """Copy theirs into ours, whose tables are whole on one rank each, or in rows of several."""
-        backbone = cast("TrainTask", model.module).model.backbone
-        for ours, theirs in self.weights(backbone):
+    def copy_weights(self, model: DistributedModelParallel | TrainTask) -> None:
+        """Copy theirs into ours, whose tables are whole, or in rows of several ranks."""
+        task = model if isinstance(model, TrainTask) else cast("TrainTask", model.module)
+        for ours, theirs in self.weights(task.model.backbone):
             ours.copy_(theirs)
         for name, value in model.state_dict().items():
-            if isinstance(value, ShardedTensor):
-                fill_table(value, self._tables[name.split(".")[-2]].weight)
+            if ".sparse." in name:
+                table = self._tables[name.split(".")[-2]].weight
+                if isinstance(value, ShardedTensor):
+                    fill_table(value, table)
+                else:
+                    value.copy_(table)
 
-    @torch.no_grad()
     def check(self, model: DistributedModelParallel, batch: CTRBatch) -> None:
         """Refuse to time another model: with the same weights, the logits are the same."""
         model.eval()
+        with torch.no_grad():
+            _, output = model(batch)
+        self.check_logits(output.logits, batch)
+        model.train()
+
+    @torch.no_grad()
+    def check_logits(self, logits_B: Tensor, batch: CTRBatch) -> None:
+        """Refuse to time a model whose logits are others."""
         self.theirs.eval()
-        _, output = model(batch)
         chance = self.theirs(self.batch(batch))["y_pred"][:, 0].double()
         want = torch.logit(chance)
         # Of sums over the widths of all layers; and a logit of a rounded probability.
         terms = sum(max(p.shape) for p in self.theirs.dnn.parameters())
         amplified = 1 / (chance * (1 - chance)) + want.abs()
         allowed = of_sums(terms) * torch.finfo(torch.float32).eps * amplified
-        assert ((output.logits.double() - want).abs() <= allowed).all()
-        model.train()
+        assert ((logits_B.double() - want).abs() <= allowed).all()
         self.theirs.train()
 
     @property

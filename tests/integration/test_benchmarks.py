@@ -4,10 +4,11 @@ import contextlib
 import importlib
 import io
 import os
+from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_server, bench_serving, compare, growth_plot
+from benchmarks import bench_server, bench_serving, compare, growth_plot, serving_plot
 from benchmarks.harness import read_lines
 from benchmarks.launching import exit_code
 from benchmarks.side_by_side import contenders
@@ -153,6 +154,20 @@ def test_growth_is_drawn(throughput, tmp_path):
     picture = tmp_path / "docs" / "growth.png"
     assert growth_plot.main([str(throughput), "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(PNG)
+
+
+def test_requests_are_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    record, picture = (
+        Path(serving_plot.__file__).parent / "results/serving.jsonl",
+        tmp_path / "it.png",
+    )
+    assert serving_plot.main([str(record), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(PNG)
+    others = tmp_path / "others.jsonl"
+    others.write_text('{"tables": "int8", "threads": 1}\n')
+    assert serving_plot.main([str(others), "--out", str(tmp_path / "none.png")]) == 2
+    assert "no line is of a request by one thread" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_said_in_a_sentence_before_anything_is_measured(tmp_path):
