@@ -7,9 +7,9 @@ user is no feature and the rows of one are nearly alike.
 
 from typing import Unpack
 
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, counted, csv_inputs, HoldOut
 from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.options import Common
-from torchrec_hilomoe.data.prepare.plan import counted, csv_inputs, HoldOut, Plan
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.schema import IdFeature, Schema, SequenceGroup
 
@@ -73,7 +73,7 @@ def prepare_amazon_electronics(
     schema = amazon_electronics_schema(max_history=max_history)
     return prepare_tables(
         csv_inputs(raw, source=SOURCE),
-        Plan(schema=schema),
+        ColumnMapping(schema=schema),
         hold_out=HoldOut(valid_percent=valid_percent, by="group"),
         **common,
     )

@@ -12,9 +12,9 @@ from typing import Unpack
 
 import polars as pl
 
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, HoldOut, Inputs
 from torchrec_hilomoe.data.prepare.folder import Report, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import check_least, Common
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.records import find_raw
 from torchrec_hilomoe.data.prepare.sources import CsvFile
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
@@ -81,7 +81,7 @@ def prepare_criteo(
         ValueError: If an option is out of range.
     """
     check_least(1, min_count=min_count)
-    plan = Plan(
+    mapping = ColumnMapping(
         schema=criteo_schema(min_count=min_count),
         text=frozenset(FIELDS),
         missing_dense=0.0,
@@ -90,7 +90,7 @@ def prepare_criteo(
     )
     return prepare_tables(
         _inputs(raw),
-        plan,
+        mapping,
         hold_out=HoldOut(valid_percent=valid_percent, test_percent=test_percent, by="tail"),
         named={"min_count": min_count},
         **common,

@@ -6,9 +6,9 @@ Each video has an id, if it occurs ten times, and a frozen vector of its cover. 
 
 from typing import Unpack
 
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, counted, csv_inputs, HoldOut
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import Common
-from torchrec_hilomoe.data.prepare.plan import counted, csv_inputs, HoldOut, Plan
 from torchrec_hilomoe.data.prepare.records import find_raw
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.prepare.vectors import Vectors
@@ -105,7 +105,7 @@ def prepare_kuaivideo(
     schema = kuaivideo_schema(width=vectors.width, max_history=max_history)
     return prepare_tables(
         csv_inputs(raw, source=SOURCE),
-        Plan(schema=schema, raw=RAW, given={"item_emb": vectors.keys}),
+        ColumnMapping(schema=schema, raw=RAW, given={"item_emb": vectors.keys}),
         hold_out=HoldOut(valid_percent=valid_percent, by="time"),
         vectors={"item_emb": vectors},
         **common,

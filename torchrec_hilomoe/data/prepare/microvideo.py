@@ -5,9 +5,9 @@ A video is its cover's frozen vector and its category. The latest rows of ``trai
 
 from typing import Unpack
 
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, counted, csv_inputs, HoldOut
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import Common
-from torchrec_hilomoe.data.prepare.plan import counted, csv_inputs, HoldOut, Plan
 from torchrec_hilomoe.data.prepare.records import find_raw
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.prepare.vectors import Vectors
@@ -94,7 +94,7 @@ def prepare_microvideo(
     schema = microvideo_schema(width=vectors.width, max_history=max_history)
     return prepare_tables(
         csv_inputs(raw, source=SOURCE),
-        Plan(schema=schema, raw=RAW, given={"item": vectors.keys}),
+        ColumnMapping(schema=schema, raw=RAW, given={"item": vectors.keys}),
         hold_out=HoldOut(valid_percent=valid_percent, by="time"),
         vectors={"item": vectors},
         **common,

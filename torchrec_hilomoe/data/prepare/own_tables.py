@@ -16,9 +16,9 @@ import yaml
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.column_kinds import is_text, refuse_types, stored_type
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, HoldOut, Inputs
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import Common
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.sources import ParquetFile
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.prepare.vectors import Vectors
@@ -81,7 +81,7 @@ def prepare_parquet(
     text = _text_tables(description, kinds)
     given = _given(description.schema, vectors, raw, text)
     _check_order(description.schema, vectors, given)
-    plan = Plan(
+    mapping = ColumnMapping(
         schema=_finished(description.schema, vectors),
         raw=description.raw,
         text=text,
@@ -91,12 +91,12 @@ def prepare_parquet(
         missing_remedy="; --fill_dense NUMBER gives missing ones a value",
         given=given,
     )
-    by_time = "time" if plan.schema.time is not None else "rows"
-    if valid_by == "time" and plan.schema.time is None:
+    by_time = "time" if mapping.schema.time is not None else "rows"
+    if valid_by == "time" and mapping.schema.time is None:
         raise ValueError("--valid_by is 'time', but the schema names no time; choose another.")
     return prepare_tables(
         inputs,
-        plan,
+        mapping,
         hold_out=HoldOut(
             valid_percent=valid_percent, test_percent=test_percent, by=valid_by or by_time
         ),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from torchrec_hilomoe.data.hashing import hash64
-from torchrec_hilomoe.data.prepare.plan import Plan, Value
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, Value
 from torchrec_hilomoe.data.prepare.sources import MALFORMED, PLACE, ROW
 from torchrec_hilomoe.data.schema import PooledFeature
 
@@ -25,16 +25,16 @@ WORDS: dict[Value, str] = {
 CLICKS = "1 is a click and 0 is none, so make one of ratings or counts by a threshold"
 
 
-def parse(rows: pl.LazyFrame, plan: Plan) -> pl.LazyFrame:
+def parse(rows: pl.LazyFrame, mapping: ColumnMapping) -> pl.LazyFrame:
     """Return ``ROW``, ``PLACE``, ``FAULT`` and the columns of the schema, typed but not encoded.
 
     Args:
         rows: Of what :meth:`~.sources.RawFile.batches` yields.
-        plan: What the columns mean.
+        mapping: What the columns mean.
     """
-    if plan.reshape is not None:
-        rows = plan.reshape(rows)
-    found = _Parsing(plan=plan, kinds=rows.collect_schema())
+    if mapping.reshape is not None:
+        rows = mapping.reshape(rows)
+    found = _Parsing(mapping=mapping, kinds=rows.collect_schema())
     found.add_ids()
     found.add_parallel()
     found.add_numbers()
@@ -56,7 +56,7 @@ class _Parsing:
     """Expressions for every column.
 
     Attributes:
-        plan: What the columns mean.
+        mapping: What the columns mean.
         kinds: Polars' types of the raw columns.
         columns: By the schema's name, of raw columns.
         faults: What makes a row bad, of raw columns, and the reason; the first one is told.
@@ -64,7 +64,7 @@ class _Parsing:
         late_faults: What makes a row bad, of typed columns.
     """
 
-    plan: Plan
+    mapping: ColumnMapping
     kinds: Mapping[str, pl.DataType]
     columns: dict[str, pl.Expr] = field(default_factory=dict)
     faults: list[tuple[pl.Expr, str]] = field(default_factory=list)
@@ -73,10 +73,10 @@ class _Parsing:
 
     def add_ids(self) -> None:
         """Add columns of ids, and events' times."""
-        schema = self.plan.schema
+        schema = self.mapping.schema
         done: dict[tuple[str, Value], pl.Expr] = {}  # a raw column may have several uses
         for feature in schema.id_features:
-            raw, value = self.plan.source(feature.name), self.plan.value(feature.table)
+            raw, value = self.mapping.source(feature.name), self.mapping.value(feature.table)
             many = feature in schema.sequence_fields
             many |= isinstance(feature, PooledFeature) and feature.max_length > 1
             if (raw, value) not in done:
@@ -87,46 +87,46 @@ class _Parsing:
                 outside = f"{raw} has an id outside its table's 0 to {rows - 1}"
                 self._fault(column, many, lambda c, n=rows: (c < 0) | (c >= n), outside)
         for name in schema.event_times:
-            self.columns[name] = self._many(self.plan.source(name), pl.Int64)
+            self.columns[name] = self._many(self.mapping.source(name), pl.Int64)
 
     def add_parallel(self) -> None:
         """Make parallel lists equally long, or say where they are not."""
-        for group in self.plan.schema.sequences:
+        for group in self.mapping.schema.sequences:
             names = [f.name for f in group.fields] + ([group.time] if group.time else [])
             lengths = {name: pl.col(name).list.len() for name in names}
-            if self.plan.align:
+            if self.mapping.align:
                 most = pl.max_horizontal(*lengths.values())
                 for name in names:
                     nothing = pl.lit(None, pl.Int64).repeat_by(most - lengths[name])
                     self.together.append(pl.concat_list(nothing, pl.col(name)).alias(name))
                 continue
             for other in names[1:]:
-                pair = " and ".join(self.plan.source(name) for name in (names[0], other))
+                pair = " and ".join(self.mapping.source(name) for name in (names[0], other))
                 reason = f"{pair} have unequal numbers of events"
                 self.late_faults.append((lengths[other] != lengths[names[0]], reason))
 
     def add_numbers(self) -> None:
         """Add everything else: dense columns, weight, label, constants, time, group."""
-        plan, schema = self.plan, self.plan.schema
+        mapping, schema = self.mapping, self.mapping.schema
         for name in schema.dense:
-            found = self._number(plan.source(name), missing=plan.missing_dense)
-            self.columns[name] = found if plan.dense is None else plan.dense(found)
+            found = self._number(mapping.source(name), missing=mapping.missing_dense)
+            self.columns[name] = found if mapping.dense is None else mapping.dense(found)
         if schema.weight is not None:
-            raw = plan.source(schema.weight)
+            raw = mapping.source(schema.weight)
             self.columns[schema.weight] = weight = self._number(raw)
             self.faults.append((weight < 0, f"{raw} is below 0"))
-        raw = plan.source(schema.label)
+        raw = mapping.source(schema.label)
         label = self._number(raw)
         wrong = (label != 0) & (label != 1)
         self.faults.append((wrong, f"{raw} is neither 0 nor 1: {CLICKS}"))
         self.columns[schema.label] = (label == 1).cast(pl.Int8)
-        for name, value in plan.constants.items():
+        for name, value in mapping.constants.items():
             self.columns[name] = pl.lit(value, pl.Int64)
         if schema.time is not None:
-            self.columns[schema.time] = self._whole(plan.source(schema.time))
+            self.columns[schema.time] = self._whole(mapping.source(schema.time))
         if schema.group not in self.columns:
-            raw = plan.source(schema.group)
-            if self.kinds[raw] == pl.String and not plan.numeric_group:
+            raw = mapping.source(schema.group)
+            if self.kinds[raw] == pl.String and not mapping.numeric_group:
                 text = pl.col(raw)
                 self.faults.append((text.is_null(), f"{raw} is missing"))
                 self.columns[schema.group] = text.map_batches(hashed_text, pl.Int64)
@@ -159,7 +159,7 @@ class _Parsing:
         if not isinstance(kind, pl.List):
             joined = column.cast(pl.String)
             joined = pl.when(joined != "").then(joined)
-            column, kind = joined.str.split(self.plan.separator), pl.List(pl.String)
+            column, kind = joined.str.split(self.mapping.separator), pl.List(pl.String)
         if isinstance(kind.inner, pl.Datetime):
             column = column.list.eval(pl.element().dt.epoch("s"))
         lists = column.cast(pl.List(value), strict=False)
@@ -187,8 +187,8 @@ class _Parsing:
         found = column.cast(pl.Float64, strict=False)
         if missing is not None:
             found = pl.when(column.is_null()).then(missing).otherwise(found)
-        elif raw in map(self.plan.source, self.plan.schema.dense):
-            reason = f"{raw} is missing{self.plan.missing_remedy}"
+        elif raw in map(self.mapping.source, self.mapping.schema.dense):
+            reason = f"{raw} is missing{self.mapping.missing_remedy}"
             self.faults.append((column.is_null(), reason))
         found = found.cast(pl.Float32)
         self.faults.append((~found.is_finite().fill_null(False), f"{raw} is no finite number"))

@@ -15,8 +15,8 @@ import polars as pl
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.hashing import mix64
+from torchrec_hilomoe.data.prepare.column_mapping import HoldOut
 from torchrec_hilomoe.data.prepare.order_statistics import OrderStatistics
-from torchrec_hilomoe.data.prepare.plan import HoldOut
 from torchrec_hilomoe.data.schema import Schema
 
 __all__ = ["SplitRule", "check_splits", "find_rule", "time_borders", "waiting_shard"]

@@ -23,13 +23,13 @@ import numpy as np
 import polars as pl
 
 from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, HoldOut, Inputs
 from torchrec_hilomoe.data.prepare.counting import by_frequency, ValueCounts
 from torchrec_hilomoe.data.prepare.encoding import encode, encoders_of, prepared_types
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report, scratch_folder
 from torchrec_hilomoe.data.prepare.options import Common, Options
 from torchrec_hilomoe.data.prepare.order_statistics import Buckets, OrderStatistics
 from torchrec_hilomoe.data.prepare.parsing import FAULT, parse
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.records import BadRecords
 from torchrec_hilomoe.data.prepare.shards import Noted, shard_rows, Shards, SPLITS
 from torchrec_hilomoe.data.prepare.sources import PLACE, ROW
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 def prepare_tables(
     inputs: Inputs,
-    plan: Plan,
+    mapping: ColumnMapping,
     *,
     hold_out: HoldOut,
     vectors: Mapping[str, Vectors] | None = None,
@@ -69,9 +69,9 @@ def prepare_tables(
 
     Args:
         inputs: The raw files.
-        plan: What to make of them.
+        mapping: What to make of them.
         hold_out: Which training rows validate, where no file does.
-        vectors: Of frozen tables; their keys are what the plan gives as vocabularies.
+        vectors: Of frozen tables; their keys are what the mapping gives as vocabularies.
         named: Further options that change the result, for the report.
         common: Options that every command has.
 
@@ -95,19 +95,19 @@ def prepare_tables(
         scratch_folder(folder, options.scratch) as scratch,
     ):
         times = OrderStatistics(scratch, "times")
-        pieces = _read(inputs, plan, scratch, workers, bad, times)
+        pieces = _read(inputs, mapping, scratch, workers, bad, times)
         trained = sum(piece.rows for piece in pieces if not piece.code)
-        rule = find_rule(hold_out, plan.schema, options.seed, rows=trained, times=times)
-        counts = _counters(plan, scratch)
+        rule = find_rule(hold_out, mapping.schema, options.seed, rows=trained, times=times)
+        counts = _counters(mapping, scratch)
         good: Counter[str] = Counter()
         go = partial(in_order, pieces, workers=workers, unit="pieces", total=len(pieces))
         for found in go(lambda piece: _count(piece, rule, counts), title="count"):
             good.update(found)
         _check(inputs, good, rule)
-        vocabularies = _vocabularies(plan, counts)
-        schema = sized(plan.schema, vocabularies)
+        vocabularies = _vocabularies(mapping, counts)
+        schema = sized(mapping.schema, vocabularies)
         for table, values in vocabularies.items():
-            folder.write_vocabulary(table, plan.given.get(table, values.to_arrow()))
+            folder.write_vocabulary(table, mapping.given.get(table, values.to_arrow()))
         for table, given in (vectors or {}).items():
             write_vectors(folder, table, given, schema.tables[table])
         folder.write_schema(schema)
@@ -193,17 +193,22 @@ class _Piece:
 
 
 def _read(
-    inputs: Inputs, plan: Plan, scratch: str, workers: int, bad: BadRecords, times: OrderStatistics
+    inputs: Inputs,
+    mapping: ColumnMapping,
+    scratch: str,
+    workers: int,
+    bad: BadRecords,
+    times: OrderStatistics,
 ) -> list[_Piece]:
     """Read all files; bad rows are told, and the times of training files' good ones collected."""
-    schema = plan.schema
+    schema = mapping.schema
     lists = [f.name for f in schema.sequence_fields]
     lists += [f.name for f in schema.pooled if f.max_length > 1]
     lengths = [pl.col(name).list.len() for name in (*lists, *schema.event_times)]
     entries = pl.sum_horizontal(pl.lit(0, pl.Int64), *lengths)
     by_split = enumerate((inputs.train, inputs.valid, inputs.test))
     files = [(code, file) for code, found in by_split for file in found]
-    types = [plan.types(file) for _, file in files]
+    types = [mapping.types(file) for _, file in files]
     pieces: list[_Piece] = []
     for (code, file), kinds in zip(files, types, strict=True):
         begin = sum(piece.rows for piece in pieces)
@@ -213,7 +218,7 @@ def _read(
             numbered: tuple[int, pl.DataFrame], code: int = code, begin: int = begin
         ) -> _Piece:
             number, batch = numbered
-            rows = parse(batch.lazy(), plan).with_columns(entries.alias(ENTRIES)).collect()
+            rows = parse(batch.lazy(), mapping).with_columns(entries.alias(ENTRIES)).collect()
             fine = pl.col(FAULT).is_null()
             good = rows.filter(fine).select(*schema.columns, (begin + pl.col(ROW)).alias(AT))
             path = os.path.join(scratch, f"{number:08d}.piece")
@@ -264,20 +269,20 @@ def _count(piece: _Piece, rule: SplitRule, counts: _Counts) -> Counter[str]:
     return Counter(dict(zip(SPLITS, by_split, strict=True)))
 
 
-def _counters(plan: Plan, scratch: str) -> _Counts:
+def _counters(mapping: ColumnMapping, scratch: str) -> _Counts:
     columns: dict[tuple[str, str], str] = {}
-    for feature in plan.schema.id_features:
-        rule = plan.schema.vocabularies.get(feature.table)
+    for feature in mapping.schema.id_features:
+        rule = mapping.schema.vocabularies.get(feature.table)
         if rule is not None and rule.kind in ("counted", "bucketed"):
-            columns.setdefault((feature.table, plan.source(feature.name)), feature.name)
+            columns.setdefault((feature.table, mapping.source(feature.name)), feature.name)
     buckets = {
-        table: Buckets(scratch, f"numbers-{at}") for at, table in enumerate(plan.schema.tables)
+        table: Buckets(scratch, f"numbers-{at}") for at, table in enumerate(mapping.schema.tables)
     }
     return {
         (table, name): (
             buckets[table]
-            if plan.value(table) == pl.Float64
-            else ValueCounts(scratch, f"values-{place}", kind=plan.value(table))
+            if mapping.value(table) == pl.Float64
+            else ValueCounts(scratch, f"values-{place}", kind=mapping.value(table))
         )
         for place, ((table, _), name) in enumerate(columns.items())
     }
@@ -301,14 +306,14 @@ def _check(inputs: Inputs, good: Mapping[str, int], rule: SplitRule) -> None:
         check_splits(wanted, None if own else rule.hold_out, files[0].path)
 
 
-def _vocabularies(plan: Plan, counts: _Counts) -> dict[str, pl.Series]:
+def _vocabularies(mapping: ColumnMapping, counts: _Counts) -> dict[str, pl.Series]:
     """Return the values of counted, bucketed and given tables.
 
     A value is known if it is frequent enough in one of the table's columns; columns do not add up.
     Where it is too rare it does not count towards the order either.
     """
     found: dict[str, pl.Series] = {}
-    for table, rule in plan.schema.vocabularies.items():
+    for table, rule in mapping.schema.vocabularies.items():
         own = [it for (of, _), it in counts.items() if of == table]
         if rule.buckets is not None:
             (numbers,) = {it for it in own if isinstance(it, Buckets)}  # of all columns
@@ -318,5 +323,5 @@ def _vocabularies(plan: Plan, counts: _Counts) -> dict[str, pl.Series]:
             whole = pl.concat(columns).group_by("value").agg(pl.col("count").sum())
             found[table] = by_frequency(whole)
         elif rule.kind == "given":
-            found[table] = pl.Series("value", plan.given[table])
+            found[table] = pl.Series("value", mapping.given[table])
     return found

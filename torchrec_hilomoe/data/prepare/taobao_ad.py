@@ -13,9 +13,9 @@ from typing import Unpack
 import polars as pl
 
 from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, counted, HoldOut, Inputs
 from torchrec_hilomoe.data.prepare.folder import Report
 from torchrec_hilomoe.data.prepare.options import Common
-from torchrec_hilomoe.data.prepare.plan import counted, HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.records import find_raw
 from torchrec_hilomoe.data.prepare.sources import CsvFile, MALFORMED, PLACE, ROW
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
@@ -138,7 +138,7 @@ def prepare_taobao_ad(
     (raw_layout,) = layouts
     names = [f"f{number}" for number in range(RAW_FIELDS)] if raw_layout else []
     files = [CsvFile(path, names=names, source=SOURCE) for path in paths]
-    plan = Plan(
+    mapping = ColumnMapping(
         schema=taobao_ad_schema(max_history=max_history),
         raw=RAW,
         align=True,
@@ -147,7 +147,7 @@ def prepare_taobao_ad(
     )
     return prepare_tables(
         Inputs(train=(files[0],), test=(files[1],)),
-        plan,
+        mapping,
         hold_out=HoldOut(valid_percent=valid_percent, by="rows"),
         **common,
     )

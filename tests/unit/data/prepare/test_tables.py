@@ -12,8 +12,8 @@ import pytest
 from tests.helpers.processes import run_command
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare import split_rules, tables
+from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, HoldOut, Inputs
 from torchrec_hilomoe.data.prepare.folder import Report
-from torchrec_hilomoe.data.prepare.plan import HoldOut, Inputs, Plan
 from torchrec_hilomoe.data.prepare.sources import CsvFile
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.schema import IdFeature, Schema, VocabularyRule
@@ -48,7 +48,7 @@ def prepare(
 ) -> Report:
     return prepare_tables(
         inputs,
-        Plan(schema=schema, raw=columns or {}),
+        ColumnMapping(schema=schema, raw=columns or {}),
         hold_out=hold_out,
         out=str(out),
         seed=3,

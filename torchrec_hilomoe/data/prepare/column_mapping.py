@@ -1,7 +1,8 @@
-"""What to make of raw tables: a schema whose vocabularies are yet to be counted, and its sources.
+"""How raw columns become a schema's, where they are, and which of their rows are held out.
 
-A data set whose rows are whole in the raw files (histories included) is a :class:`Plan` and the
-files of each split; :mod:`.tables` does the rest.
+A data set whose rows are whole in the raw files (histories included) is a :class:`ColumnMapping`
+and the files of each split; :mod:`.tables` does the rest. The vocabularies of its schema are yet to
+be counted.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from torchrec_hilomoe.data.prepare.records import find_raw
 from torchrec_hilomoe.data.prepare.sources import CsvFile, RawFile
 from torchrec_hilomoe.data.schema import Schema, VocabularyRule
 
-__all__ = ["HOLD_OUT", "HoldOut", "Inputs", "Plan", "Value", "counted", "csv_inputs"]
+__all__ = ["HOLD_OUT", "ColumnMapping", "HoldOut", "Inputs", "Value", "counted", "csv_inputs"]
 
 # What raw values are read as: texts, whole numbers, or numbers that are put into buckets.
 Value = type[pl.String] | type[pl.Int64] | type[pl.Float64]
@@ -64,7 +65,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ColumnMapping:
     """How raw columns become the schema's.
 
     Attributes:
