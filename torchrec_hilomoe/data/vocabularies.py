@@ -1,4 +1,4 @@
-"""What a vocabulary must be to belong to a schema, and which of its buckets a number is in.
+"""Files of vocabularies: what one must be to belong to a schema, and whose bucket a number is.
 
 Shape legend:
     N  numbers
@@ -9,10 +9,13 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.runtime.paths import open_binary
 
-__all__ = ["bucket_ids", "vocabulary_faults"]
+__all__ = ["bucket_ids", "read_vocabulary", "vocabulary_faults"]
 
 
 def bucket_ids(numbers_N: np.ndarray, least_V: np.ndarray, unknown: int) -> np.ndarray:
@@ -32,6 +35,22 @@ def bucket_ids(numbers_N: np.ndarray, least_V: np.ndarray, unknown: int) -> np.n
     return np.where(np.isnan(numbers_N), unknown, ids_N)
 
 
+def read_vocabulary(path: str) -> pa.Table:
+    """Read the columns ``value`` and ``id`` of a vocabulary's file.
+
+    Raises:
+        DataError: If it is no Parquet file, or lacks one of them.
+    """
+    try:
+        with open_binary(path) as source:
+            return pq.read_table(source, columns=["value", "id"]).select(["value", "id"])
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{path} cannot be read as a vocabulary, with columns value and id ({reason})."
+        ) from error
+
+
 def vocabulary_faults(vocabulary: pa.Table, schema: Schema, table: str) -> Iterator[str]:
     """Say what is wrong with a table's vocabulary: each value once, ids from 1 on, the right size.
 
@@ -43,16 +62,22 @@ def vocabulary_faults(vocabulary: pa.Table, schema: Schema, table: str) -> Itera
     Yields:
         A fault in words; none if the vocabulary fits.
 
-    Raises:
-        ArrowException: If ids are no whole numbers, or values of buckets no numbers.
     """
-    ids = vocabulary["id"].cast(pa.int64()).to_pylist()
+    try:
+        ids = vocabulary["id"].cast(pa.int64()).to_pylist()
+    except pa.ArrowException:
+        yield f"ids are {vocabulary['id'].type}, not whole numbers"
+        return
     if sorted(ids, key=lambda it: it or 0) != list(range(1, len(ids) + 1)):
         yield f"ids are not 1 to {len(ids)}, each once"
     if len(vocabulary["value"].unique()) != len(ids):
         yield "a value occurs twice"
     if schema.vocabularies[table].kind == "bucketed":
-        least_V = vocabulary.sort_by("id")["value"].cast(pa.float64()).to_numpy()
+        try:
+            least_V = vocabulary.sort_by("id")["value"].cast(pa.float64()).to_numpy()
+        except pa.ArrowException:
+            yield f"values of buckets are {vocabulary['value'].type}, not numbers"
+            return
         if not len(least_V) or least_V[0] != -np.inf or not (np.diff(least_V) > 0).all():
             yield "values are no least numbers of buckets, rising from minus infinity"
     rows = schema.tables[table]

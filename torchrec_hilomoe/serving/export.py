@@ -18,13 +18,13 @@ from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
-from torchrec_hilomoe.data.vocabularies import vocabulary_faults
+from torchrec_hilomoe.data.vocabularies import read_vocabulary, vocabulary_faults
 from torchrec_hilomoe.hilomoe.inject import sites_of
 from torchrec_hilomoe.hilomoe.remove import experts_never_vary, remove_hilomoe
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import CTRModel, TrainTask
 from torchrec_hilomoe.runtime.checkout import commit_of
-from torchrec_hilomoe.runtime.paths import open_binary, path_manager
+from torchrec_hilomoe.runtime.paths import path_manager
 from torchrec_hilomoe.runtime.world import World
 from torchrec_hilomoe.serving.artifact import (
     artifact_folder,
@@ -283,7 +283,8 @@ def _vocabularies(schema: Schema, folder: str | None) -> dict[str, pa.Table]:
     """Read the raw values of every table that has some.
 
     Raises:
-        ValueError: If the folder, or a vocabulary in it, is not there, or is of another folder.
+        ValueError: If the folder, or a vocabulary in it, is not there, cannot be read, or is of
+            another folder.
     """
     found = {}
     for table, rule in schema.vocabularies.items():
@@ -295,8 +296,7 @@ def _vocabularies(schema: Schema, folder: str | None) -> dict[str, pa.Table]:
                 f"the vocabulary of table {table!r} is not at {path}, and without it raw values "
                 "have no ids. Name the prepared folder: --data.path DIR"
             )
-        with open_binary(path) as source:
-            found[table] = pq.read_table(source, columns=["value", "id"])
+        found[table] = read_vocabulary(path)
         if faults := list(vocabulary_faults(found[table], schema, table)):
             raise ValueError(
                 f"the vocabulary of table {table!r} at {path} is not the checkpoint's: "

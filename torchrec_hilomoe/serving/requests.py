@@ -15,15 +15,15 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from torchrec_hilomoe.data.decode import decode_block, DecodedBlock
+from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.hashing import hash_ids
 from torchrec_hilomoe.data.parquet import column_faults, is_list
 from torchrec_hilomoe.data.prepare.column_kinds import stored_type
 from torchrec_hilomoe.data.schema import Schema
-from torchrec_hilomoe.data.vocabularies import bucket_ids
+from torchrec_hilomoe.data.vocabularies import bucket_ids, read_vocabulary
 from torchrec_hilomoe.serving.archive import ArtifactError
 from torchrec_hilomoe.serving.artifact import Artifact
 from torchrec_hilomoe.serving.inputs import InputLayout
@@ -233,10 +233,10 @@ def _read(artifact: Artifact, table: str, schema: Schema) -> _Vocabulary:
         )
     is_bucketed = schema.vocabularies[table].kind == "bucketed"
     try:
-        found = pq.read_table(path, columns=["value", "id"])
+        found = read_vocabulary(path)
         if is_bucketed:  # another engine may have stored other numbers
             found = found.set_column(0, "value", found["value"].cast(pa.float64()))
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (DataError, pa.ArrowException) as error:
         raise ArtifactError(f"{path} is no vocabulary ({' '.join(str(error).split())}).") from error
     kind = found.schema.field("value").type
     ids = dict(zip(found["value"].to_pylist(), found["id"].to_pylist(), strict=True))

@@ -9,13 +9,13 @@ from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.schema import Schema
-from torchrec_hilomoe.runtime.paths import open_binary, path_manager
+from torchrec_hilomoe.data.vocabularies import read_vocabulary
+from torchrec_hilomoe.runtime.paths import path_manager
 from torchrec_hilomoe.serving.archive import ArtifactError
 from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE
 from torchrec_hilomoe.serving.inputs import InputLayout
@@ -96,9 +96,7 @@ class Teacher:
                 or not path_manager.isfile(f"{data}/{rule.file}")
             ):
                 continue
-            with open_binary(f"{data}/{rule.file}") as source:
-                here = pq.read_table(source, columns=["value", "id"])
-            if not pq.read_table(taught, columns=["value", "id"]).equals(here):
+            if not read_vocabulary(taught).equals(read_vocabulary(f"{data}/{rule.file}")):
                 raise ValueError(
                     f"train.teacher {self._artifact.path} has another vocabulary of table "
                     f"{table!r} than {data}/{rule.file}, so that ids mean other values. Name a "

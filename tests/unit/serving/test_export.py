@@ -155,6 +155,7 @@ def test_a_vocabulary_that_is_not_there_is_told_with_the_remedy(tmp_path):
     [
         ([1, 2, 3], "3 values want 4 rows of table 'kind', schema says 5"),
         ([1, 2, 3, 5], "ids are not 1 to 4, each once"),
+        (["a", "b", "c", "d"], "ids are string, not whole numbers"),
     ],
 )
 def test_a_vocabulary_of_another_folder_is_refused(tmp_path, ids, fault):
@@ -164,12 +165,15 @@ def test_a_vocabulary_of_another_folder_is_refused(tmp_path, ids, fault):
     path = save_ranker(tmp_path / "run", ranker("din", "row"), *OPTIONS, schema=schema)
     data = write_folder(tmp_path / "data", {"valid": [toy_table(5)]})
     (data / "vocabularies").mkdir()
-    found = pa.table({"value": list("abcd")[: len(ids)], "id": ids})
-    pq.write_table(found, data / "vocabularies" / "kind.parquet")
+    file = data / "vocabularies" / "kind.parquet"
+    pq.write_table(pa.table({"value": list("abcd")[: len(ids)], "id": ids}), file)
     with pytest.raises(ValueError, match=r"is not the checkpoint's: .*data.path DIR$") as error:
         export_checkpoint(path, str(tmp_path / "out"), (f"--data.path={data}",))
     assert fault in str(error.value)
     assert not (tmp_path / "out").exists()
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"kind.parquet cannot be read as a vocabulary, with"):
+        export_checkpoint(path, str(tmp_path / "out"), (f"--data.path={data}",))
 
 
 def test_a_model_in_training_trains_on(tmp_path):

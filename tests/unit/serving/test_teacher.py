@@ -95,3 +95,6 @@ def test_ids_that_mean_other_values_are_refused(
         return
     with pytest.raises(ValueError, match="another vocabulary of table 'item'"):
         Teacher(str(tmp_path / "teacher"), COUNTED, str(data))
+    pq.write_table(vocabulary(*here).select(["id"]), data / "item.parquet")
+    with pytest.raises(ValueError, match=r"item.parquet cannot be read as a vocabulary, with"):
+        Teacher(str(tmp_path / "teacher"), COUNTED, str(data))

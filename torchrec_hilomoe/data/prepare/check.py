@@ -2,9 +2,6 @@
 
 from collections.abc import Iterator
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from torchrec_hilomoe.data.decode import decode_block
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.frozen_vectors import open_vectors
@@ -19,9 +16,9 @@ from torchrec_hilomoe.data.prepare.folder import REPORT_FILE
 from torchrec_hilomoe.data.prepare.outcomes import Checked
 from torchrec_hilomoe.data.prepare.sources import ParquetFile
 from torchrec_hilomoe.data.schema import Schema, SCHEMA_FILE
-from torchrec_hilomoe.data.vocabularies import vocabulary_faults
+from torchrec_hilomoe.data.vocabularies import read_vocabulary, vocabulary_faults
 from torchrec_hilomoe.runtime.documents import parse_json, read_text
-from torchrec_hilomoe.runtime.paths import open_binary, path_manager
+from torchrec_hilomoe.runtime.paths import path_manager
 
 __all__ = ["check_prepared"]
 
@@ -117,13 +114,11 @@ def _vocabulary_faults(folder: str, schema: Schema, table: str) -> Iterator[str]
         return
     path = f"{folder}/{rule.file}"
     try:
-        with open_binary(path) as source:
-            found = pq.read_table(source, columns=["value", "id"])
-        faults = list(vocabulary_faults(found, schema, table))
-    except (OSError, KeyError, pa.ArrowException) as error:
-        yield f"{path}: cannot be read with columns value and id ({_line(error)})"
+        found = read_vocabulary(path)
+    except DataError as error:
+        yield str(error)
         return
-    yield from (f"{path}: {fault}" for fault in faults)
+    yield from (f"{path}: {fault}" for fault in vocabulary_faults(found, schema, table))
 
 
 def _report_faults(folder: str, rows: dict[str, int]) -> Iterator[str]:
