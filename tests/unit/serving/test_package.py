@@ -86,9 +86,11 @@ def test_a_package_is_equal_to_evaluation(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("tables", ["fp32", "int8"])
-def test_every_backbone_compiles(tmp_path, backbone, tables):
-    task = ranker(backbone, "view")
+@pytest.mark.parametrize(
+    ("routing", "tables"), [("row", "fp32"), ("view", "fp32"), ("view", "int8")]
+)
+def test_every_backbone_compiles(tmp_path, backbone, routing, tables):
+    task = ranker(backbone, routing)
     export_model(task.model, tmp_path / "it", options=ExportOptions(tables=tables, package=True))
     run = load_package(Artifact(tmp_path / "it"))
     if tables == "fp32":
