@@ -32,31 +32,25 @@ class ServedSite(nn.Module):
         site: Has active layers, and routes its own rows in score space.
     """
 
+    @torch.no_grad()
     def __init__(self, site: HiLoMoELinear) -> None:
         super().__init__()
         self.config, self.layers = site.config, site.active_layers
         self.out_features = site.out_features
-        with torch.no_grad():
-            beside = self._query_rows(site)
-            stacked = site.weight if beside is None else torch.cat([site.weight, beside])
-            self.stacked = _constant(stacked)
-            bias = stacked.new_zeros(len(stacked))
-            if site.bias is not None:
-                bias[: site.out_features] = site.bias
-            self.bias = _constant(bias)
-            self.down_LERD = _constant(site.expert_in[: self.layers])
-            self.up_LERO = _constant(site.expert_out[: self.layers] * site.config.alpha)
-
-    def _query_rows(self, site: HiLoMoELinear) -> Tensor | None:
-        """What the input is multiplied with besides the base map: keys, or the query projection."""
         keys_MQ = site.keys_LEQ()[: self.layers].flatten(0, 1)
         scaled_MQ = keys_MQ * keys_MQ.shape[1] ** -0.5
         self.gram_MM = _constant(scaled_MQ @ keys_MQ.t())
-        projects = self.config.query_dim is not None
-        if not projects and not self.config.query_norm:
-            return scaled_MQ
-        self.scaled_MQ = _constant(scaled_MQ)
-        return site.query_proj if projects else None
+        # The input may meet the keys at once; what makes another query of it comes before them.
+        projects, norms = self.config.query_dim is not None, self.config.query_norm
+        beside = [site.query_proj] if projects else [] if norms else [scaled_MQ]
+        self.scaled_MQ = _constant(scaled_MQ) if projects or norms else None
+        self.stacked = _constant(torch.cat([site.weight, *beside]))
+        bias = self.stacked.new_zeros(len(self.stacked))
+        if site.bias is not None:
+            bias[: site.out_features] = site.bias
+        self.bias = _constant(bias)
+        self.down_LERD = _constant(site.expert_in[: self.layers])
+        self.up_LERO = _constant(site.expert_out[: self.layers] * site.config.alpha)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map and its experts to ``(..., D)``."""
@@ -77,10 +71,9 @@ class ServedSite(nn.Module):
         """For each layer, gates and experts, as often as a row chooses."""
         E, selected = self.config.num_experts, self.config.query_update == "selected"
         direct_NM = beside
-        if self.config.query_dim is not None or self.config.query_norm:
+        if self.scaled_MQ is not None:
             query_NQ = x_ND if self.config.query_dim is None else beside
-            if self.config.query_norm:
-                query_NQ = rms_norm(query_NQ)
+            query_NQ = rms_norm(query_NQ) if self.config.query_norm else query_NQ
             direct_NM = F.linear(query_NQ, self.scaled_MQ)
         chosen: list[list[tuple[Tensor, Tensor]]] = []
         passed: list[Tensor] = []
