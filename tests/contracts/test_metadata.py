@@ -178,7 +178,7 @@ model(torch.randn(5, 4)).sum().backward()
 """
 
 
-@pytest.mark.parametrize("kind", ["whl", "tar.gz"])
+@pytest.mark.parametrize("kind", ["whl", pytest.param("tar.gz", marks=pytest.mark.slow)])
 def test_what_is_built_trains_prepares_and_injects_without_a_clone(built, kind, tmp_path):
     """In an environment of its own, beside the packages of this one, whose paths it is given."""
     home = tmp_path / "home"

@@ -14,6 +14,7 @@ def test_every_host_alone(title):
 
 
 @pytest.mark.parametrize("title", ["DMP, 2 ranks", "FSDP2"])
+@pytest.mark.slow
 def test_hosts_on_ranks(title):
     """A tower that reads one feature is given it before it was waited for."""
     some = ["DLRM", "DLRM, a shared router", "two towers"]

@@ -117,7 +117,14 @@ def shared_out(capacity, skewed):
     )
 
 
-@pytest.mark.parametrize(("ranks", "skewed"), [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize(
+    ("ranks", "skewed"),
+    [
+        pytest.param(1, False, marks=pytest.mark.slow),
+        (2, True),
+        pytest.param(3, False, marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_and_capacity_do_not_matter(ranks, skewed):
     scores, labels, groups, weights = many(1000)
     counted = weights > 0

@@ -78,8 +78,16 @@ def load(folder: Path, way: Way) -> Held:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((4, "mixed"), [(1, "table_wise"), (2, "row_wise"), (4, "column_wise")]),
-        ((2, "column_wise"), [(1, "row_wise"), (2, "table_wise"), (4, "mixed")]),
+        pytest.param(
+            (4, "mixed"),
+            [(1, "table_wise"), (2, "row_wise"), (4, "column_wise")],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (2, "column_wise"),
+            [(1, "row_wise"), (2, "table_wise"), (4, "mixed")],
+            marks=pytest.mark.slow,
+        ),
         ((1, "table_wise"), [(2, "column_wise"), (4, "row_wise")]),
     ],
     ids=lambda it: "-".join(map(str, it)) if isinstance(it, tuple) else "",

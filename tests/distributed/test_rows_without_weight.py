@@ -211,6 +211,7 @@ def numbers(ranks: list[Trained]) -> dict[str, Tensor]:
     return {**means, **gradients, **state}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_as_one_without_them_to_rounding(without, moved, two, case):
     want, ranks = without[case], [rank[case] for rank in two]

@@ -209,6 +209,7 @@ def owner(name: str) -> str:
     return "routing" if "query_proj" in last else "backbone"
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     """Each boundary, and a step after one; the slow tests go around it, in every variant."""
     check(run_ranks(train_and_resume, 2, tmp_path, {}, (3, 4, 5, 9)))

@@ -172,7 +172,11 @@ def train(folder: Path, schedule: StageSchedule, evaluate_every: int | None) -> 
     return Run(log.looks, log.auxiliary, log.logged)
 
 
-@pytest.fixture(scope="module", params=[THREE_STAGES, EACH_ALONE], ids=["three stages", "own"])
+@pytest.fixture(
+    scope="module",
+    params=[THREE_STAGES, pytest.param(EACH_ALONE, marks=pytest.mark.slow)],
+    ids=["three stages", "own"],
+)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     """What both ranks saw, with validations in the middle of stages."""
     return run_ranks(train, 2, tmp_path_factory.mktemp("run"), request.param, 5)
@@ -198,6 +202,7 @@ def test_what_is_frozen_keeps_every_bit_and_what_learns_changes(runs):
                 assert changed == learns, f"{name} in stage {before.stage!r}"
 
 
+@pytest.mark.slow
 def test_validations_leave_no_trace(runs, tmp_path):
     """Batches that were read ahead of one are trained after it, in their order."""
     schedule = THREE_STAGES if "finetune" in runs[0].auxiliary else EACH_ALONE

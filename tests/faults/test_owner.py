@@ -36,7 +36,7 @@ def running(tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize("stopped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_second_run_is_refused_by_name_and_harms_nothing(tmp_path, running, stopped):
     """Also beside one that was stopped, and may go on."""
     if stopped:
@@ -56,6 +56,7 @@ def test_a_second_run_is_refused_by_name_and_harms_nothing(tmp_path, running, st
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_checkpoints_have_one_owner_however_they_are_named(tmp_path, running, tmp_path_factory):
     """Also where the first run has them at their default place, and by a link."""
     other, link = tmp_path_factory.mktemp("other"), tmp_path_factory.mktemp("link") / "link"
@@ -79,6 +80,7 @@ def test_one_folder_may_be_a_runs_and_its_checkpoints(tmp_path):
     assert not (tmp_path / ".owner").exists()
 
 
+@pytest.mark.slow
 def test_an_owner_that_was_killed_is_none(tmp_path, running):
     os.kill(running.pid, signal.SIGKILL)
     running.wait()

@@ -38,6 +38,7 @@ def fill_up():
 
 
 @pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_full_disk_of_one_rank_ends_all_and_the_run_goes_on_later(tmp_path, asynchronous):
     argv = [f"--out_dir={tmp_path}", f"--checkpoint.asynchronous={str(asynchronous).lower()}"]
     ended = run_with(fill_up, argv, ranks=RANKS)
@@ -82,6 +83,7 @@ def test_a_disk_that_is_full_in_earnest(tmp_path, small_disk):
 @pytest.mark.parametrize(
     "small_disk", ["24k", pytest.param("40k", marks=pytest.mark.slow)], indirect=True
 )
+@pytest.mark.slow
 def test_a_disk_that_is_full_of_the_log(tmp_path, small_disk):
     """Whatever file notices it: curves, whose thread shows its own trace before, or the summary."""
     kept = f"--checkpoint.folder={tmp_path}/checkpoints"
@@ -98,7 +100,7 @@ def test_a_disk_that_is_full_of_the_log(tmp_path, small_disk):
     assert steps == list(range(1, 9))
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut"])
+@pytest.mark.parametrize("damage", [pytest.param("flipped", marks=pytest.mark.slow), "cut"])
 def test_a_damaged_shard_is_told_before_anything_is_trained(finished, tmp_path, damage):
     path = shutil.copytree(finished / "checkpoints" / "step_5", tmp_path / "step_5")
     shard = path / "__0_0.distcp"
@@ -113,7 +115,7 @@ def test_a_damaged_shard_is_told_before_anything_is_trained(finished, tmp_path, 
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_data_that_breaks_while_it_is_read_is_told_with_its_file(tmp_path, ranks):
     """A thread that reads ahead fails; neither its run nor another rank must wait for it."""
     sizes = {"train": [64, 64, 64], "valid": [20], "test": [20]}
@@ -137,7 +139,7 @@ def test_data_that_breaks_while_it_is_read_is_told_with_its_file(tmp_path, ranks
     assert sorted(rank.code for rank in ended) == [1] * (ranks - 1) + [2]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_loss_that_is_no_number_is_told_once_with_its_place(tmp_path, ranks):
     flags = ["--train.learning_rate=1e30", "--checkpoint.every_steps=4"]
     ended = run_with(None, [f"--out_dir={tmp_path}", *flags], ranks=ranks)

@@ -62,7 +62,10 @@ def test_a_stuck_rank_ends_the_run_and_every_rank_shows_where_it_stands(tmp_path
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [(fail, "ArithmeticError: the answer is not 42"), (die, "ended with exit code -9")],
+    [
+        pytest.param(fail, "ArithmeticError: the answer is not 42", marks=pytest.mark.slow),
+        (die, "ended with exit code -9"),
+    ],
 )
 def test_the_others_end_soon_when_a_rank_does_and_its_reason_is_shown(tmp_path, fault, reason):
     """The helper gives the others five seconds after the first has ended."""

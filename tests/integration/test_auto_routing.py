@@ -132,6 +132,7 @@ def test_what_was_heard_is_kept_only_while_it_is_needed(whole):
         assert any(name.startswith("probe.") for name in names) == heard, step
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_may_go_on_in_the_window(whole, deciding, tmp_path):
     out, ranks = whole
     shutil.copytree(out / "checkpoints" / "step_8", tmp_path / "checkpoints" / "step_8")
@@ -194,6 +195,7 @@ def test_a_plain_end_is_gone_on_with(undecided, coins, tmp_path):
     assert decision_of(tmp_path / "run", 20) == decision_of(undecided)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_plain_model_listens_first_and_ranks_agree(deciding, tmp_path):
     """Rows of the validation split judge: the plain model may have been trained on the others."""
     plain, data = tmp_path / "plain", f"--data.path={deciding}"
@@ -283,6 +285,7 @@ def test_what_cannot_be_found_is_refused_before_the_first_step(
     assert re.search(message, " ".join(ended.shown.split())), ended.shown
 
 
+@pytest.mark.slow
 def test_a_run_whose_experts_were_named_is_not_gone_on_with(deciding, tmp_path):
     named = [option for option in AUTO if "route_by" not in option and "probe" not in option]
     views = "--model.hilomoe.route_by=[[kind],[item],[place]]"

@@ -86,6 +86,7 @@ def test_a_half_prepared_folder(tmp_path):
     assert re.search(r"data.*torchrec_hilomoe prepare", told(ended.shown))
 
 
+@pytest.mark.slow
 def test_a_used_folder_is_not_written_over(tmp_path):
     out = tmp_path / "run"
     train(out)
@@ -102,7 +103,13 @@ def test_a_used_folder_is_not_written_over(tmp_path):
     assert (out / "checkpoints" / "step_18" / "progress.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["progress.json", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "progress.json",
+        *(pytest.param(it, marks=pytest.mark.slow) for it in (".metadata", "__0_0.distcp")),
+    ],
+)
 def test_a_damaged_checkpoint_is_told(damage, finished, tmp_path):
     path = shutil.copytree(finished / "checkpoints" / "step_18", tmp_path / "step_18")
     (path / damage).write_bytes((path / damage).read_bytes()[:-40])
@@ -121,6 +128,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(ranks, tmp_path):
     flags = ["--train.learning_rate=1e30", "--train.warmup_steps=0", "--checkpoint.every_steps=4"]
     told = r"the loss is (nan|inf) at step \d+ on rank \d, in the batch that ends at .*lane_rows"

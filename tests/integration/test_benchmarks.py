@@ -119,6 +119,7 @@ def test_all_contenders_are_beside_each_other(side_by_side):
     assert found["din"]["fuxictr"]["plan"] == {}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_the_same_and_fuxictr_sits_out(tmp_path):
     pytest.importorskip("fuxictr", reason="pip install --no-deps -r requirements/dev.txt")
     out = tmp_path / "lines.jsonl"

@@ -52,6 +52,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_is_tested(out):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.slow
 def test_a_run_stops_when_validations_no_longer_improve(out, tmp_path, resumed):
     """Also when it is gone on with: what it waited for so far is part of a checkpoint."""
     flags = ["--train.early_stopping.metric=logloss", "--train.early_stopping.patience=3"]

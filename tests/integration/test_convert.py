@@ -92,6 +92,7 @@ def test_loading_says_how_to_convert(old):
         load(old, *SHARED, ranks=1)
 
 
+@pytest.mark.slow
 def test_a_converted_checkpoint_resumes_to_the_bits_of_an_uninterrupted_run(run, old, tmp_path):
     new = tmp_path / "checkpoints" / f"step_{STEP}"
     command = [sys.executable, "-m", "torchrec_hilomoe.convert", str(old), str(new)]

@@ -38,6 +38,7 @@ def data(tmp_path_factory):
     [("dlrm-criteo", AUTO, 1), pytest.param("dcn-criteo", (), 2, marks=pytest.mark.slow)],
     ids=["dlrm, routing found", "dcn, two ranks"],
 )
+@pytest.mark.slow
 def test_trains_evaluates_and_reports(data, tmp_path, recipe, options, ranks):
     pytest.importorskip("matplotlib")
     argv = ["--config", recipe, f"--data.path={data}", f"--out_dir={tmp_path}", *SMALL, *options]

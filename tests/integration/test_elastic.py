@@ -100,6 +100,7 @@ def assert_trained_alike(tensors, whole):
         assert_within(tensor, whole[name], unit * largest, name)
 
 
+@pytest.mark.slow
 def test_the_rest_goes_on_and_every_row_is_trained_once(job, whole, tmp_path):
     out = tmp_path / "out"
     with started(job(1)) as nodes:

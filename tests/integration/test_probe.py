@@ -61,6 +61,7 @@ def test_a_recipe_is_trained_briefly_and_probed(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_gives_the_same_report_on_any_number_of_ranks(plain, tmp_path):
     reports = []
     for ranks in (1, 2, 4):
@@ -84,6 +85,7 @@ def test_a_checkpoint_gives_the_same_report_on_any_number_of_ranks(plain, tmp_pa
         assert other["verdict"] == one["verdict"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_warm_up_is_as_good_as_a_plain_one_and_others_are_refused(tmp_path):
     train(
         tmp_path,

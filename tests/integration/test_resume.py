@@ -62,7 +62,7 @@ def assert_same_lines(out, other, *, after):
 # Inside the backbone's stage, at its end, at the end of an expert layer's, inside one (a step and
 # two after a line of the log), and late.
 @pytest.mark.parametrize(
-    "step", [5, 11, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 7, 10, 16))]
+    "step", [11, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 5, 7, 10, 16))]
 )
 def test_resumed_equals_uninterrupted(whole, step, tmp_path):
     out, ranks = whole
@@ -101,6 +101,7 @@ print("opened", len(opened), "times")
 """
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_holds_the_same_tensors(whole):
     """Element by element: parameters, tables, and the state of every optimizer."""
     out, ranks = whole
@@ -152,6 +153,7 @@ def test_the_app_asked_to_stop_saves_and_ends_well(tmp_path):
     assert 2 <= checkpoint.open(stopped).progress.step < 18
 
 
+@pytest.mark.slow
 def test_a_rank_asked_to_stop_stops_all_and_the_run_goes_on(whole, tmp_path):
     out, ranks = whole
     asked = {"rank": ranks - 1, "number": signal.SIGTERM, "step": 3}
@@ -164,7 +166,9 @@ def test_a_rank_asked_to_stop_stops_all_and_the_run_goes_on(whole, tmp_path):
     assert_same_end(out, tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.slow
 def test_asked_to_stop_in_a_validation_a_run_stops_there_and_validates_later(tmp_path, ranks):
     options = ("--train.max_steps=9", "--train.evaluate_every=6")
     out, other = tmp_path / "whole", tmp_path / "stopped"
@@ -180,6 +184,7 @@ def test_asked_to_stop_in_a_validation_a_run_stops_there_and_validates_later(tmp
     assert read_lines(other / METRICS_FILE) == read_lines(out / METRICS_FILE)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_the_run_goes_on(whole, tmp_path):
     out, ranks = whole
     killed = {"rank": ranks - 1, "number": signal.SIGKILL, "step": 6}

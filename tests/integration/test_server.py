@@ -76,6 +76,7 @@ def request(first: int, candidates: int) -> dict[str, Any]:
     return {"user": user, "candidates": rows.select(OWN).to_pydict()}
 
 
+@pytest.mark.slow
 def test_probabilities_are_the_scorers_to_the_bit_whoever_asks_at_the_same_time(server):
     requests = [request(first, candidates) for first in range(8) for candidates in (1, 7, MOST)]
     with ThreadPoolExecutor(6) as pool:

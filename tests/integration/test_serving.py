@@ -191,6 +191,7 @@ def taught(shop, teacher):
     return options
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_an_exported_model_and_goes_on_with_the_same_bits(shop, taught):
     summary = json.loads((shop / "taught" / "summary.json").read_text())
     assert (summary["teacher"]["backbone"], summary["teacher"]["step"]) == ("DIN", 18)
@@ -201,6 +202,7 @@ def test_a_student_learns_from_an_exported_model_and_goes_on_with_the_same_bits(
     assert same(last_of(shop / "again"), last_of(shop / "taught"))
 
 
+@pytest.mark.slow
 def test_a_teacher_has_no_say_without_weight_and_the_only_one_with_all_of_it(shop, teacher):
     """To the bit; the other rows are the same ones with every click turned round."""
     shutil.copytree(shop / "raw", shop / "turned")
@@ -229,6 +231,7 @@ def test_a_teacher_has_no_say_without_weight_and_the_only_one_with_all_of_it(sho
     assert not same(last_of(shop / "nearly, other clicks"), last_of(shop / "heard"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_no_other_teacher_than_its_own(shop, teacher, taught):
     """Gone, replaced by another one, and moved: only the last is no mistake."""
     half, folder = "checkpoints/step_6", shop / "half"

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.helpers.runs import SMALL
 from torchrec_hilomoe.sweep.trials import run_trial
 
@@ -19,6 +21,7 @@ def test_a_trial_is_a_run_that_is_judged_by_its_best_validation(tmp_path):
     assert (tmp_path / "trial" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_says_why(tmp_path):
     outcome = run_trial(["--model.bst.num_heads=5"], tmp_path, metric="auc", ranks=1)
     assert outcome.value is None

@@ -29,6 +29,7 @@ def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_configuration_is_kept_and_can_be_given_back(out):
     kept = parse_run(["--config", str(out / "config.yaml")]).config
     assert kept.out_dir == str(out)
@@ -93,6 +94,7 @@ def test_a_dry_run_counts_and_reads_no_data(tmp_path):
     assert "test" not in summary
 
 
+@pytest.mark.slow
 def test_a_dry_run_without_a_folder_writes_nothing(tmp_path):
     command = [sys.executable, "-m", "torchrec_hilomoe", "train", "--dry_run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

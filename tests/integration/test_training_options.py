@@ -46,6 +46,7 @@ def test_options_go_together(tmp_path):
     assert (newest / "plan.json").read_text() == (tmp_path / "run" / "plan.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_plateau_ends_a_stage_and_no_line_carries_the_name_of_another(tmp_path):
     shown, lines = run(tmp_path / "run", f"--train.stages={STAGES}", "--train.evaluate_every=3")
     assert "stage a: a plateau, it ends at step 6" in shown
@@ -60,6 +61,7 @@ def test_a_plateau_ends_a_stage_and_no_line_carries_the_name_of_another(tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_a_plain_model_gets_experts(tmp_path):
     run(tmp_path / "plain", "--model.hilomoe=null")
     path = tmp_path / "plain" / "checkpoints" / "step_18"

@@ -231,7 +231,7 @@ def test_active_layers_and_removal():
 # Dynamo instantiates an autograd.Function while it traces its backward. Goes when it does not.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("views", [None, APART], ids=["all", "apart"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiles_without_graph_breaks(training, views):
     model = build(views=views).train(training)
     torch.compiler.reset()

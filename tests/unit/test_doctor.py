@@ -245,12 +245,14 @@ def run_doctor(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_it_trains_here_alone_also_as_a_rank_of_a_job():
     result = run_doctor("--train", RANK="1", WORLD_SIZE="2", MASTER_ADDR="192.0.2.1")
     assert result.returncode == 0, result.stdout
     assert "can be imported, and a small model was trained." in result.stdout
 
 
+@pytest.mark.slow
 def test_training_that_fails_is_a_problem_and_no_traceback(tmp_path):
     """A part that only training reads: a temporary folder that cannot be written to."""
     (tmp_path / "sitecustomize.py").write_text(

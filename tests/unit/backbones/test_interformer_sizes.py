@@ -69,6 +69,7 @@ def test_parameters(depth):
     )
 
 
+@pytest.mark.slow
 def test_the_published_size_is_among_those_that_the_tuned_depths_give():
     """The paper's choice is not known: 7.18 million lie between our smallest and our largest."""
     sizes = [

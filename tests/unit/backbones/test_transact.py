@@ -202,6 +202,7 @@ def test_is_fx_traceable(case, experts, index):
 
 
 @pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.slow
 def test_is_exportable_for_any_number_of_rows_and_events(experts):
     widths, features = one_history(0)
     model = CASES[1].build(widths).eval()

@@ -130,7 +130,7 @@ def test_fx_trace(options, training):
 # Dynamo instantiates an autograd.Function while it traces its backward. Goes when it does not.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.skipif(RELEASE < (2, 12), reason="torch 2.11 loses a site's gradients in a graph")
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @every_option
 def test_compiles_without_graph_breaks(options, training):
     site = trained_site(options).double().train(training)

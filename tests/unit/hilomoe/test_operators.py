@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "moved_selected": {"num_experts": 64, "query_dim": 3, "query_update": "selected"},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-FAST = ("default", "tied", "moved")
+FAST = ("default", "moved")
 NEEDS = (True, True, True)
 
 

@@ -122,7 +122,7 @@ def test_routing_by_features_costs_what_they_are_wide():
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("routing", ["row", "sample"])
+@pytest.mark.parametrize("routing", ["row", pytest.param("sample", marks=pytest.mark.slow)])
 def test_all_of_a_model_with_experts_is_what_pytorch_counts(backbone: str, routing: Any):
     experts = InjectionConfig(num_layers=2, num_experts=4, sites=("all",), routing=routing)
     config = replace(MODEL, backbone=backbone, hilomoe=experts)

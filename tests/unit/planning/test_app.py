@@ -24,6 +24,7 @@ def plan(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_the_command_prints_draws_and_writes(tmp_path):
     out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     command = [sys.executable, "apps/plan.py", "--config", "bst-synthetic", *ARGUMENTS]

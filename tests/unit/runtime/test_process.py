@@ -2,6 +2,8 @@
 
 import sys
 
+import pytest
+
 from tests.helpers.processes import run_command
 from torchrec_hilomoe.runtime.process import peak_resident_bytes
 
@@ -15,6 +17,7 @@ print(alone, run())
 """
 
 
+@pytest.mark.slow
 def test_the_memory_of_who_started_it_is_not_counted():
     done = run_command([sys.executable, "-c", PARENT])
     assert done.returncode == 0, done.stderr

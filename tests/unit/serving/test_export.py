@@ -124,6 +124,7 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_told(tmp_path):
         load_checkpoint(str(tmp_path / "absent"))
 
 
+@pytest.mark.slow
 def test_metrics_of_a_split_go_into_the_manifest_with_those_of_whole_tables(tmp_path):
     torch.manual_seed(0)
     data = write_folder(tmp_path / "data", {"valid": [toy_table(50), toy_table(30, seed=1)]})

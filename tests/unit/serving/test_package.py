@@ -47,6 +47,7 @@ assert run(torch.empty(0, dtype=torch.int64)).tolist() == [1]
 """
 
 
+@pytest.mark.slow
 def test_compiled_code_reads_nothing_beyond_its_tensors(tmp_path):
     x, path = torch.arange(13), str(tmp_path / "padded.pt2")
     compile_program(torch.export.export(Padded(), (x,), dynamic_shapes=({0: Dim.AUTO},)), path)

@@ -43,7 +43,9 @@ def assert_rows_are_equal(run, served):
                 assert_within(got, want, rounding, f"{rows} candidates, {name} histories")
 
 
-@pytest.mark.parametrize("routing", ["plain", "row", "sample", "view"])
+@pytest.mark.parametrize(
+    "routing", ["plain", pytest.param("row", marks=pytest.mark.slow), "sample", "view"]
+)
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_request_is_equal_to_its_rows(backbone, routing):
     torch.manual_seed(0)
@@ -58,7 +60,7 @@ def test_a_request_is_equal_to_its_rows(backbone, routing):
     ("backbone", "routing"),
     [
         ("din", "plain"),
-        ("bst", "row"),
+        pytest.param("bst", "row", marks=pytest.mark.slow),
         pytest.param("bst", "view", marks=pytest.mark.slow),
         pytest.param("dien", "row", marks=pytest.mark.slow),
         pytest.param("transact", "view", marks=pytest.mark.slow),

@@ -128,7 +128,11 @@ EVENT_LOGS[name].prepare(name, Path(raw), Path(out))
 # The steps after the count are the same for all.
 @pytest.mark.parametrize(
     ("name", "step"),
-    [*((name, "count") for name in EVENT_LOGS), ("movielens", "encode"), ("movielens", "write")],
+    [
+        *(pytest.param(name, "count", marks=pytest.mark.slow) for name in EVENT_LOGS),
+        ("movielens", "encode"),
+        pytest.param("movielens", "write", marks=pytest.mark.slow),
+    ],
     indirect=["name"],
 )
 def test_a_killed_run_leaves_nothing_that_looks_done(raw, name, tmp_path, step):
