@@ -47,7 +47,7 @@ def draw_requests(lines: Sequence[Line], file: Path) -> None:
     last = found[-1]
     found = [it for it in found if it["commit"] == last["commit"]]
     models = [name for name in NAMES if any(line["model"] == name for line in found)]
-    figure = Figure(figsize=(4.2 * len(models), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(models), 4.6), layout="constrained")
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for panel, model in zip(panels, models, strict=True):
         for form, color in FORMS.items():
@@ -67,7 +67,7 @@ def draw_requests(lines: Sequence[Line], file: Path) -> None:
         panel.set_xticks(counts, [f"{count:,}" for count in counts])
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("median, milliseconds")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.suptitle(f"A request by one thread ({last['device']}, torch {last['torch']})")
     figure.savefig(file, dpi=150)
 
