@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import distributed as dist
 from torch import Tensor
@@ -66,6 +67,7 @@ def train(folder: str, schema: Schema) -> Trained:
     return Trained(before, parts(training_state(model, assembly.optimizers)))
 
 
+@pytest.mark.slow
 def test_given_vectors_are_loaded_by_parts_and_stay(tmp_path: Path):
     folder = write_folder(tmp_path / "data", {"train": [toy_table(9)]})
     FROZEN.save(str(folder / "schema.json"))

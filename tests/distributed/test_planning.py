@@ -138,6 +138,7 @@ def all_allocated() -> dict[str, Held]:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_planned_as_ranks_shard_and_allocate(ranks):
     found = run_ranks(all_allocated, ranks)
     for name, config in CONFIGS.items():

@@ -71,10 +71,11 @@ def poison(path):
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        pytest.param(cut, "damaged", marks=pytest.mark.slow),
+        (cut, "damaged"),
         (poison, "infinity or NaN in 1 t"),
     ],
 )
+@pytest.mark.slow
 def test_resuming_passes_over_a_bad_checkpoint_and_says_so(finished, tmp_path, damage, why):
     for step in (5, 6):
         name = f"step_{step}"

@@ -172,6 +172,7 @@ def undecided(coins, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_where_nothing_decides_the_run_is_that_of_the_plain_model(undecided, coins, tmp_path):
     found = decision_of(undecided)
     assert found is not None
@@ -216,6 +217,7 @@ def test_a_run_from_a_plain_model_listens_first_and_ranks_agree(deciding, tmp_pa
     assert found[0].verdict == found[1].verdict
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_widest_views(deciding, tmp_path):
     counted = []
     for number, option in enumerate(("auto", "[[kind],[item],[place]]")):
@@ -254,26 +256,31 @@ def test_a_run_too_short_to_judge_says_so_and_is_plain(deciding, tmp_path):
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
+MORE = [
+    (["--model.hilomoe.probe_steps=11"], r"probe_steps is 11, but .* 10 steps\. Lower it"),
+    (["--model.hilomoe.probe_steps=1"], r"probe_steps must be at least 2 or null, got 1"),
+    (["--model.hilomoe.query_dim=3"], r"views need query_dim = None, got query_dim = 3"),
+    (
+        ["--train.stages=[{name: a, steps: 9, active_layers: 0}, {name: b, active_layers: 0}]"],
+        r"route_by is auto, but experts compute in no stage\. Add one",
+    ),
+    (
+        [
+            "--train.stages=[{name: a, steps: 9, active_layers: 0, plateau: {metric: auc}}, "
+            "{name: b}]",
+            "--train.evaluate_every=3",
+        ],
+        r"stage 'a' ends with a plateau of auc.*Give that stage a length",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--train.backbone_share=0"], r"backbone_share is 0\.0 and init_from is None\. Raise"),
         (["--model.hilomoe.routing=row"], r"route_by is auto.*routing is row\. Set routing"),
-        (["--model.hilomoe.probe_steps=11"], r"probe_steps is 11, but .* 10 steps\. Lower it"),
-        (["--model.hilomoe.probe_steps=1"], r"probe_steps must be at least 2 or null, got 1"),
-        (["--model.hilomoe.query_dim=3"], r"views need query_dim = None, got query_dim = 3"),
-        (
-            ["--train.stages=[{name: a, steps: 9, active_layers: 0}, {name: b, active_layers: 0}]"],
-            r"route_by is auto, but experts compute in no stage\. Add one",
-        ),
-        (
-            [
-                "--train.stages=[{name: a, steps: 9, active_layers: 0, plateau: {metric: auc}}, "
-                "{name: b}]",
-                "--train.evaluate_every=3",
-            ],
-            r"stage 'a' ends with a plateau of auc.*Give that stage a length",
-        ),
+        *(pytest.param(*it, marks=pytest.mark.slow) for it in MORE),
     ],
     ids=lambda value: value[0][:32] if isinstance(value, list) else "",
 )

@@ -44,6 +44,7 @@ def told(shown: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_2_and_one_line(tmp_path):
     flags, message = MISTAKES["unknown flag"]
     out = f"--out_dir={tmp_path / 'out'}"
@@ -53,7 +54,13 @@ def test_the_command_ends_with_2_and_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(name, marks=pytest.mark.slow if index % 2 else ())  # each a process of its own
+        for index, name in enumerate(MISTAKES)
+    ],
+)
 def test_every_mistake_is_named_with_its_remedy(mistake, tmp_path):
     flags, message = MISTAKES[mistake]
     (ended,) = run_app(f"--out_dir={tmp_path}", *flags)

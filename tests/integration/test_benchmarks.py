@@ -82,6 +82,7 @@ def side_by_side(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_throughput_is_taken_apart(throughput):
     cases = [(line["layers"] > 0, line["rows"]) for line in read_lines(throughput)]
     assert cases == [(True, 1000), (False, 1000), (True, 2000)]

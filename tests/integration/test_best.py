@@ -35,6 +35,7 @@ def out(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_beside_the_newest_and_is_tested(out):
     valid = rows_of(out, "valid")
     best = min(valid, key=lambda row: row["logloss"])

@@ -87,6 +87,7 @@ def write_renamed(path: Path, to: Path, names: Callable[[str], list[str]]) -> No
     rewrite_manifest(str(path), str(to), {**files, ".metadata": store.checksums[".metadata"]})
 
 
+@pytest.mark.slow
 def test_loading_says_how_to_convert(old):
     with pytest.raises(Exception, match=r"first site\. Convert it: python -m .*convert .*old"):
         load(old, *SHARED, ranks=1)
@@ -131,6 +132,7 @@ def test_refuses_what_it_cannot_convert(run, old, tmp_path):
     assert json.loads((old / "progress.json").read_text())["step"] == STEP
 
 
+@pytest.mark.slow
 def test_without_histories_the_candidate_was_apart(tmp_path):
     (tmp_path / "raw").mkdir()
     write_criteo(tmp_path / "raw" / "train.txt", criteo_rows(600))

@@ -22,6 +22,7 @@ SMALL = ["--train.max_steps", "6", "--train.batch_size", "64", "--data.eval_rows
         pytest.param(["--script", "apps/train.py"], marks=pytest.mark.slow, id="script"),
     ],
 )
+@pytest.mark.slow
 def test_two_ranks_train_to_the_end(form, tmp_path):
     out = tmp_path / "out"
     result = run_command([*TORCHX_RUN, *form, "--", *SMALL, "--out_dir", out], env=ACTIVATED)

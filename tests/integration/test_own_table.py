@@ -21,6 +21,7 @@ def blocks() -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_the_page_s_commands_lead_from_a_table_to_a_report(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -111,9 +111,9 @@ def test_a_checkpoint_of_a_warm_up_is_as_good_as_a_plain_one_and_others_are_refu
     [
         (["--steps", "0"], r"probe: --steps must be at least 1, got 0. Leave it out for 300."),
         (["--json", f"{__file__}/probe.json"], r"--json .*test_probe.py/probe.json"),
-        (["--stepz", "3"], r"there is no option --stepz"),
+        pytest.param(["--stepz", "3"], r"there is no option --stepz", marks=pytest.mark.slow),
         (["--checkpoint", "{plain}", "--config", "din-movielens"], r"Drop one of them"),
-        (["--checkpoint", "nowhere"], r"nowhere"),
+        pytest.param(["--checkpoint", "nowhere"], r"nowhere", marks=pytest.mark.slow),
         ([*SMALL, *BRIEF, "--data.eval_rows=64"], r"saw 64 held-out rows.*need 256"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",

@@ -23,6 +23,8 @@ from tests.helpers.rounding import assert_same
 from tests.helpers.serving import ranker
 from torchrec_hilomoe.serving import export_model, Scorer
 
+pytestmark = pytest.mark.slow
+
 MOST = 50
 OWN = ("item", "kind", "price")  # the columns that differ from candidate to candidate
 SERVER = ROOT / "examples" / "server.py"
@@ -76,7 +78,6 @@ def request(first: int, candidates: int) -> dict[str, Any]:
     return {"user": user, "candidates": rows.select(OWN).to_pydict()}
 
 
-@pytest.mark.slow
 def test_probabilities_are_the_scorers_to_the_bit_whoever_asks_at_the_same_time(server):
     requests = [request(first, candidates) for first in range(8) for candidates in (1, 7, MOST)]
     with ThreadPoolExecutor(6) as pool:

@@ -8,6 +8,7 @@ from tests.helpers.runs import SMALL
 from torchrec_hilomoe.sweep.trials import run_trial
 
 
+@pytest.mark.slow
 def test_a_trial_is_a_run_that_is_judged_by_its_best_validation(tmp_path):
     outcome = run_trial(
         [*SMALL, "--train.evaluate_every=6", "--checkpoint.every_steps=9"],

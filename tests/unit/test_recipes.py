@@ -63,6 +63,7 @@ def recipe(name: str, *overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.slow
 def test_a_recipe_has_the_tuned_settings(name):
     run, din, bst = RUNS[name]
     for backbone in ("din", "dien", "bst"):
@@ -84,6 +85,7 @@ def test_every_backbone_has_a_recipe_for_every_set_that_it_is_for():
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.slow
 def test_a_recipe_builds_without_files(name):
     config = recipe(name)
     assert config.model.backbone == name.partition("-")[0]

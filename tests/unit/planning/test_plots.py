@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import matplotlib.image
+import pytest
 
 from tests.helpers.datasets import SCHEMA
 from tests.helpers.models import MODEL
@@ -33,6 +34,7 @@ def shares_of(sizes, ranks, folder) -> list[float]:
     return shares
 
 
+@pytest.mark.slow
 def test_memory_is_drawn_in_proportion(tmp_path):
     """Each million rows adds as much: ends of bars are off by a row of pixels at most."""
     one, two, three = shares_of((1_000_000, 2_000_000, 3_000_000), 1, tmp_path)
