@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import termios
+import time
 from contextlib import suppress
 
 import pytest
@@ -134,14 +135,26 @@ def test_curves_are_drawn_where_tensorboard_looks(log, tmp_path):
     assert "stage/text_summary" in events.Tags()["tensors"]
 
 
+def wait_for_the_next_second():
+    """TensorBoard reads files by their names: the second, the process, and a number without zeros.
+
+    Runs that follow each other do not begin in the same one; here number 10 would come before 9.
+    """
+    now = int(time.time())
+    while int(time.time()) == now:
+        time.sleep(0.01)
+
+
 def test_curves_of_a_run_that_goes_on_have_each_step_once(log, tmp_path):
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     ).EventAccumulator
     fill(log, 10, 20, 30)
     log.close()
+    wait_for_the_next_second()
     again = RunLog(tmp_path, 100, 20, enabled=True)
     again.close()  # as when it was refused: nothing before is lost
+    wait_for_the_next_second()
     fill(again := RunLog(tmp_path, 100, 20, enabled=True), 25, 30)
     again.close()
     events = accumulator(str(tmp_path / "tensorboard"))
