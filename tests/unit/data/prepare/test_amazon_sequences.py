@@ -3,17 +3,22 @@
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.loader import Loader
-from torchrec_hilomoe.data.parquet import ParquetSource
+from torchrec_hilomoe.data.parquet import load_schema, ParquetSource
 from torchrec_hilomoe.data.prepare.amazon_sequences import prepare_amazon_sequences
+from torchrec_hilomoe.data.schema import Schema
 
 REAL = Path(__file__).parents[4].parent / "shared" / "data" / "amazon"
+RECIPES = {"Beauty": "amazon-beauty", "Toys_and_Games": "amazon-toys"}
 SPLITS = ("train", "valid", "test")
 SEQUENCES = {
     7: [30, 10, 20, 40, 50],
@@ -26,23 +31,28 @@ SEQUENCES = {
 ATTRIBUTES = {item: [1, item % 3, 5 + item // 30] for item in range(10, 90, 10)}  # none for 90
 
 
-def write_raw(folder, sequences, *, attributes=ATTRIBUTES, more="", zipped=False):
+def write_raw(folder, sequences, *, attributes=ATTRIBUTES, more="", zipped=False, name="Toy"):
     folder.mkdir(parents=True, exist_ok=True)
     lines = [" ".join(map(str, (user, *items))) for user, items in sequences.items()]
-    files = {
-        "Toy.txt": "\n".join(lines) + "\n" + more,
-        "Toy_item2attributes.json": json.dumps(attributes),
+    texts = {
+        f"{name}.txt": "\n".join(lines) + "\n" + more,
+        f"{name}_item2attributes.json": json.dumps(attributes),
     }
-    for name, text in files.items():
+    for file, text in texts.items():
         if zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+            (folder / f"{file}.gz").write_bytes(gzip.compress(text.encode()))
         else:
-            (folder / name).write_text(text)
+            (folder / file).write_text(text)
     return str(folder)
 
 
 def rows_of(folder, split):
     return pq.read_table(folder / split).to_pylist()
+
+
+def recipes_schema(name):
+    text = files("torchrec_hilomoe").joinpath(f"recipes/schemas/{RECIPES[name]}.yaml").read_text()
+    return Schema.from_dict(yaml.safe_load(text))
 
 
 def ids_by_count(values):
@@ -188,9 +198,20 @@ def test_a_user_without_a_negative_is_an_error(tmp_path):
         prepare_amazon_sequences(raw=raw, out=str(tmp_path / "out"), name="Toy")
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_carry_the_columns_that_prepare_makes(tmp_path, name):
+    """All but what the raw files decide: the tables' sizes and the most attributes of an item."""
+    raw, out = write_raw(tmp_path / "raw", SEQUENCES, name=name), tmp_path / "out"
+    prepare_amazon_sequences(raw=raw, out=str(out), name=name)
+    recipe, made = recipes_schema(name), load_schema(str(out))
+    (attributes,) = made.pooled
+    attributes = replace(attributes, max_length=recipe.pooled[0].max_length)
+    assert recipe.differences(replace(made, tables=recipe.tables, pooled=(attributes,))) == ()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"needs Amazon sequences at {REAL}")
-@pytest.mark.parametrize("name", ["Beauty", "Toys_and_Games"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_real_sets(tmp_path, name):
     out = tmp_path / "out"
     report = prepare_amazon_sequences(raw=str(REAL), out=str(out), name=name)
@@ -199,6 +220,7 @@ def test_the_real_sets(tmp_path, name):
     assert report.rows_kept == 2 * sum(len(line) - 2 for line in lines)
     assert report.splits["test"].rows == report.splits["valid"].rows == 2 * len(lines)
     assert {split.label_rate for split in report.splits.values()} == {0.5}
+    assert recipes_schema(name).differences(load_schema(str(out))) == ()
     for split in SPLITS:
         loader = Loader(ParquetSource(str(out), split), batch_size=4096, epochs=1, max_bad_rows=0)
         assert sum(int(batch.weights.sum()) for batch in loader) == report.splits[split].rows
