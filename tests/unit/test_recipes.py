@@ -7,7 +7,7 @@ import pytest
 from torchrec_hilomoe.command_line import parse_run, recipe_names
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.hilomoe.inject import sites_of
-from torchrec_hilomoe.models.build import BACKBONES, build_task
+from torchrec_hilomoe.models.build import BACKBONES, build_task, with_widest_views
 from torchrec_hilomoe.models.flops import count_cost
 
 SETS = (
@@ -17,6 +17,7 @@ SETS = (
     "microvideo",
     "movielens",
     "amazon-toys",
+    "amazon-beauty",
     "trivago",
 )
 NEEDS_NO_HISTORY = ("dlrm", "dcn")
@@ -89,8 +90,9 @@ def test_every_backbone_has_a_recipe_for_every_set_that_it_is_for():
 def test_a_recipe_builds_without_files(name):
     config = recipe(name)
     assert config.model.backbone == name.partition("-")[0]
-    assert config.data.data_schema is not None
-    task = build_task(config.model, config.data.data_schema)
+    schema = config.data.data_schema
+    assert schema is not None
+    task = build_task(with_widest_views(config.model, schema), schema)
     assert sites_of(task)
 
 
