@@ -193,22 +193,31 @@ class InjectionConfig(HiLoMoEConfig):
             ``context`` and ``histories`` stand for all features of a side. The direction of an
             embedding decides, not its length. Needs ``routing`` ``sample``, or ``random`` for its
             control: the same features, compared with keys that nothing learned. Null lets every
-            layer read all that ``routing`` gives it. ``auto`` finds them from the gradients of the
-            last ``probe_steps`` steps before experts begin; where none decides, there are no
-            experts.
-        probe_steps: Number of steps in which ``route_by`` ``auto`` gathers gradients; null takes
-            the last two thirds of the steps before experts begin, 2000 at most, and 400 after
-            ``init_from``.
+            layer read all that ``routing`` gives it. ``auto`` finds them from the gradients of a
+            plain model; where none decides, there are no experts.
+        probe_first: Whether ``route_by`` ``auto`` trains a plain model aside for 300 steps, finds
+            the features as ``apps/probe.py`` does, and only then begins the run; false gathers in
+            the run, while it trains without experts. Null is true where these steps have fewer
+            than 200,000 rows to tell from, and the whole run has as many.
+        probe_steps: Number of steps in which ``route_by`` ``auto`` gathers gradients in the run;
+            null takes the last two thirds of the steps before experts begin, 2000 at most, and 400
+            after ``init_from``.
     """
 
     enabled: bool = True
     sites: tuple[str, ...] = ("head",)
     routing: Literal["row", "sample", "random"] = "row"
     route_by: Literal["auto"] | tuple[tuple[str, ...], ...] | None = None
+    probe_first: bool | None = None
     probe_steps: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.probe_first and self.probe_steps is not None:
+            raise ValueError(
+                f"model.hilomoe.probe_first is true and probe_steps is {self.probe_steps}, which "
+                "counts steps of the run, but nothing is gathered in it then. Drop one of them."
+            )
         if self.probe_steps is not None and self.probe_steps < 2:
             raise ValueError(
                 f"model.hilomoe.probe_steps must be at least 2 or null, got {self.probe_steps}: "

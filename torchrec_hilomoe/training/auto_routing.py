@@ -5,11 +5,14 @@ before it is trained on, and blocks of rows judge each other (`probe.pairs`), si
 rows to spare. At the boundary the views are chosen and experts are injected; where nothing stands
 out, and in a run that is too short to tell, the model stays plain, and the stages that would train
 experts alone are left out.
+
+A run whose warm-up is too short for that, but which is long enough itself, trains and probes a
+plain model aside first (`training.probing`), and then begins with what was found.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
@@ -27,13 +30,14 @@ from torchrec_hilomoe.models.build import inject_experts
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.checkpoint import RoutingDecision
 from torchrec_hilomoe.training.listening import probe_of, run_unchanged
-from torchrec_hilomoe.training.stages import StageTimeline
+from torchrec_hilomoe.training.stages import Stage, StageTimeline
 
 __all__ = [
     "AutoRouting",
     "Window",
     "chooses_routing",
     "decided_model",
+    "decision_of",
     "found_and_brought",
     "window_of",
 ]
@@ -62,6 +66,16 @@ def _decided(experts: InjectionConfig, decision: RoutingDecision | None) -> Inje
     if decision is None or decision.route_by is None:
         return replace(experts, enabled=False)
     return replace(experts, route_by=decision.route_by)
+
+
+def decision_of(report: ProbeReport, step: int) -> RoutingDecision:
+    """What a report makes of a run that has done ``step`` steps."""
+    return RoutingDecision(
+        step=step,
+        route_by=report.route_by if report.pays else None,
+        gains=tuple(layer.gain for layer in report.layers) if report.pays else (),
+        verdict=report.verdict,
+    )
 
 
 def found_and_brought(
@@ -97,6 +111,7 @@ class Window:
         stop: Here experts begin.
         every: Steps of which one is heard.
         held_out: Whether nothing was trained on their rows before.
+        aside: Whether nothing is heard, since a plain model is trained and probed aside, first.
         shortage: Why too little is heard to judge by; empty where it is enough.
     """
 
@@ -104,6 +119,7 @@ class Window:
     stop: int
     every: int
     held_out: bool
+    aside: bool = False
     shortage: str = ""
 
     def hears(self, step: int) -> bool:
@@ -126,28 +142,31 @@ def window_of(config: RunConfig, timeline: StageTimeline, steps_per_epoch: int) 
     plain = tuple(takewhile(lambda stage: stage.active_layers == 0, stages))
     if len(plain) == len(stages):
         raise ValueError(f"{where}, but experts compute in no stage. Add one, or set hilomoe null.")
+    if _probes_first(config, timeline, plain):
+        return Window(start=0, stop=0, every=1, held_out=False, aside=True)
     if not plain:
         raise ValueError(
             f"{where}, which needs steps without experts, but the run begins with stage "
             f"{stages[0].name!r}: train.backbone_share is {config.train.backbone_share} and "
             f"init_from is {config.init_from}. Raise train.backbone_share, give the checkpoint of "
-            "a plain model as init_from, or name the features."
+            "a plain model as init_from, set model.hilomoe.probe_first, or name the features."
         )
     for stage in plain:
         if stage.plateau is not None:
             raise ValueError(
                 f"{where}, which listens to the last steps before experts begin, but stage "
                 f"{stage.name!r} ends with a plateau of {stage.plateau.metric}, nobody "
-                "knows when. Give that stage a length, or name the features."
+                "knows when. Give that stage a length, set model.hilomoe.probe_first, or name the "
+                "features."
             )
-    stop = max((span.stop for span in timeline.spans if span.stage in plain), default=0)
+    stop = _steps_of(plain, timeline)
     fresh, asked = config.init_from is None, experts.probe_steps
     if asked is not None and asked > stop:
         raise ValueError(
             f"model.hilomoe.probe_steps is {asked}, but experts begin after {stop} steps. Lower "
             "it, or raise train.backbone_share."
         )
-    steps = asked or min(MOST_STEPS, math.ceil(stop * 2 / 3) if fresh else stop)
+    steps = asked or (_listened(stop) if fresh else min(MOST_STEPS, stop))
     every = max(1, steps * config.train.batch_size // WANTED_ROWS)
     heard = range(stop - steps, stop, every)
     return Window(
@@ -157,6 +176,27 @@ def window_of(config: RunConfig, timeline: StageTimeline, steps_per_epoch: int) 
         held_out=fresh and stop <= steps_per_epoch,
         shortage=_shortage(config, config.train.batch_size * len(heard), timeline, stop),
     )
+
+
+def _probes_first(config: RunConfig, timeline: StageTimeline, plain: Sequence[Stage]) -> bool:
+    """Whether a plain model is probed aside: as asked, or where only that has rows to tell from."""
+    experts, batch = config.model.hilomoe, config.train.batch_size
+    if experts.probe_first is not None:
+        return experts.probe_first
+    if experts.probe_steps is not None or config.init_from is not None:
+        return False
+    ends = all(stage.plateau is None for stage in plain)
+    heard = _listened(_steps_of(plain, timeline)) if ends else 0
+    return heard * batch < WANTED_ROWS <= timeline.total_steps * batch
+
+
+def _steps_of(plain: Sequence[Stage], timeline: StageTimeline) -> int:
+    return max((span.stop for span in timeline.spans if span.stage in plain), default=0)
+
+
+def _listened(plain_steps: int) -> int:
+    """To how many of the steps without experts a run listens, if nothing else is asked for."""
+    return min(MOST_STEPS, math.ceil(plain_steps * 2 / 3))
 
 
 def _shortage(config: RunConfig, rows: int, timeline: StageTimeline, stop: int) -> str:
@@ -256,12 +296,7 @@ class AutoRouting:
             if not self._window.held_out:
                 self._judge_by(model, validation)
             report = self._probe.report()
-        self.decision = RoutingDecision(
-            step=step,
-            route_by=report.route_by if report.pays else None,
-            gains=tuple(layer.gain for layer in report.layers) if report.pays else (),
-            verdict=report.verdict,
-        )
+        self.decision = decision_of(report, step)
         self._probe = None
         if report.pays:
             with torch.random.fork_rng(devices=_gpus(model)):

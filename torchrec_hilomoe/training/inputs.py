@@ -115,7 +115,7 @@ def schedule_of(config: RunConfig, total_steps: int | None = None) -> StageSched
 def _probe_steps(config: RunConfig, total_steps: int | None) -> int:
     """Steps that a run from a plain model begins with, to find what routes its experts."""
     experts = config.model.hilomoe
-    if config.init_from is None or experts.route_by != "auto":
+    if config.init_from is None or experts.route_by != "auto" or experts.probe_first:
         return 0
     half = PROBE_STEPS if total_steps is None else max(1, total_steps // 2)
     return experts.probe_steps or min(PROBE_STEPS, half)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.hilomoe import ProbeReport
@@ -27,6 +28,7 @@ from torchrec_hilomoe.models.train_task import TaskOutput
 from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
+from torchrec_hilomoe.training.auto_routing import decided_model
 from torchrec_hilomoe.training.inputs import (
     loader_of,
     pipelining_of,
@@ -156,8 +158,9 @@ def _train(
 def _load(path: str, config: RunConfig, assembly: Assembly) -> int:
     """Load a checkpoint, and return the steps that it was trained for."""
     saved = checkpoint.open(path.rstrip("/"))
-    stage = saved.progress.stage
-    if config.model.hilomoe.enabled and schedule_of(config).named(stage).active_layers != 0:
+    own = parse_saved(saved.document("config.yaml"), [], where=f"{saved.path}/config.yaml").config
+    stage, decided = saved.progress.stage, decided_model(own.model, saved.progress.decision)
+    if decided.hilomoe.enabled and schedule_of(own).named(stage).active_layers != 0:
         raise ValueError(
             f"probe: --checkpoint {path} is of stage {stage!r}, in which experts compute, and the "
             "probe asks what a model without them cannot express. Give a checkpoint of a plain run "

@@ -31,6 +31,7 @@ from torchrec_hilomoe.training.auto_routing import (
     AutoRouting,
     chooses_routing,
     decided_model,
+    decision_of,
     found_and_brought,
     Window,
     window_of,
@@ -46,6 +47,7 @@ from torchrec_hilomoe.training.inputs import (
 )
 from torchrec_hilomoe.training.log.reading import METRICS_FILE, read_summary, SUMMARY_FILE
 from torchrec_hilomoe.training.log.run_log import RunLog
+from torchrec_hilomoe.training.probing import probe_run, ProbeOptions
 from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
 from torchrec_hilomoe.training.sharding.plan_report import PlanReport
 from torchrec_hilomoe.training.stages import PlateauConfig
@@ -130,9 +132,14 @@ def _run_in(
     timeline = timeline_of(config, loader.steps_per_epoch)
     total = timeline.total_steps
     decision, auto = progress.decision if progress else None, None
+    report = None
     if chooses_routing(config):
         window = window_of(config, timeline, loader.steps_per_epoch)
         _refuse_undecided(progress, window)
+        if window.aside and decision is None:
+            logger.info("route_by auto: a plain model is trained aside and probed first")
+            report = probe_run(config, ProbeOptions(checkpoint=config.init_from), context)
+            decision = decision_of(report, step=0)
         torch.manual_seed(config.seed)
         task = build_task(decided_model(config.model, decision), schema)
         auto = AutoRouting(task, config, window, decision)
@@ -182,6 +189,8 @@ def _run_in(
             log.say(f"{folder} is complete; raise train.max_steps, or give another --out_dir")
             return
         log.cut_back()
+        if report is not None and decision is not None:
+            log.decided(decision, report)
         _write_config(folder, parsed, context)
         _write_plan(folder, assembly.plan, context)
         if not trainer.fit(loader, loader_of(config, "valid", context.world), teacher):

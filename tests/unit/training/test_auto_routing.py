@@ -25,6 +25,25 @@ def test_it_listens_to_the_last_steps_before_experts_begin():
     assert longer == Window(start=3000, stop=5000, every=10, held_out=False)
 
 
+@pytest.mark.parametrize(
+    ("options", "aside"),
+    [
+        ([], False),  # 100,000 rows are too few to find anything, aside or not
+        (["--train.epochs=2"], True),
+        (["--train.epochs=2", "--model.hilomoe.probe_first=false"], False),
+        (["--train.epochs=2", "--model.hilomoe.probe_steps=9"], False),
+        (["--train.epochs=2", "--init_from=runs/plain/checkpoints/step_9"], False),
+        (["--train.epochs=2", "--train.backbone_share=0"], True),
+        (["--train.epochs=30"], False),
+        (["--train.epochs=30", "--model.hilomoe.probe_first=true"], True),
+        (["--model.hilomoe.probe_first=true"], True),
+    ],
+    ids=str,
+)
+def test_a_short_run_probes_a_plain_model_aside(options, aside):
+    assert window(*options).aside == aside
+
+
 def test_after_a_plain_model_it_listens_first_but_not_all_the_time():
     given = "--init_from=runs/plain/checkpoints/step_9"
     assert window(given) == Window(start=0, stop=400, every=1, held_out=False)
