@@ -8,6 +8,11 @@ A run is ``apps/train.py`` in a process of its own, and one line in the results 
 already is not run again, so a grid can be stopped and gone on with. Seeds are paired: the variants
 of a seed share data, order and passes, and are compared after the last step, never in between.
 
+Variants "probed" are routed by what ``apps/probe.py`` finds for the same data, backbone and seed. It
+is run first, kept in the probes' file, and followed whether it advises experts or not. What a short
+run with ``route_by: auto`` ends with is known from that: these experts where they are advised, else
+the plain model, both to the bit (tests/integration/test_probe_first.py).
+
 Rates are chosen by ``tune``: by validation AUC, on a seed that no comparison uses, the plain
 model's first and then, for all expert variants together, the experts'. ``run`` looks the choice up
 in the results file; without one, the recipe's rates hold. The test split is read once, by the runs
@@ -17,16 +22,20 @@ Real data are prepared by ``apps/prepare.py`` and named: ``--prepared ml-1m=data
 """
 
 import argparse
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from threading import Lock
 
 from benchmarks.experiments.report import compare, compare_data, Line, report
-from benchmarks.experiments.runs import Case, Data, read, ROOT, train, TUNING_SEED
+from benchmarks.experiments.runs import Case, Data, probe, read, ROOT, train, TUNING_SEED
 from benchmarks.harness import append, environment
 
 RESULTS = ROOT / "benchmarks/results/evidence.jsonl"
+PROBES = ROOT / "benchmarks/results/probes.jsonl"
 BACKBONES = ("din", "dien", "bst", "transact", "interformer")
 
 
@@ -38,6 +47,7 @@ WORLD_ROUTES = {
 }
 PREPARED = {
     "ml-1m": ("bst-movielens", "[[genre_set], [age], [history_genre_set]]"),
+    "beauty": ("bst-amazon-beauty", "[[category], [attributes], [history_category]]"),
     "toys": ("bst-amazon-toys", "[[category], [attributes], [history_category]]"),
     "trivago": ("bst-trivago", "[[rank], [platform], [history_action]]"),
 }
@@ -105,9 +115,17 @@ DATA = {
     },
 }
 
+# Stand for what a probe finds, in options of a case.
+PROBED = {"model.hilomoe.route_by": "probed"}
+RANKED_LAST = {"model.hilomoe.route_by": "ranked last"}
+PROBED_VARIANT = "head rank 4, probed"
+LAYERS = 3
+
 # Side by side in the table of all data sets and backbones.
 COMPARED = (
     "wider",
+    "auto",
+    PROBED_VARIANT,
     "head rank 4",
     "head rank 4, random",
     "head rank 4, by side",
@@ -167,6 +185,15 @@ def variants(data: Data) -> dict[str, dict[str, str]]:
         "head rank 4, by feature": own | experts("head", 4, "sample") | by_feature,
         "head rank 4, auto": own | experts("head", 4, "sample") | AUTO,
         "head rank 4, by feature, random": own | experts("head", 4, "random") | by_feature,
+        PROBED_VARIANT: own | experts("head", 4, "sample") | PROBED,
+        "head rank 4, probed, random": own | experts("head", 4, "random") | PROBED,
+        "head rank 4, probed, ranked last": own | experts("head", 4, "sample") | RANKED_LAST,
+        "all rank 4, probed": own | experts("all", 4, "sample") | PROBED,
+        "narrower, head rank 4, probed": {
+            "model.head": f"[{', '.join(str(width // 2) for width in head)}]",
+            **experts("head", 4, "sample"),
+            **PROBED,
+        },
     }
 
 
@@ -216,6 +243,22 @@ def chosen(lines: list[Line], data: str, backbone: str, variant: str) -> dict[st
     }
 
 
+def with_auto(lines: Sequence[Line], probes: Sequence[Line]) -> list[Line]:
+    """The lines, and those of what ``route_by: auto`` ends with, each a copy of the run it is."""
+    ends = {
+        (line["data"], line["backbone"], line["seed"], PROBED_VARIANT if line["pays"] else "plain")
+        for line in probes
+    }
+    return [
+        *lines,
+        *(
+            {**line, "variant": "auto"}
+            for line in lines
+            if (line["data"], line["backbone"], line["seed"], line["variant"]) in ends
+        ),
+    ]
+
+
 def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
     """The runs to compare, seed by seed, so that a stopped grid has whole pairs."""
     given = dict(option.split("=", 1) for option in args.options)
@@ -232,8 +275,50 @@ def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
 
 
 def train_one(case: Case, args: argparse.Namespace) -> Line:
-    """Run a case of the grid."""
-    return train(case, DATA[case.data], args.work, args.prepared.get(case.data))
+    """Run a case of the grid, after the probe that says what routes its experts."""
+    asked = {"model.hilomoe.route_by": case.options.get("model.hilomoe.route_by")}
+    route_by = None
+    if asked in (PROBED, RANKED_LAST):
+        route_by = views(probe_one(case, args), last=asked == RANKED_LAST)
+    return train(
+        case,
+        DATA[case.data],
+        args.work,
+        args.prepared.get(case.data),
+        route_by=route_by,
+        output_ratio=args.output_ratio,
+    )
+
+
+def probe_one(case: Case, args: argparse.Namespace) -> Line:
+    """The probe of a case's data, backbone and seed, from the probes' file if it is there."""
+    key = (case.data, case.backbone, case.seed)
+    with args.probing[key]:  # two cases that wait for the same probe
+        for line in read(args.probes):
+            if (line["data"], line["backbone"], line["seed"]) == key:
+                return line
+        models = variants(DATA[case.data])
+        rates = {name: value for name, value in case.options.items() if name.startswith("train.")}
+        options = {**models[PROBED_VARIANT], **rates, "model.hilomoe.route_by": "null"}
+        asked = replace(case, variant="probe", options=options)
+        line = probe(asked, DATA[case.data], args.work, args.prepared.get(case.data))
+        append(args.probes, [{**line, **environment("cpu")}])
+    print(f"{case.data:9s} {case.backbone:12s} seed {case.seed:<5d} {line['verdict']}", flush=True)
+    return line
+
+
+def views(report: Line, *, last: bool = False) -> list[list[str]]:
+    """What routes each layer: the probe's choice, or the features with the least gains.
+
+    Where no feature stands out, the best ones, to see what experts would have brought.
+    """
+    best: dict[str, float] = {}
+    for found in report["features"]:
+        best[found["name"]] = max(found["gain"], best.get(found["name"], found["gain"]))
+    ranked = sorted(best, key=lambda name: best[name], reverse=not last)
+    if report["route_by"] and not last:
+        return report["route_by"]
+    return [[ranked[layer % len(ranked)]] for layer in range(LAYERS)]
 
 
 def run_missing(cases: Iterable[Case], args: argparse.Namespace) -> int:
@@ -266,6 +351,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--probes", type=Path, default=PROBES, help="what probes found")
+    parser.add_argument(
+        "--output-ratio", action="store_true", help="measure what experts add, over their base"
+    )
     parser.add_argument(
         "--pair",
         nargs=2,
@@ -281,9 +370,10 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, help="draw AUC over FLOPs to this file")
     args = parser.parse_args()
+    args.probing = defaultdict(Lock)
     args.prepared = dict(pair.split("=", 1) for pair in args.prepared)
     known = variants(next(iter(DATA.values())))
-    unknown = {*(args.variants or ()), *(args.pair or ())} - set(known)
+    unknown = {*(args.variants or ()), *(args.pair or ())} - {*known, "auto"}
     if unknown:
         parser.error(f"no variant {unknown}; there are {', '.join(known)}")
     absent = [name for name in args.data if DATA[name].prepared and name not in args.prepared]
@@ -292,7 +382,8 @@ def main() -> None:
     if args.action == "report":
         order = [*product(DATA, BACKBONES)]
         lines = sorted(
-            read(args.out), key=lambda line: order.index((line["data"], line["backbone"]))
+            with_auto(read(args.out), read(args.probes)),
+            key=lambda line: order.index((line["data"], line["backbone"])),
         )
         if args.pair:
             compare(lines, *args.pair)

@@ -8,14 +8,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.experiments.report import Line
 from benchmarks.harness import read_lines
 
-__all__ = ["ROOT", "TUNING_SEED", "Case", "Data", "read", "train"]
+__all__ = ["ROOT", "TUNING_SEED", "Case", "Data", "probe", "read", "train"]
 
 ROOT = Path(__file__).parents[2]
 TUNING_SEED = 1000
@@ -78,6 +78,7 @@ def train(
     work: Path,
     prepared: str | None = None,
     *,
+    route_by: Sequence[Sequence[str]] | None = None,
     teacher: Path | None = None,
     artifact: Path | None = None,
     output_ratio: bool = True,
@@ -89,6 +90,7 @@ def train(
         data: What it trains on.
         work: Its folder is made in this one, and removed.
         prepared: The folder of its rows; None for a generated world.
+        route_by: What routes the experts, where that is not known before a probe has run.
         teacher: An exported model that it learns from, besides the clicks.
         artifact: Where to export what it has learned; None exports nothing.
         output_ratio: Whether to measure what experts add, over what their base maps put out.
@@ -97,18 +99,9 @@ def train(
         RuntimeError: If it failed; its last words are in the message.
     """
     folder = work / str(abs(hash(str(case))))
-    options = {
-        "model.backbone": case.backbone,
-        "model.hilomoe.route_by": "null",  # whatever the recipe has; the variant says
-        **OF_BACKBONE.get(case.backbone, {}),
-        **data.options,
-        **case.options,
-        "seed": str(case.seed),
-        "out_dir": str(folder),
-    }
-    if data.prepared:
-        assert prepared is not None
-        options["data.path"] = prepared
+    options = _options(case, data, prepared) | {"out_dir": str(folder)}
+    if route_by is not None:
+        options["model.hilomoe.route_by"] = json.dumps([list(names) for names in route_by])
     if teacher is not None:
         options["train.teacher"] = str(teacher)
     start = time.perf_counter()
@@ -122,6 +115,7 @@ def train(
         "variant": case.variant,
         "seed": case.seed,
         "options": dict(case.options),
+        "route_by": route_by,
         "steps": summary["steps"],
         "valid": next(row for row in reversed(logged) if row["split"] == "valid"),
         "test": None if case.tuning else summary["test"],
@@ -136,6 +130,44 @@ def train(
         _command("apps/export.py", last, "--out", str(artifact), "--split", "none")
     shutil.rmtree(folder)
     return line
+
+
+def probe(case: Case, data: Data, work: Path, prepared: str | None = None) -> Line:
+    """Probe the plain model of a case, whose experts are only thought of.
+
+    Raises:
+        RuntimeError: If it failed; its last words are in the message.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / f"probe-{case.data}-{case.backbone}-{case.seed}.json"
+    flags = _flags(_options(case, data, prepared))
+    start = time.perf_counter()
+    _command("apps/probe.py", "--config", data.recipe, *flags, "--json", str(file))
+    report = json.loads(file.read_text())
+    file.unlink()
+    return {
+        "data": case.data,
+        "backbone": case.backbone,
+        "seed": case.seed,
+        "options": dict(case.options),
+        **report,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _options(case: Case, data: Data, prepared: str | None) -> dict[str, str]:
+    options = {
+        "model.backbone": case.backbone,
+        "model.hilomoe.route_by": "null",  # whatever the recipe has; the variant says
+        **OF_BACKBONE.get(case.backbone, {}),
+        **data.options,
+        **case.options,
+        "seed": str(case.seed),
+    }
+    if data.prepared:
+        assert prepared is not None
+        options["data.path"] = prepared
+    return options
 
 
 def read(path: Path) -> list[Line]:
