@@ -8,10 +8,10 @@ A run is ``apps/train.py`` in a process of its own, and one line in the results 
 already is not run again, so a grid can be stopped and gone on with. Seeds are paired: the variants
 of a seed share data, order and passes, and are compared after the last step, never in between.
 
-Variants "probed" are routed by what ``apps/probe.py`` finds for the same data, backbone and seed. It
-is run first, kept in the probes' file, and followed whether it advises experts or not. What a short
-run with ``route_by: auto`` ends with is known from that: these experts where they are advised, else
-the plain model, both to the bit (tests/integration/test_probe_first.py).
+Variants "probed" are routed by what ``apps/probe.py`` finds for the same data, backbone and seed.
+It is run first, kept in the probes' file, and followed whether it advises experts or not. What a
+short run with ``route_by: auto`` ends with is known from that: these experts where they are
+advised, else the plain model, both to the bit (tests/integration/test_probe_first.py).
 
 Rates are chosen by ``tune``: by validation AUC, on a seed that no comparison uses, the plain
 model's first and then, for all expert variants together, the experts'. ``run`` looks the choice up
