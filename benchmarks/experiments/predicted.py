@@ -80,7 +80,7 @@ def points_of(lines: Sequence[Line], probes: Sequence[Line]) -> list[Point]:
 
 def rank_correlation(points: Sequence[Point]) -> float:
     """Spearman's, of what was predicted with the AUC that was brought."""
-    return float(spearmanr([it.predicted for it in points], [it.auc for it in points]).statistic)
+    return float(spearmanr([it.predicted for it in points], [it.auc for it in points])[0])
 
 
 def table(points: Sequence[Point]) -> str:
