@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from benchmarks.experiments.evidence import PROBED_VARIANT, PROBES, RESULTS
 from benchmarks.experiments.report import BASE, grouped, Line
@@ -80,7 +80,10 @@ def points_of(lines: Sequence[Line], probes: Sequence[Line]) -> list[Point]:
 
 def rank_correlation(points: Sequence[Point]) -> float:
     """Spearman's, of what was predicted with the AUC that was brought."""
-    return float(spearmanr([it.predicted for it in points], [it.auc for it in points])[0])
+    predicted, brought = (
+        rankdata([getattr(it, of) for it in points]) for of in ("predicted", "auc")
+    )
+    return float(np.corrcoef(predicted, brought)[0, 1])
 
 
 def table(points: Sequence[Point]) -> str:
