@@ -85,6 +85,23 @@ def test_where_nothing_decides_the_run_is_plain(tmp_path):
     assert_same_model(tmp_path / "auto", tmp_path / "plain")
 
 
+@pytest.mark.parametrize("later", [60, 40], ids=["looks again", "is old enough"])
+def test_what_pays_early_must_pay_later(deciding, later, tmp_path):
+    report = tmp_path / "probe.json"
+    ages = ("--train.max_steps=80", "--steps=40", f"--later_steps={later}")
+    code, shown = use("probe", *SMALL, *FIRST, f"--data.path={deciding}", *ages, "--json", report)
+    assert code == 0, shown
+    found = json.loads(report.read_text())
+    assert found["route_by"][0][0] in DECIDING
+    if later == 40:
+        assert found["later"] is None
+        return
+    assert found["later"]["steps"] == 60
+    assert ("It lasts" in shown) == found["pays"]
+    assert ("nothing decides for long" in shown) != found["pays"]
+    assert found["layers"][-1]["total"] > found["later"]["total"]
+
+
 @pytest.mark.slow
 def test_ranks_agree(deciding, tmp_path):
     train(tmp_path, *FIRST, f"--data.path={deciding}", ranks=2)

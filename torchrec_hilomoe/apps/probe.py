@@ -33,6 +33,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ProbeOptions, RunCon
     parser.add_argument("--checkpoint", metavar="PATH", help="a folder step_N of a plain run")
     given = parser.add_argument
     given("--steps", type=int, default=300, help="that a plain model is trained before (300)")
+    given("--later_steps", type=int, default=600, help="after which it must still pay (600)")
     given("--fit_batches", type=int, default=100, help="of training rows that fit (100)")
     given("--judge_batches", type=int, default=128, help="of validation rows that judge (128)")
     given("--draws", type=int, default=4, help="of random keys for each feature (4)")

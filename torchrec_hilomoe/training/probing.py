@@ -1,7 +1,8 @@
 """A plain model, probed: by which features should experts be routed, if at all?
 
 The model is trained for some steps, or taken from a checkpoint, and then stays as it is. Training
-rows fit, rows of the validation split judge.
+rows fit, rows of the validation split judge. Where experts should pay, the model is trained for
+longer and probed again, since a young model promises what it will soon learn by itself.
 """
 
 import json
@@ -22,7 +23,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
-from torchrec_hilomoe.hilomoe import ProbeReport
+from torchrec_hilomoe.hilomoe import InteractionProbe, ProbeReport
+from torchrec_hilomoe.hilomoe.probe.verdict import look_again
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import TaskOutput
 from torchrec_hilomoe.runtime.distributed import DistributedContext
@@ -38,6 +40,7 @@ from torchrec_hilomoe.training.inputs import (
 )
 from torchrec_hilomoe.training.listening import probe_of, run_unchanged
 from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
+from torchrec_hilomoe.training.stages import StageTimeline
 from torchrec_hilomoe.training.stages.staging import enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
@@ -59,6 +62,8 @@ class ProbeOptions:
     Attributes:
         steps: Steps that a plain model is trained before; a stated age, since gains shrink as a
             model learns.
+        later_steps: Steps after which what was found must still pay; not more than ``steps``, and
+            with a checkpoint, nobody looks again.
         fit_batches: Batches of training rows that fit.
         judge_batches: Batches of validation rows that judge, at most.
         draws: Draws of keys for each feature.
@@ -66,13 +71,14 @@ class ProbeOptions:
     """
 
     steps: int = 300
+    later_steps: int = 600
     fit_batches: int = 100
     judge_batches: int = 128
     draws: int = 4
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "fit_batches", "judge_batches", "draws"):
+        for name in ("steps", "later_steps", "fit_batches", "judge_batches", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"probe: --{name} must be at least 1, got {getattr(self, name)}. "
@@ -97,22 +103,32 @@ def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedCont
     torch.manual_seed(config.seed)
     task = build_task(plain.model, schema)
     task.model.backbone.include_history_mean = True
-    probe = probe_of(task, experts, draws=options.draws, seed=config.seed)
+    probe, again = (
+        probe_of(task, experts, draws=options.draws, seed=config.seed) for _ in range(2)
+    )
     assembly = assemble(plain, task, context)
     loader = loader_of(plain, "train", context.world)
+    timeline = timeline_of(plain, loader.steps_per_epoch)
+    steps, later = (min(it, timeline.total_steps) for it in (options.steps, options.later_steps))
     with closing(iter(loader)) as batches:
-        if options.checkpoint is None:
-            steps = min(options.steps, timeline_of(plain, loader.steps_per_epoch).total_steps)
-            model = _train(plain, assembly, batches, steps, loader.steps_per_epoch)
-        else:
-            model = assembly.model
+
+        def look(probe: InteractionProbe, model: DistributedModelParallel, age: int) -> ProbeReport:
+            with probe.fit():
+                _run(model, islice(batches, options.fit_batches))
+            with probe.judge():
+                judging = loader_of(plain, "valid", context.world)
+                loss, constant_loss = _run(model, islice(judging, options.judge_batches))
+            return probe.report(loss=loss, constant_loss=constant_loss, steps=age)
+
+        if options.checkpoint is not None:
             steps = _load(options.checkpoint, config, assembly)
-        with probe.fit():
-            _run(model, islice(batches, options.fit_batches))
-    with probe.judge():
-        judging = loader_of(plain, "valid", context.world)
-        loss, constant_loss = _run(model, islice(judging, options.judge_batches))
-    return probe.report(loss=loss, constant_loss=constant_loss, steps=steps)
+            return look(probe, assembly.model, steps)
+        model = _train(plain, assembly, assembly.model, batches, timeline, range(steps))
+        report = look(probe, model, steps)
+        if not report.pays or later <= steps:
+            return report
+        model = _train(plain, assembly, model, batches, timeline, range(steps, later))
+        return look_again(report, look(again, model, later), later)
 
 
 def route_flags(config: RunConfig, report: ProbeReport) -> str:
@@ -126,14 +142,14 @@ def route_flags(config: RunConfig, report: ProbeReport) -> str:
 def _train(
     config: RunConfig,
     assembly: Assembly,
+    model: DistributedModelParallel,
     batches: Iterator[CTRBatch],
-    steps: int,
-    steps_per_epoch: int,
+    timeline: StageTimeline,
+    steps: range,
 ) -> DistributedModelParallel:
-    """Train as a run does, and return the model in its wrapper."""
-    timeline = timeline_of(config, steps_per_epoch)
+    """Train for some steps as a run does, and return the model in its wrapper."""
     span, optimizers = timeline.spans[0], assembly.optimizers
-    model = enter_stage(assembly.model, span.stage)
+    model = enter_stage(model, span.stage)
     optimizers.enter(span.stage)
     pipeline = Pipeline(
         model,
@@ -141,14 +157,14 @@ def _train(
         model.device,
         pipelining_of(config, schema_of(config)),
     )
-    ahead = islice(batches, steps)
-    for step in range(steps):
+    ahead = islice(batches, len(steps))
+    for step in steps:
         optimizers.set_rates(span, step, timeline.decay(step))
         output = pipeline.step(ahead)
     pipeline.detach()
     logger.info(
         "trained a plain model for %d of %d steps, loss %.4f",
-        steps,
+        steps.stop,
         timeline.total_steps,
         output.loss,
     )

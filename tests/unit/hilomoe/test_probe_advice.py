@@ -2,8 +2,9 @@
 
 import pytest
 
-from torchrec_hilomoe.hilomoe import Gain, LayerChoice
+from torchrec_hilomoe.hilomoe import Gain, LaterLook, LayerChoice, ProbeReport
 from torchrec_hilomoe.hilomoe.probe.advice import advise, CONFIRM, Findings, PlainModel
+from torchrec_hilomoe.hilomoe.probe.verdict import look_again
 
 LEARNED = PlainModel(loss=0.4, constant_loss=0.5, steps=300)
 
@@ -107,3 +108,33 @@ def test_a_short_probe_warns(steps, warned):
         verdict = advised(*totals, plain=plain).verdict
         assert (f"trained for {steps} steps only" in verdict) == warned
         assert verdict.endswith(CONFIRM)
+
+
+def report_of(total: float, *, pays: bool, verdict: str) -> ProbeReport:
+    return ProbeReport(
+        features=(),
+        controls={},
+        layers=(LayerChoice(feature="hour", gain=total, total=total),),
+        route_by=(("hour",),),
+        pays=pays,
+        verdict=verdict,
+        costs=(),
+        not_judged={},
+        fit_rows=1,
+        held_out_rows=1,
+    )
+
+
+def test_what_pays_early_is_held_to_what_is_left_later():
+    early = report_of(0.02, pays=True, verdict="experts should pay: route by hour.")
+    lasting = look_again(early, report_of(0.005, pays=True, verdict="it pays"), 600)
+    assert lasting.pays
+    assert lasting.later == LaterLook(steps=600, total=0.005)
+    assert lasting.verdict == f"{early.verdict} It lasts: 0.0050 nats are left after 600 steps."
+    assert lasting.layers == early.layers
+    gone = look_again(early, report_of(0.001, pays=False, verdict="nothing decides."), 600)
+    assert not gone.pays
+    assert gone.verdict.startswith("nothing decides for long: hour promise 0.0200 nats at first")
+    assert gone.verdict.endswith("after 600 steps: nothing decides.")
+    never = report_of(0.001, pays=False, verdict="nothing decides.")
+    assert look_again(never, lasting, 600).pays is False

@@ -8,11 +8,18 @@ host's loop), `verdict` (what it means: ranking, intervals, views, a sentence), 
 from torchrec_hilomoe.hilomoe.probe.heard import LossTerms
 from torchrec_hilomoe.hilomoe.probe.picture import draw_probe
 from torchrec_hilomoe.hilomoe.probe.probe import InteractionProbe
-from torchrec_hilomoe.hilomoe.probe.verdict import Gain, LayerChoice, ProbeReport, SiteCost
+from torchrec_hilomoe.hilomoe.probe.verdict import (
+    Gain,
+    LaterLook,
+    LayerChoice,
+    ProbeReport,
+    SiteCost,
+)
 
 __all__ = [
     "Gain",
     "InteractionProbe",
+    "LaterLook",
     "LayerChoice",
     "LossTerms",
     "ProbeReport",

@@ -7,7 +7,7 @@ Shape legend:
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,16 @@ from torchrec_hilomoe.hilomoe.probe.interactions import HeldOutSums, signed_gain
 from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
 from torchrec_hilomoe.hilomoe.probe.wider import Wider
 
-__all__ = ["Evidence", "Gain", "LayerChoice", "ProbeReport", "SiteCost", "conclude"]
+__all__ = [
+    "Evidence",
+    "Gain",
+    "LaterLook",
+    "LayerChoice",
+    "ProbeReport",
+    "SiteCost",
+    "conclude",
+    "look_again",
+]
 
 WIDER = "wider"
 RESAMPLES = 200
@@ -100,6 +109,23 @@ class SiteCost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LaterLook:
+    """What is left to gain when the plain model has learned for longer.
+
+    Attributes:
+        steps: Optimizer steps that it was trained for.
+        total: What all layers promise together then, in nats a sample.
+
+    Example:
+        >>> LaterLook(steps=600, total=0.005).total
+        0.005
+    """
+
+    steps: int
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeReport:
     """What a probe found.
 
@@ -115,6 +141,7 @@ class ProbeReport:
         not_judged: Features of which nothing can be said, and why.
         fit_rows: Rows that fit, at the first site.
         held_out_rows: Rows that judged.
+        later: What is left later; None where nobody looked again.
 
     Example:
         >>> report = ProbeReport(
@@ -149,6 +176,7 @@ class ProbeReport:
     not_judged: Mapping[str, str]
     fit_rows: int
     held_out_rows: int
+    later: LaterLook | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as what ``json.dumps`` takes."""
@@ -251,6 +279,37 @@ def conclude(
         not_judged=not_judged,
         fit_rows=evidence[0].fit_rows,
         held_out_rows=int(evidence[0].held_out.rows),
+    )
+
+
+def look_again(report: ProbeReport, later: ProbeReport, steps: int) -> ProbeReport:
+    """Hold what a probe has advised to another one, of the same model when it has learned more.
+
+    Features rank best early, when much is left to gain; but an early gain may be one that a plain
+    model soon learns by itself. So the views are the first report's, and they pay if the later one
+    says so, too.
+
+    Args:
+        report: Of the young model.
+        later: Of the older one.
+        steps: Optimizer steps that the older one was trained for.
+    """
+    total = later.layers[-1].total if later.layers else 0.0
+    if later.pays:
+        said = f"{report.verdict} It lasts: {total:.4f} nats are left after {steps} steps."
+    elif not report.pays:
+        said = report.verdict
+    else:
+        names = ", ".join(dict.fromkeys(layer.feature for layer in report.layers))
+        said = (
+            f"nothing decides for long: {names} promise {report.layers[-1].total:.4f} nats at "
+            f"first, which a plain model learns by itself, for after {steps} steps: {later.verdict}"
+        )
+    return replace(
+        report,
+        pays=report.pays and later.pays,
+        verdict=said,
+        later=LaterLook(steps=steps, total=total),
     )
 
 

@@ -1,0 +1,447 @@
+"""Can routers be better than random keys? Starts from a plain model's gradients, compared.
+
+    python -m benchmarks.experiments.routers run --backbones din bst --seeds 0 1 2 3 4
+    python -m benchmarks.experiments.routers report
+
+A plain model trains for the first fifth of a pass over ``composed``; then experts join on its head,
+routed by the three features that decide, and both train to the end. The variants of a seed go on
+from the same plain model with the same rows, and differ in how keys and experts begin, or learn:
+
+    random keys     drawn, and never learn: what the others are compared with
+    learned keys    drawn, as a run has them
+    keys x 5, / 5   the same with another learning rate of the keys
+    spectral        learned keys; down-vectors begin as the right singular vectors of `Delta_e`
+    subspace        learned keys, drawn in the directions of their query along which the gradient
+                    of the map varies most
+    clustered       learned keys, fitted to the values of a query clustered by their mean gradient,
+                    shrunk by counts, in clusters of about equal loads
+    both            clustered and spectral
+
+Rows of the validation split give the gradients; nothing is trained on them.
+
+Shape legend:
+    N  rows     D  input width     O  output width     V  width of a view     L  layers
+    E  experts     R  rank     S  columns of a sketched gradient     C  distinct queries
+"""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn, Tensor
+from torch.nn import functional as F
+
+from benchmarks.experiments.report import difference, Line
+from benchmarks.experiments.runs import read, ROOT
+from benchmarks.experiments.worlds import evaluate, logits_of
+from benchmarks.harness import append, environment
+from torchrec_hilomoe.command_line import parse_run
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.data.loader import Loader
+from torchrec_hilomoe.data.synthetic import SyntheticSource
+from torchrec_hilomoe.hilomoe.fixed_routing import fix_random_routing
+from torchrec_hilomoe.hilomoe.inject import routers_of, sites_of
+from torchrec_hilomoe.hilomoe.probe.interactions import inverse_root
+from torchrec_hilomoe.hilomoe.router import SampleRouter
+from torchrec_hilomoe.models.build import build_task, inject_experts
+from torchrec_hilomoe.models.train_task import TrainTask
+
+RESULTS = ROOT / "benchmarks/results/routers.jsonl"
+ROUTE_BY = (("category",), ("hour",), ("category_history",))
+BATCH, STEPS, PLAIN_STEPS, HEARD = 1024, 750, 150, 60
+LEARNING_RATE, TABLE_LEARNING_RATE, DECAY_SHARE = 0.008, 0.4, 0.3
+TEST_ROWS = 131_072
+SKETCH = 64  # S
+SUBSPACE = 3  # directions
+SHRINK = 200.0  # rows by which a value's mean gradient is shrunk
+KEY_RATES = {"keys x 5": 5.0, "keys / 5": 0.2}
+VARIANTS = (
+    "random keys",
+    "learned keys",
+    *KEY_RATES,
+    "spectral",
+    "subspace",
+    "clustered",
+    "both",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard:
+    """Rows of a plain model: each site's inputs and gradients, and each layer's queries."""
+
+    x: dict[str, Tensor]  # (N, D)
+    delta: dict[str, Tensor]  # (N, O)
+    queries: list[Tensor]  # (N, V), a layer each
+
+
+def build(world: str, backbone: str, seed: int) -> tuple[TrainTask, object]:
+    """A plain model of the evidence's size, unsharded, and its configuration."""
+    config = parse_run(
+        [
+            f"--data.synthetic={world}",
+            f"--model.backbone={backbone}",
+            "--model.head=[64,32]",
+            "--model.hilomoe.route_by=null",
+            "--model.hilomoe.enabled=false",
+        ]
+    ).config
+    torch.manual_seed(seed)
+    schema = SyntheticSource(world=world, split="train", rows=1, seed=seed).schema  # pyright: ignore
+    return build_task(config.model, schema, torch.device("cpu")), config
+
+
+def optimizers_of(task: TrainTask, key_rate: float = 1.0) -> list[torch.optim.Optimizer]:
+    """Adagrad on the tables and Adam on the rest; keys at a rate of their own."""
+    keys = [p for name, p in task.named_parameters() if name.endswith("expert_keys")]
+    mine = {id(key) for key in keys}
+    rest = [p for p in task.model.backbone.parameters() if id(p) not in mine]
+    groups = [{"params": rest, "lr": LEARNING_RATE}]
+    groups += [{"params": keys, "lr": LEARNING_RATE * key_rate}] if keys else []
+    tables = task.model.sparse.parameters()
+    return [
+        torch.optim.Adagrad(tables, lr=TABLE_LEARNING_RATE, eps=1e-8),
+        torch.optim.Adam(groups, lr=LEARNING_RATE),
+    ]
+
+
+def train(
+    task: TrainTask,
+    optimizers: list[torch.optim.Optimizer],
+    batches: Iterator[CTRBatch],
+    first: int,
+    last: int,
+) -> None:
+    """Steps ``first`` to ``last`` of the pass, with the balance loss where there are experts."""
+    rates = [[group["lr"] for group in it.param_groups] for it in optimizers]
+    task.train()
+    for step, batch in zip(range(first, last), batches, strict=False):
+        decay = min(1.0, (1.0 - step / STEPS) / DECAY_SHARE)
+        for optimizer, own in zip(optimizers, rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, own, strict=True):
+                group["lr"] = rate * decay
+            optimizer.zero_grad()
+        loss, _ = task(batch)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for optimizer, own in zip(optimizers, rates, strict=True):
+        for group, rate in zip(optimizer.param_groups, own, strict=True):
+            group["lr"] = rate
+
+
+def listen(task: TrainTask, batches: Iterator[CTRBatch]) -> Heard:
+    """Pass rows forward and backward, and keep what sites and routers see; nothing learns."""
+    backbone = task.model.backbone
+    backbone.include_history_mean = True
+    names = [name for name, m in backbone.named_modules() if _is_site(name, m)]
+    x: dict[str, list[Tensor]] = {name: [] for name in names}
+    delta: dict[str, list[Tensor]] = {name: [] for name in names}
+    samples: list[Tensor] = []
+    hooks = [
+        backbone.sample.register_forward_hook(lambda _m, _i, out: samples.append(out.detach()))
+    ]
+    for name in names:
+        module = backbone.get_submodule(name)
+        hooks.append(
+            module.register_forward_hook(lambda _m, i, _o, n=name: x[n].append(i[0].detach()))
+        )
+        hooks.append(
+            module.register_full_backward_hook(
+                lambda _m, _i, out, n=name: delta[n].append(out[0].detach())
+            )
+        )
+    for batch in batches:
+        logits = logits_of(task.model, batch)
+        F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum").backward()
+        task.zero_grad()
+    for hook in hooks:
+        hook.remove()
+    columns, sample_NS = task.model.sparse.columns, torch.cat(samples)
+    queries = [
+        torch.cat(
+            [F.rms_norm(sample_NS[:, list(columns[n])], (len(columns[n]),)) for n in layer], dim=1
+        )
+        for layer in ROUTE_BY
+    ]
+    return Heard(
+        x={name: torch.cat(parts) for name, parts in x.items()},
+        delta={name: torch.cat(parts) for name, parts in delta.items()},
+        queries=queries,
+    )
+
+
+def _is_site(name: str, module: nn.Module) -> bool:
+    return name.startswith("head.hidden") and isinstance(module, nn.Linear)
+
+
+def sketched_gradient(heard: Heard, site: str, generator: torch.Generator) -> Tensor:
+    """``(N, S)``: each row's centred, whitened ``delta x^T``, projected at random."""
+    x_ND, delta_NO = heard.x[site].double(), heard.delta[site].double()
+    x_ND = (x_ND - x_ND.mean(dim=0)) @ inverse_root(torch.cov(x_ND.t()))
+    delta_NO = delta_NO - delta_NO.mean(dim=0)
+    delta_NO = delta_NO @ inverse_root(delta_NO.t() @ delta_NO / len(delta_NO))
+    left_OS = torch.randn(delta_NO.shape[1], SKETCH, generator=generator, dtype=torch.float64)
+    right_DS = torch.randn(x_ND.shape[1], SKETCH, generator=generator, dtype=torch.float64)
+    sketch_NS = (delta_NO @ left_OS) * (x_ND @ right_DS)
+    return sketch_NS - sketch_NS.mean(dim=0)
+
+
+def start_spectral(task: TrainTask, heard: Heard) -> None:
+    """Down-vectors of an expert: the right singular vectors of what its own rows ask for."""
+    (router,) = routers_of(task.model.backbone).values()
+    assert isinstance(router, SampleRouter)
+    keys = router.expert_keys.detach()
+    for name, site in sites_of(task.model.backbone).items():
+        x_ND, delta_NO = heard.x[name].double(), heard.delta[name].double()
+        right_DD = inverse_root(torch.cov(x_ND.t()))
+        left_OO = inverse_root(delta_NO.t() @ delta_NO / len(delta_NO))
+        norm = site.expert_in.detach().norm(dim=-1).mean()
+        for layer, query_NV in enumerate(heard.queries):
+            chosen_N = (query_NV @ keys[layer, :, : query_NV.shape[1]].t()).argmax(dim=1)
+            inside = []
+            for expert in range(keys.shape[1]):
+                own = chosen_N == expert
+                d, x = delta_NO[own], x_ND[own]
+                few = len(d) < 2
+                inside.append(torch.zeros(d.shape[1], x.shape[1]).double() if few else _cov(d, x))
+            share_E = torch.bincount(chosen_N, minlength=keys.shape[1]).double() / len(chosen_N)
+            inside_EOD = torch.stack(inside)
+            spread_EOD = inside_EOD - torch.einsum("e,eod->od", share_E, inside_EOD)
+            for expert, one_OD in enumerate(spread_EOD):
+                _, _, v = torch.linalg.svd(left_OO @ one_OD @ right_DD, full_matrices=False)
+                rank = site.config.rank
+                start_RD = (v[:rank] @ right_DD).float()
+                start_RD = F.normalize(start_RD, dim=1) * norm
+                with torch.no_grad():
+                    site.expert_in[layer, expert] = start_RD.view_as(site.expert_in[layer, expert])
+
+
+def _cov(d_NO: Tensor, x_ND: Tensor) -> Tensor:
+    return d_NO.t() @ x_ND / len(d_NO) - torch.outer(d_NO.mean(dim=0), x_ND.mean(dim=0))
+
+
+def start_keys(task: TrainTask, heard: Heard, kind: str, seed: int) -> None:
+    """Draw the keys in a subspace, or fit them to clusters, layer by layer."""
+    generator = torch.Generator().manual_seed(seed)
+    (router,) = routers_of(task.model.backbone).values()
+    assert isinstance(router, SampleRouter)
+    site = next(iter(heard.x))
+    gradient_NS = sketched_gradient(heard, site, generator)
+    for layer, query_NV in enumerate(heard.queries):
+        E, V = router.config.num_experts, query_NV.shape[1]
+        if kind == "subspace":
+            keys_EV = subspace_keys(query_NV.double(), gradient_NS, E, generator)
+        else:
+            keys_EV = clustered_keys(query_NV.double(), gradient_NS, E, generator)
+        scale = router.expert_keys[layer, :, :V].detach().norm(dim=1).mean()
+        keys_EV = keys_EV - keys_EV.mean(dim=0)
+        keys_EV = keys_EV * (scale / keys_EV.norm(dim=1).mean())
+        with torch.no_grad():
+            router.expert_keys[layer, :, :V] = keys_EV.float()
+
+
+def subspace_keys(
+    query_NV: Tensor, gradient_NS: Tensor, experts: int, generator: torch.Generator
+) -> Tensor:
+    """Random keys in the directions along which a linear fit of the gradient varies most."""
+    centred_NV = query_NV - query_NV.mean(dim=0)
+    whiten_VV = inverse_root(torch.cov(centred_NV.t()))
+    slope_SV = gradient_NS.t() @ centred_NV @ whiten_VV / len(query_NV)
+    _, _, v = torch.linalg.svd(slope_SV, full_matrices=False)
+    drawn = torch.randn(experts, SUBSPACE, generator=generator, dtype=torch.float64)
+    return drawn @ v[:SUBSPACE] @ whiten_VV
+
+
+def clustered_keys(
+    query_NV: Tensor, gradient_NS: Tensor, experts: int, generator: torch.Generator
+) -> Tensor:
+    """Keys of a linear classifier that tells clusters of queries apart."""
+    # A feature's values are its distinct queries; a history's mean has too many, so they are
+    # gathered around some that are drawn.
+    distinct_CV, value_N = torch.unique(query_NV.round(decimals=4), dim=0, return_inverse=True)
+    if len(distinct_CV) > 256:
+        drawn = torch.randperm(len(query_NV), generator=generator)[:256]
+        distinct_CV = query_NV[drawn]
+        value_N = (query_NV @ distinct_CV.t()).argmax(dim=1)
+    C = len(distinct_CV)
+    count_C = torch.bincount(value_N, minlength=C).double()
+    sum_CS = torch.zeros(C, gradient_NS.shape[1]).double().index_add_(0, value_N, gradient_NS)
+    point_CS = sum_CS / (count_C + SHRINK)[:, None]
+    cluster_C = balanced_clusters(point_CS, count_C, experts, generator)
+    keys_EV = nn.Parameter(torch.zeros(experts, query_NV.shape[1]).double())
+    optimizer = torch.optim.LBFGS([keys_EV], max_iter=50)
+    weight_C = count_C / count_C.sum()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        each_C = F.cross_entropy(distinct_CV.double() @ keys_EV.t(), cluster_C, reduction="none")
+        loss = (weight_C * each_C).sum() + 1e-3 * keys_EV.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return keys_EV.detach()
+
+
+def balanced_clusters(
+    point_CS: Tensor, count_C: Tensor, clusters: int, generator: torch.Generator
+) -> Tensor:
+    """k-means with a price for full clusters, raised until no load is twice its share."""
+    C = len(point_CS)
+    centre = point_CS[torch.randperm(C, generator=generator)[: min(clusters, C)]]
+    if len(centre) < clusters:
+        centre = torch.cat([centre, centre[: clusters - len(centre)]])
+    price = torch.zeros(clusters).double()
+    scale = point_CS.var(dim=0).sum()
+    own = torch.zeros(C, dtype=torch.int64)
+    for _ in range(100):
+        own = (torch.cdist(point_CS, centre).square() + price).argmin(dim=1)
+        load = torch.zeros(clusters).double().index_add_(0, own, count_C) / count_C.sum()
+        price += 0.3 * scale * (load - 1 / clusters) * clusters / 8
+        for cluster in range(clusters):
+            mine = own == cluster
+            if mine.any():
+                weight = count_C[mine][:, None]
+                centre[cluster] = (point_CS[mine] * weight).sum(dim=0) / weight.sum().clamp(min=1)
+    return own
+
+
+def run(backbone: str, seed: int, missing: list[str], world: str) -> Iterator[Line]:
+    """Train the plain prefix once, and go on from it with every variant that is missing."""
+    rows = STEPS * BATCH
+    plain, config = build(world, backbone, seed)
+    source = {
+        split: SyntheticSource(world=world, split=split, rows=count, seed=seed)  # pyright: ignore
+        for split, count in (("train", rows), ("valid", HEARD * BATCH), ("test", TEST_ROWS))
+    }
+    batches = iter(Loader(source["train"], batch_size=BATCH, seed=seed, epochs=1))
+    optimizers = optimizers_of(plain)
+    train(plain, optimizers, batches, 0, PLAIN_STEPS)
+    rest = list(batches)
+    valid = Loader(source["valid"], batch_size=BATCH, shuffle=False, epochs=1)
+    heard = listen(copy.deepcopy(plain), islice(iter(valid), HEARD))
+    for variant in missing:
+        task, states = copy.deepcopy(plain), [it.state_dict() for it in optimizers]
+        if variant != "plain":
+            experts = parse_run(
+                [
+                    "--model.hilomoe.rank=4",
+                    "--model.hilomoe.routing=sample",
+                    f"--model.hilomoe.route_by={[list(names) for names in ROUTE_BY]}",
+                ]
+            ).config.model.hilomoe
+            torch.manual_seed(seed + 1)
+            inject_experts(task, experts)
+        if variant in ("subspace", "clustered", "both"):
+            kind = "subspace" if variant == "subspace" else "clustered"
+            start_keys(task, heard, kind, seed)
+        if variant in ("spectral", "both"):
+            start_spectral(task, heard)
+        if variant == "random keys":
+            fix_random_routing(task.model.backbone, seed=seed + 1)
+        own = optimizers_of(task, KEY_RATES.get(variant, 1.0))
+        own[0].load_state_dict(states[0])
+        _load_adam(own[1], plain, task, optimizers[1])
+        train(task, own, iter(rest), PLAIN_STEPS, STEPS)
+        task.eval()
+        yield {
+            "data": world,
+            "backbone": backbone,
+            "variant": variant,
+            "seed": seed,
+            "auc": evaluate(task.model, source["test"]),
+            "largest_load": _largest_load(task, valid),
+        }
+
+
+def _load_adam(
+    own: torch.optim.Optimizer, plain: TrainTask, task: TrainTask, before: torch.optim.Optimizer
+) -> None:
+    """Let the parameters that were there go on with their moments."""
+    old = dict(plain.model.backbone.named_parameters())
+    for name, parameter in task.model.backbone.named_parameters():
+        was = old.get(name)
+        if was is not None and was in before.state:
+            own.state[parameter] = copy.deepcopy(before.state[was])
+
+
+@torch.no_grad()
+def _largest_load(task: TrainTask, rows: Loader) -> float | None:
+    """The largest share of rows that chose one expert of a layer."""
+    routers = routers_of(task.model.backbone)
+    if not routers:
+        return None
+    (router,) = routers.values()
+    largest = 0.0
+    for batch in islice(iter(rows), 4):
+        logits_of(task.model, batch)
+        assert isinstance(router, SampleRouter)
+        chosen_LN = router.routing().chosen_LkN[:, 0]
+        for layer in chosen_LN:
+            largest = max(largest, float(torch.bincount(layer).max()) / len(layer))
+    return round(largest, 3)
+
+
+def report(lines: list[Line]) -> None:
+    """A row a variant: test AUC less that of random keys of the same seed, in 1e-4."""
+    backbones = list(dict.fromkeys(line["backbone"] for line in lines))
+    print(f"| begins, or learns | {' | '.join(backbones)} | largest load |")
+    print("|---" * (2 + len(backbones)) + "|")
+    for variant in ("plain", *VARIANTS):
+        cells, loads = [], []
+        for backbone in backbones:
+            auc = {
+                (it["variant"], it["seed"]): it["auc"] for it in lines if it["backbone"] == backbone
+            }
+            paired = [
+                1e4 * (value - auc["random keys", seed])
+                for (name, seed), value in sorted(auc.items())
+                if name == variant and ("random keys", seed) in auc
+            ]
+            base = np.mean([value for (name, _), value in auc.items() if name == variant])
+            text = f"AUC {base:.4f}" if variant == "random keys" else difference(paired)
+            cells.append(text if paired else "")
+            loads += [
+                it["largest_load"]
+                for it in lines
+                if it["backbone"] == backbone and it["variant"] == variant and it["largest_load"]
+            ]
+        loads_text = f"{max(loads):.2f}" if loads else ""
+        print(f"| {variant} | {' | '.join(cells)} | {loads_text} |")
+
+
+def main() -> None:
+    """Run or report."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["run", "report"])
+    parser.add_argument("--world", default="composed", choices=["composed"])
+    parser.add_argument("--backbones", nargs="+", default=["din", "bst"], choices=["din", "bst"])
+    parser.add_argument("--variants", nargs="+", default=["plain", *VARIANTS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.action == "report":
+        report(read(args.out))
+        return
+    for seed in args.seeds:
+        for backbone in args.backbones:
+            done = {
+                line["variant"]
+                for line in read(args.out)
+                if (line["backbone"], line["seed"]) == (backbone, seed)
+            }
+            missing = [variant for variant in args.variants if variant not in done]
+            for line in run(backbone, seed, missing, args.world) if missing else ():
+                append(args.out, [{**line, **environment("cpu")}])
+                print(f"{backbone} seed {seed} {line['variant']:14s} {line['auc']:.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
