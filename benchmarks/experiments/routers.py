@@ -16,6 +16,8 @@ from the same plain model with the same rows, and differ in how keys and experts
     clustered       learned keys, fitted to the values of a query clustered by their mean gradient,
                     shrunk by counts, in clusters of about equal loads
     both            clustered and spectral
+    logits by id    in place of keys, a table of E numbers for each value of a feature, for a
+                    history the mean over its events; their direction gives the logits
 
 Rows of the validation split give the gradients; nothing is trained on them.
 
@@ -40,15 +42,17 @@ from benchmarks.experiments.report import difference, Line
 from benchmarks.experiments.runs import read, ROOT
 from benchmarks.experiments.worlds import evaluate, logits_of
 from benchmarks.harness import append, environment
+from torchrec_hilomoe.backbones.base import HookPoint
 from torchrec_hilomoe.command_line import parse_run
+from torchrec_hilomoe.config import InjectionConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.synthetic import SyntheticSource
-from torchrec_hilomoe.hilomoe.fixed_routing import fix_random_routing
-from torchrec_hilomoe.hilomoe.inject import routers_of, sites_of
+from torchrec_hilomoe.embeddings.features import ModelInputs
+from torchrec_hilomoe.hilomoe.inject import inject_shared_router, routers_of, sites_of
 from torchrec_hilomoe.hilomoe.probe.interactions import inverse_root
 from torchrec_hilomoe.hilomoe.router import SampleRouter
-from torchrec_hilomoe.models.build import build_task, inject_experts
+from torchrec_hilomoe.models.build import build_task, inject_experts, site_patterns
 from torchrec_hilomoe.models.train_task import TrainTask
 
 RESULTS = ROOT / "benchmarks/results/routers.jsonl"
@@ -59,15 +63,15 @@ TEST_ROWS = 131_072
 SKETCH = 64  # S
 SUBSPACE = 3  # directions
 SHRINK = 200.0  # rows by which a value's mean gradient is shrunk
-KEY_RATES = {"keys x 5": 5.0, "keys / 5": 0.2}
+KEY_RATES = {"random keys": 0.0, "keys x 5": 5.0, "keys / 5": 0.2}
 VARIANTS = (
-    "random keys",
-    "learned keys",
     *KEY_RATES,
+    "learned keys",
     "spectral",
     "subspace",
     "clustered",
     "both",
+    "logits by id",
 )
 
 
@@ -194,8 +198,7 @@ def sketched_gradient(heard: Heard, site: str, generator: torch.Generator) -> Te
 
 def start_spectral(task: TrainTask, heard: Heard) -> None:
     """Down-vectors of an expert: the right singular vectors of what its own rows ask for."""
-    (router,) = routers_of(task.model.backbone).values()
-    assert isinstance(router, SampleRouter)
+    router = router_of(task)
     keys = router.expert_keys.detach()
     for name, site in sites_of(task.model.backbone).items():
         x_ND, delta_NO = heard.x[name].double(), heard.delta[name].double()
@@ -229,8 +232,7 @@ def _cov(d_NO: Tensor, x_ND: Tensor) -> Tensor:
 def start_keys(task: TrainTask, heard: Heard, kind: str, seed: int) -> None:
     """Draw the keys in a subspace, or fit them to clusters, layer by layer."""
     generator = torch.Generator().manual_seed(seed)
-    (router,) = routers_of(task.model.backbone).values()
-    assert isinstance(router, SampleRouter)
+    router = router_of(task)
     site = next(iter(heard.x))
     gradient_NS = sketched_gradient(heard, site, generator)
     for layer, query_NV in enumerate(heard.queries):
@@ -312,6 +314,72 @@ def balanced_clusters(
     return own
 
 
+def router_of(task: TrainTask) -> SampleRouter:
+    """The one that all sites share."""
+    (router,) = routers_of(task.model.backbone).values()
+    assert isinstance(router, SampleRouter)
+    return router
+
+
+class LogitsById(HookPoint):
+    """Puts behind what is known of a row a table's numbers for its values, ``E`` a layer."""
+
+    def __init__(self, task: TrainTask, experts: int) -> None:
+        super().__init__()
+        tables = _tables_of(task)
+        self.fields = [names[0] for names in ROUTE_BY]
+        self.tables = nn.ModuleList(
+            nn.EmbeddingBag(tables[field], experts, mode="mean") for field in self.fields
+        )
+        self.batch: ModelInputs | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, width + L E)``."""
+        assert self.batch is not None
+        parts = [x]
+        for field, table in zip(self.fields, self.tables, strict=True):
+            pooled = set(self.batch.pooled.keys())
+            jagged = (self.batch.pooled if field in pooled else self.batch.unpooled)[field]
+            parts.append(table(jagged.values(), jagged.offsets()[:-1]))
+        return torch.cat(parts, dim=1)
+
+
+def _tables_of(task: TrainTask) -> dict[str, int]:
+    """Rows of each feature's table."""
+    sparse = task.model.sparse
+    configs = [
+        *(sparse.pooled.embedding_bag_configs() if sparse.pooled else ()),
+        *(sparse.unpooled.embedding_configs() if sparse.unpooled else ()),
+    ]
+    return {name: config.num_embeddings for config in configs for name in config.feature_names}
+
+
+def inject_logits_by_id(task: TrainTask, config: InjectionConfig) -> None:
+    """Experts whose router reads `LogitsById` through keys that stay the unit vectors."""
+    backbone, E = task.model.backbone, config.num_experts
+    backbone.include_history_mean = True
+    widths = task.model.sparse.widths
+    width = widths.candidate + widths.context + sum(it.event for it in widths.histories)
+    backbone.sample = LogitsById(task, E)
+    task.model.register_forward_pre_hook(
+        lambda _m, args: setattr(backbone.sample, "batch", args[0])
+    )
+    views = [(range(width + layer * E, width + (layer + 1) * E),) for layer in range(len(ROUTE_BY))]
+    inject_shared_router(
+        backbone,
+        config,
+        site_patterns(backbone, config),
+        "sample",
+        width + len(ROUTE_BY) * E,
+        tokens=backbone.tokens,
+        views=views,
+    )
+    router = router_of(task)
+    with torch.no_grad():
+        router.expert_keys.copy_(3.0 * torch.eye(E).expand_as(router.expert_keys))
+    router.expert_keys.requires_grad_(False)
+
+
 def run(backbone: str, seed: int, missing: list[str], world: str) -> Iterator[Line]:
     """Train the plain prefix once, and go on from it with every variant that is missing."""
     rows = STEPS * BATCH
@@ -337,14 +405,15 @@ def run(backbone: str, seed: int, missing: list[str], world: str) -> Iterator[Li
                 ]
             ).config.model.hilomoe
             torch.manual_seed(seed + 1)
-            inject_experts(task, experts)
+            if variant == "logits by id":
+                inject_logits_by_id(task, experts)
+            else:
+                inject_experts(task, experts)
         if variant in ("subspace", "clustered", "both"):
             kind = "subspace" if variant == "subspace" else "clustered"
             start_keys(task, heard, kind, seed)
         if variant in ("spectral", "both"):
             start_spectral(task, heard)
-        if variant == "random keys":
-            fix_random_routing(task.model.backbone, seed=seed + 1)
         own = optimizers_of(task, KEY_RATES.get(variant, 1.0))
         own[0].load_state_dict(states[0])
         _load_adam(own[1], plain, task, optimizers[1])
@@ -374,14 +443,11 @@ def _load_adam(
 @torch.no_grad()
 def _largest_load(task: TrainTask, rows: Loader) -> float | None:
     """The largest share of rows that chose one expert of a layer."""
-    routers = routers_of(task.model.backbone)
-    if not routers:
+    if not routers_of(task.model.backbone):
         return None
-    (router,) = routers.values()
-    largest = 0.0
+    router, largest = router_of(task), 0.0
     for batch in islice(iter(rows), 4):
         logits_of(task.model, batch)
-        assert isinstance(router, SampleRouter)
         chosen_LN = router.routing().chosen_LkN[:, 0]
         for layer in chosen_LN:
             largest = max(largest, float(torch.bincount(layer).max()) / len(layer))
