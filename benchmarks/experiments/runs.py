@@ -122,6 +122,7 @@ def train(
         "best_auc": summary["best_auc"],
         "flops": summary["flops"]["total"],
         "parameters": summary["parameters"]["total"] - summary["parameters"]["tables"],
+        "routing": _routing(folder / "routing.jsonl"),
         "output_ratio": _output_ratio(last, folder, case) if output_ratio else None,
         "samples_per_second": summary["samples_per_second"],
         "seconds": round(time.perf_counter() - start, 1),
@@ -173,6 +174,21 @@ def _options(case: Case, data: Data, prepared: str | None) -> dict[str, str]:
 def read(path: Path) -> list[Line]:
     """The lines that are there."""
     return read_lines(path) if path.exists() else []
+
+
+def _routing(file: Path) -> dict[str, float] | None:
+    """Of the last logged steps: the mean entropy of layers, and starved experts of all of them.
+
+    An expert is starved that gets less than a tenth of its even share.
+    """
+    if not file.exists() or not (lines := read_lines(file)):
+        return None
+    last = [line for line in lines if line["step"] == lines[-1]["step"]]
+    starved = [share < 0.1 / len(line["load"]) for line in last for share in line["load"]]
+    return {
+        "entropy": sum(line["entropy"] for line in last) / len(last),
+        "starved": sum(starved),
+    }
 
 
 def _output_ratio(checkpoint: str, folder: Path, case: Case) -> float | None:
