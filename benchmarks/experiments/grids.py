@@ -4,10 +4,10 @@
     python -m benchmarks.experiments.grids report --plot grids.png
 
 One option at a time leaves its default (``model.hilomoe`` of a recipe: balance weight .01, no
-gradient stopped, 3 layers of 8 experts of rank 4; ``train.decay`` cosine after a warm-up). ``age``
-adds experts to a plain model that was trained for a share of its steps, and trains both on, for as
-many steps as a whole run has. Every value shares seeds, rows and order with the default and with
-the plain model. Choose by validation AUC; the test AUC is beside it.
+gradient stopped, 3 layers of 8 experts of rank 4; ``train.decay`` cosine after a warm-up; experts
+join a backbone that was trained for a tenth of the steps, or a fifth on real data). Every value
+shares seeds, rows and order with the default and with the plain model. Choose by validation AUC;
+the test AUC is beside it.
 """
 
 import argparse
@@ -27,8 +27,6 @@ from benchmarks.harness import append, environment
 RESULTS = ROOT / "benchmarks/results/grids.jsonl"
 BY_FEATURE = "head rank 4, by feature"
 DEFAULT, PLAIN = "default", "plain"
-# What a learning rate falls by in steps: to a hundredth, over the last half of a run.
-STEP_DECAY = "{{kind: step, every: {every}, factor: 0.1}}"
 
 AXES: dict[str, dict[str, dict[str, str]]] = {
     "balance weight": {
@@ -42,6 +40,7 @@ AXES: dict[str, dict[str, dict[str, str]]] = {
         "linear": {"train.decay.kind": "linear"},
         "step": {"train.decay.kind": "step", "train.decay.every": "300"},
     },
+    "backbone's age": {value: {"train.backbone_share": value} for value in ("0.0", "0.5", "0.9")},
     "layers": {value: {"model.hilomoe.num_layers": value} for value in ("1", "4", "6", "8")},
     "rank": {value: {"model.hilomoe.rank": value} for value in ("1", "8")},
     "experts": {value: {"model.hilomoe.num_experts": value} for value in ("4", "16")},
@@ -91,9 +90,8 @@ def _views(data: str, options: dict[str, str]) -> dict[str, str]:
         return {}
     named = DATA[data].route_by.strip("[]").split("], [")
     layers = int(options["model.hilomoe.num_layers"])
-    return {
-        "model.hilomoe.route_by": f"[{', '.join(f'[{named[i % len(named)]}]' for i in range(layers))}]"
-    }
+    views = ", ".join(f"[{named[layer % len(named)]}]" for layer in range(layers))
+    return {"model.hilomoe.route_by": f"[{views}]"}
 
 
 def run_missing(wanted: list[Cell], args: argparse.Namespace) -> None:
@@ -110,8 +108,8 @@ def run_missing(wanted: list[Cell], args: argparse.Namespace) -> None:
         for line in pool.map(run, missing):
             append(args.out, [{**line, **stamp}])
             print(
-                f"{line['data']:9s} {line['backbone']:4s} {line['axis']:15s} {line['value']:9s} seed "
-                f"{line['seed']} valid {line['valid']['auc']:.5f} test {line['test']['auc']:.5f}",
+                f"{line['data']:9s} {line['backbone']:4s} {line['axis']:15s} {line['value']:9s} "
+                f"seed {line['seed']} valid {line['valid']['auc']:.5f} test {line['test']['auc']:.5f}",
                 flush=True,
             )
 
@@ -133,9 +131,11 @@ def report(lines: list[Line]) -> None:
     for data, backbone in dict.fromkeys((it["data"], it["backbone"]) for it in lines):
         own = [it for it in lines if (it["data"], it["backbone"]) == (data, backbone)]
         print(f"\n### {data}, {backbone}\n")
-        print("| option | value | valid, to the default | test, to the default | test, to plain ")
-        print("|   | entropy | starved experts |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            "| option | value | valid, to the default | test, to the default | test, to plain "
+            "| entropy | starved experts |"
+        )
+        print("|---" * 7 + "|")
         for axis, value in dict.fromkeys((it["axis"], it["value"]) for it in own):
             same = [it for it in own if (it["axis"], it["value"]) == (axis, value)]
             rows = [
@@ -161,13 +161,8 @@ def draw(lines: list[Line], picture: Path) -> None:
     places = list(dict.fromkeys((it["data"], it["backbone"]) for it in lines))
     columns = 3
     rows = -(-len(axes_) // columns)
-    figure, panels = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.2 * columns, 2.8 * rows + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (3.2 * columns, 2.8 * rows + 0.6)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for panel, axis in zip(panels.flat, axes_, strict=False):
         values = [DEFAULT, *AXES[axis]]
         for at, (data, backbone) in enumerate(places):
