@@ -107,11 +107,9 @@ def run_missing(wanted: list[Cell], args: argparse.Namespace) -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         for line in pool.map(run, missing):
             append(args.out, [{**line, **stamp}])
-            print(
-                f"{line['data']:9s} {line['backbone']:4s} {line['axis']:15s} {line['value']:9s} "
-                f"seed {line['seed']} valid {line['valid']['auc']:.5f} test {line['test']['auc']:.5f}",
-                flush=True,
-            )
+            auc = [f"{split} {line[split]['auc']:.5f}" for split in ("valid", "test")]
+            where = f"{line['data']} {line['backbone']}, {line['axis']} {line['value']}"
+            print(f"{where}, seed {line['seed']}: {', '.join(auc)}", flush=True)
 
 
 def paired(lines: list[Line], line: Line, split: str, against: str) -> float | None:
