@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiments.evidence tune --data composed --backbones din bst
     python -m benchmarks.experiments.evidence run --data composed --backbones din bst --seeds 0 1 2
+    python -m benchmarks.experiments.evidence probe --data composed --backbones din bst --seeds 0 1 2
     python -m benchmarks.experiments.evidence report --plot evidence.png
 
 A run is ``apps/train.py`` in a process of its own, and one line in the results file. What is there
@@ -338,10 +339,10 @@ def run_missing(cases: Iterable[Case], args: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    """Tune, run or report."""
+    """Tune, run, probe or report."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["tune", "run", "report"])
+    parser.add_argument("action", choices=["tune", "run", "probe", "report"])
     parser.add_argument("--data", nargs="+", choices=DATA, default=["composed"])
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["din", "bst"])
     parser.add_argument("--variants", nargs="+", help="by default all of them")
@@ -397,6 +398,10 @@ def main() -> None:
                 draw(lines, args.plot)
     elif args.action == "run":
         run_missing(grid(read(args.out), args), args)
+    elif args.action == "probe":
+        args.variants = [PROBED_VARIANT]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda case: probe_one(case, args), grid(read(args.out), args)))
     else:
         given = dict(option.split("=", 1) for option in args.options)
         for data, backbone in product(args.data, args.backbones):
