@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.evidence tune --data composed --backbones din bst
     python -m benchmarks.experiments.evidence run --data composed --backbones din bst --seeds 0 1 2
-    python -m benchmarks.experiments.evidence probe --data composed --backbones din bst --seeds 0 1 2
+    python -m benchmarks.experiments.evidence probe --data composed --backbones din --seeds 0 1 2
     python -m benchmarks.experiments.evidence report --plot evidence.png
 
 A run is ``apps/train.py`` in a process of its own, and one line in the results file. What is there
