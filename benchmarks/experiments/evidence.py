@@ -102,6 +102,17 @@ DATA = {
         name: Data(recipe=recipe, head=(256, 128), route_by=route_by, prepared=True, tuned_on=name)
         for name, (recipe, route_by) in PREPARED.items()
     },
+    # Thinned by `streams`: few clicks, and an hour that hardly varies.
+    **{
+        f"composed-{stream}": Data(
+            recipe="bst-synthetic",
+            head=(64, 32),
+            route_by=WORLD_ROUTES["composed"],
+            prepared=True,
+            tuned_on="composed",
+        )
+        for stream in ("rare", "skewed")
+    },
     # MovieLens with frozen vectors of its movies: of their titles, and drawn at random.
     **{
         f"ml-1m-{vectors}": Data(
