@@ -34,6 +34,7 @@ from threading import Lock
 from benchmarks.experiments.report import compare, compare_data, Line, report
 from benchmarks.experiments.runs import Case, Data, probe, read, ROOT, train, TUNING_SEED
 from benchmarks.harness import append, environment
+from torchrec_hilomoe.hilomoe.probe.advice import LASTING_GAIN
 
 RESULTS = ROOT / "benchmarks/results/evidence.jsonl"
 PROBES = ROOT / "benchmarks/results/probes.jsonl"
@@ -255,11 +256,17 @@ def chosen(lines: list[Line], data: str, backbone: str, variant: str) -> dict[st
     }
 
 
+def advised(found: Line) -> bool:
+    """Whether experts are advised by what a probe found; its own word, under today's line."""
+    later = found.get("later")
+    return found["pays"] and (later is None or later["total"] >= LASTING_GAIN)
+
+
 def with_auto(lines: Sequence[Line], probes: Sequence[Line]) -> list[Line]:
     """The lines, and those of what ``route_by: auto`` ends with, each a copy of the run it is."""
     ends = {
-        (line["data"], line["backbone"], line["seed"], PROBED_VARIANT if line["pays"] else "plain")
-        for line in probes
+        (it["data"], it["backbone"], it["seed"], PROBED_VARIANT if advised(it) else "plain")
+        for it in probes
     }
     return [
         *lines,

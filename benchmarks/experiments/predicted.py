@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-from benchmarks.experiments.evidence import PROBED_VARIANT, PROBES, RESULTS
+from benchmarks.experiments.evidence import advised, PROBED_VARIANT, PROBES, RESULTS
 from benchmarks.experiments.report import BASE, grouped, Line
 from benchmarks.experiments.runs import read
 from torchrec_hilomoe.hilomoe.probe.advice import PAYING_GAIN
@@ -69,7 +69,7 @@ def points_of(lines: Sequence[Line], probes: Sequence[Line]) -> list[Point]:
                 backbone=probe["backbone"],
                 seed=probe["seed"],
                 features=tuple(dict.fromkeys(found["name"] for found in probe["features"])),
-                pays=probe["pays"],
+                pays=advised(probe),
                 predicted=1e4 * sum(layer["gain"] for layer in probe["layers"]),
                 auc=1e4 * (experts["auc"] - plain["auc"]),
                 logloss=1e4 * (experts["logloss"] - plain["logloss"]),

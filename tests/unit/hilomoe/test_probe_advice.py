@@ -132,9 +132,16 @@ def test_what_pays_early_is_held_to_what_is_left_later():
     assert lasting.later == LaterLook(steps=600, total=0.005)
     assert lasting.verdict == f"{early.verdict} It lasts: 0.0050 nats are left after 600 steps."
     assert lasting.layers == early.layers
+    little = look_again(early, report_of(0.0049, pays=True, verdict="it pays"), 600)
+    assert not little.pays
+    assert "and 0.0049 after 600 steps, of which 0.005 are the least that pays" in little.verdict
     gone = look_again(early, report_of(0.001, pays=False, verdict="nothing decides."), 600)
     assert not gone.pays
     assert gone.verdict.startswith("nothing decides for long: hour promise 0.0200 nats at first")
-    assert gone.verdict.endswith("after 600 steps: nothing decides.")
+    assert gone.verdict.endswith("a plain model learns the rest by itself.")
+    unsure = report_of(0.02, pays=False, verdict="cannot tell yet: too few rows.")
+    told = look_again(early, unsure, 600)
+    assert not told.pays
+    assert told.verdict.endswith("After 600 steps: cannot tell yet: too few rows.")
     never = report_of(0.001, pays=False, verdict="nothing decides.")
     assert look_again(never, lasting, 600).pays is False

@@ -17,6 +17,7 @@ from torchrec_hilomoe.hilomoe.execution import gathering_pays
 from torchrec_hilomoe.hilomoe.probe.advice import (
     advise,
     Findings,
+    LASTING_GAIN,
     PAIRED_GAIN,
     PAYING_GAIN,
     PlainModel,
@@ -286,8 +287,8 @@ def look_again(report: ProbeReport, later: ProbeReport, steps: int) -> ProbeRepo
     """Hold what a probe has advised to another one, of the same model when it has learned more.
 
     Features rank best early, when much is left to gain; but an early gain may be one that a plain
-    model soon learns by itself. So the views are the first report's, and they pay if the later one
-    says so, too.
+    model soon learns by itself. So the views are the first report's, and they pay if enough of it
+    is left in the later one.
 
     Args:
         report: Of the young model.
@@ -295,19 +296,22 @@ def look_again(report: ProbeReport, later: ProbeReport, steps: int) -> ProbeRepo
         steps: Optimizer steps that the older one was trained for.
     """
     total = later.layers[-1].total if later.layers else 0.0
-    if later.pays:
-        said = f"{report.verdict} It lasts: {total:.4f} nats are left after {steps} steps."
-    elif not report.pays:
-        said = report.verdict
-    else:
+    pays = report.pays and later.pays and total >= LASTING_GAIN
+    said = report.verdict
+    if pays:
+        said += f" It lasts: {total:.4f} nats are left after {steps} steps."
+    elif report.pays:
         names = ", ".join(dict.fromkeys(layer.feature for layer in report.layers))
         said = (
             f"nothing decides for long: {names} promise {report.layers[-1].total:.4f} nats at "
-            f"first, which a plain model learns by itself, for after {steps} steps: {later.verdict}"
+            f"first, and {total:.4f} after {steps} steps, of which {LASTING_GAIN:g} are the least "
+            "that pays: a plain model learns the rest by itself."
         )
+        if not later.pays and not later.verdict.startswith("nothing"):
+            said += f" After {steps} steps: {later.verdict}"
     return replace(
         report,
-        pays=report.pays and later.pays,
+        pays=pays,
         verdict=said,
         later=LaterLook(steps=steps, total=total),
     )
