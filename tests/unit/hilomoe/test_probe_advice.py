@@ -65,7 +65,7 @@ def test_a_model_that_has_not_learned_promises_nothing(plain, why):
     assert advice.verdict.startswith("cannot tell yet: ")
     assert why in advice.verdict
     assert advice.verdict.endswith(
-        "Train it longer (--steps), or probe a checkpoint of a longer run (--checkpoint)."
+        "Probe one of more steps (apps/probe.py: --steps, or --checkpoint of a longer run)."
     )
 
 
@@ -77,7 +77,9 @@ def test_too_few_rows_are_neither_a_yes_nor_a_no():
     assert "probe_steps" in advised(0.01, filled=3, wider=None).verdict
     advice = advised(random=0.002)
     assert advice.verdict.startswith("cannot tell yet: the 4,096 held-out rows are too few: random")
-    assert advice.verdict.endswith("Judge by more rows (--judge_batches, --data.eval_rows).")
+    assert advice.verdict.endswith(
+        "Judge by more rows (--data.eval_rows; of apps/probe.py: --judge_batches)."
+    )
     assert advised(0.01, random=0.002).pays
 
 
