@@ -114,7 +114,19 @@ def test_a_checkpoint_of_a_warm_up_is_as_good_as_a_plain_one_and_others_are_refu
         pytest.param(["--stepz", "3"], r"there is no option --stepz", marks=pytest.mark.slow),
         (["--checkpoint", "{plain}", "--config", "din-movielens"], r"Drop one of them"),
         pytest.param(["--checkpoint", "nowhere"], r"nowhere", marks=pytest.mark.slow),
-        ([*SMALL, *BRIEF, "--data.eval_rows=64"], r"saw 64 held-out rows.*need 256"),
+        (
+            [*SMALL, *BRIEF, "--data.eval_rows=64"],
+            r"probe: 64 rows of the validation split judge.*need 256",
+        ),
+        (
+            [*SMALL, *BRIEF, "--data.eval_rows=64", "--steps=300000", "--train.max_steps=300000"],
+            r"64 rows of the validation split judge.*data.eval_rows",
+        ),
+        (
+            [*SMALL, *BRIEF, "--fit_batches=1"],
+            r"64 training rows fit, but 8 experts need 256: 32 each.*--fit_batches",
+        ),
+        ([*SMALL, *BRIEF, "--model.hilomoe.num_experts=1"], r"num_experts is 1.*to 2 or more"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )

@@ -1,6 +1,7 @@
 """``model.hilomoe.probe_first``: a plain model is probed aside, and its run begins with experts."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -130,3 +131,57 @@ def test_nothing_is_gathered_in_steps_that_are_asked_for(deciding, tmp_path):
     (ended,) = run_app(f"--out_dir={tmp_path}", *FIRST, asked, f"--data.path={deciding}")
     assert ended.code == 2
     assert "probe_first is true and probe_steps is 8" in ended.shown
+
+
+def test_a_plain_model_that_breaks_is_not_probed(deciding, tmp_path):
+    broken = (*FIRST, f"--data.path={deciding}", "--train.learning_rate=1e30")
+    (ended,) = run_app(f"--out_dir={tmp_path}", *broken)
+    code, shown = use("probe", *SMALL, *broken)
+    for found, said in ((ended.code, ended.shown), (code, shown)):
+        assert found == 1, said
+        assert "error: the plain model that is probed broke: after step 40" in said
+        assert "Lower train.learning_rate" in said
+
+
+def test_the_plain_model_follows_the_stages_that_it_can(deciding, tmp_path):
+    stages = [
+        {"name": "experts", "steps": 5, "train_backbone": False, "train_tables": False},
+        {"name": "tables", "steps": 5, "train_backbone": False},
+        {"name": "all"},
+    ]
+    data = f"--data.path={deciding}"
+    train(tmp_path, *FIRST, f"--train.stages={json.dumps(stages)}", data, "--train.max_steps=12")
+    assert decision_of(tmp_path, 12) is not None
+
+
+def test_a_checkpoint_with_experts_is_not_what_is_probed(probed, deciding, tmp_path):
+    began = f"--init_from={probed / 'checkpoints' / 'step_40'}"
+    (ended,) = run_app(f"--out_dir={tmp_path}", *FIRST, f"--data.path={deciding}", began)
+    assert ended.code == 2
+    assert "probed first" in ended.shown
+    assert "trained aside" not in ended.shown
+    assert re.search(
+        "probe: --init_from .*in which experts compute.*leave --init_from", ended.shown
+    )
+
+
+def test_a_run_that_listens_does_not_go_on_as_one_that_probes_first(deciding, tmp_path):
+    data = f"--data.path={deciding}"
+    listens = [option for option in FIRST if "probe_first" not in option]
+    train(tmp_path / "on", *listens, data, "--checkpoint.every_steps=4")
+    again = tmp_path / "again" / "checkpoints" / "step_4"
+    shutil.copytree(tmp_path / "on" / "checkpoints" / "step_4", again)
+    (ended,) = run_app(f"--out_dir={tmp_path / 'again'}", *FIRST, data)
+    assert ended.code == 2
+    assert "has not found its features before its first step" in ended.shown
+    assert "--model.hilomoe.probe_first false" in ended.shown
+
+
+def test_the_plain_model_is_not_compiled(deciding, monkeypatch):
+    def refuse(self, *args, **options):
+        raise AssertionError("hooks would not be heard, and the run's own graphs would be too many")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", refuse)
+    brief = ("--steps=4", "--later_steps=4", "--train.compile=true")
+    code, shown = use("probe", *SMALL, *FIRST, f"--data.path={deciding}", *brief)
+    assert code == 0, shown

@@ -22,6 +22,7 @@ from torchrec_hilomoe.runtime.console import print_result, set_up_console
 from torchrec_hilomoe.runtime.distributed import init_distributed, PeerLostError, pg_timeout
 from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
 from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.non_finite import NonFiniteError
 from torchrec_hilomoe.training.probing import probe_run, ProbeOptions, route_flags
 
 
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ProbeOptions, RunCon
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return 0, 2 when the user must mend something, or 1 when another rank is lost."""
+    """Return 0, 2 when the user must mend something, or 1 when a rank or the model is lost."""
     rank = int(os.environ.get("RANK", "0"))
     set_up_console(rank)
     try:
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
                 write_text(asked.json, json.dumps(report.to_json(), indent=2) + "\n")
             if asked.plot:
                 draw_probe(report, asked.plot)
-    except (ValueError, ImportError, OSError, PeerLostError) as error:
+    except (ValueError, ImportError, OSError, NonFiniteError, PeerLostError) as error:
         print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, PeerLostError) else 2
+        return 1 if isinstance(error, NonFiniteError | PeerLostError) else 2
     return 0

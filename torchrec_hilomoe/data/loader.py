@@ -134,6 +134,11 @@ class Loader:
             )
 
     @property
+    def rows(self) -> int:
+        """Rows of the split, over all ranks; bad ones among them."""
+        return sum(self._source.block_rows)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches of a whole epoch, the same on every rank."""
         return -(-self._epoch(0).longest_shard // self._rows_per_shard)

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -30,7 +30,8 @@ from torchrec_hilomoe.models.train_task import TaskOutput
 from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
-from torchrec_hilomoe.training.auto_routing import decided_model
+from torchrec_hilomoe.training.auto_routing import decided_model, ROWS_OF_A_BUCKET
+from torchrec_hilomoe.training.checkpoint.state import flatten
 from torchrec_hilomoe.training.inputs import (
     loader_of,
     pipelining_of,
@@ -39,9 +40,10 @@ from torchrec_hilomoe.training.inputs import (
     timeline_of,
 )
 from torchrec_hilomoe.training.listening import probe_of, run_unchanged
+from torchrec_hilomoe.training.non_finite import any_rank, find_non_finite, listed, NonFiniteError
 from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
-from torchrec_hilomoe.training.stages import StageTimeline
-from torchrec_hilomoe.training.stages.staging import enter_stage
+from torchrec_hilomoe.training.stages import Stage, StageTimeline
+from torchrec_hilomoe.training.stages.staging import check_stages, enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
 __all__ = ["ProbeOptions", "probe_run", "route_flags"]
@@ -53,6 +55,7 @@ NOT_OF_PLAIN = (
     *("model.*.expert_in", "model.*.expert_out", "model.*.expert_keys", "model.*.query_proj"),
     *("optimizer.*", "loss_scale.*"),
 )
+LISTENING = Stage(name="probe", active_layers=0)  # every map has gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,7 @@ def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedCont
 
     Raises:
         ValueError: If the configuration, the data or the checkpoint does not fit.
+        NonFiniteError: If the plain model breaks in training.
     """
     schema = schema_of(config)
     experts = config.model.hilomoe
@@ -106,9 +110,18 @@ def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedCont
     probe, again = (
         probe_of(task, experts, draws=options.draws, seed=config.seed) for _ in range(2)
     )
-    assembly = assemble(plain, task, context)
+    assembly = assemble(plain, task, context, decided=False)
     loader = loader_of(plain, "train", context.world)
+    rows = {
+        "fit_batches": options.fit_batches * config.train.batch_size,
+        "judge_batches": min(
+            loader_of(plain, "valid", context.world).rows,
+            options.judge_batches * config.train.batch_size,
+        ),
+    }
+    _check_rows(rows, experts.num_experts)
     timeline = timeline_of(plain, loader.steps_per_epoch)
+    timeline.leave_out_experts()
     steps, later = (min(it, timeline.total_steps) for it in (options.steps, options.later_steps))
     with closing(iter(loader)) as batches:
 
@@ -123,6 +136,7 @@ def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedCont
         if options.checkpoint is not None:
             steps = _load(options.checkpoint, config, assembly)
             return look(probe, assembly.model, steps)
+        check_stages(task, (span.stage for span in timeline.spans))
         model = _train(plain, assembly, assembly.model, batches, timeline, range(steps))
         report = look(probe, model, steps)
         if not report.pays or later <= steps:
@@ -139,6 +153,21 @@ def route_flags(config: RunConfig, report: ProbeReport) -> str:
     return " ".join(flags)
 
 
+def _check_rows(rows: Mapping[str, int], num_experts: int) -> None:
+    """Refuse, before anything is trained, rows that cannot tell of so many experts."""
+    least = ROWS_OF_A_BUCKET * num_experts
+    for option, found in rows.items():
+        if found < least:
+            what, more = ("training rows fit", "train.batch_size")
+            if option == "judge_batches":
+                what, more = ("rows of the validation split judge", "data.eval_rows")
+            raise ValueError(
+                f"probe: {found:,} {what}, but {num_experts} experts need {least:,}: "
+                f"{ROWS_OF_A_BUCKET} each. Give more rows ({more}; of apps/probe.py: "
+                f"--{option}), or lower model.hilomoe.num_experts."
+            )
+
+
 def _train(
     config: RunConfig,
     assembly: Assembly,
@@ -148,39 +177,57 @@ def _train(
     steps: range,
 ) -> DistributedModelParallel:
     """Train for some steps as a run does, and return the model in its wrapper."""
-    span, optimizers = timeline.spans[0], assembly.optimizers
-    model = enter_stage(model, span.stage)
-    optimizers.enter(span.stage)
-    pipeline = Pipeline(
-        model,
-        optimizers.stage_optimizer,
-        model.device,
-        pipelining_of(config, schema_of(config)),
-    )
-    ahead = islice(batches, len(steps))
-    for step in steps:
-        optimizers.set_rates(span, step, timeline.decay(step))
-        output = pipeline.step(ahead)
-    pipeline.detach()
+    optimizers, options = assembly.optimizers, pipelining_of(config, schema_of(config))
+    loss = math.nan
+    for span in timeline.spans:
+        inside = range(max(span.start, steps.start), min(span.stop, steps.stop))
+        if not inside:
+            continue
+        model = enter_stage(model, span.stage)
+        optimizers.enter(span.stage)
+        pipeline = Pipeline(model, optimizers.stage_optimizer, model.device, options)
+        ahead = islice(batches, len(inside))
+        for step in inside:
+            optimizers.set_rates(span, step, timeline.decay(step))
+            loss = pipeline.step(ahead).loss
+        pipeline.detach()
+    _check_finite(float(loss), assembly, steps.stop)
     logger.info(
         "trained a plain model for %d of %d steps, loss %.4f",
         steps.stop,
         timeline.total_steps,
-        output.loss,
+        loss,
     )
-    return model
+    return enter_stage(model, LISTENING)
+
+
+def _check_finite(loss: float, assembly: Assembly, step: int) -> None:
+    """Refuse to probe a model that is broken; a collective call.
+
+    Raises:
+        NonFiniteError: The same on every rank.
+    """
+    state = training_state(assembly.model, assembly.optimizers)
+    names = find_non_finite(flatten(state))
+    if names or any_rank([] if math.isfinite(loss) else ["the loss"]):
+        what = f"{listed(names)} hold values that are no numbers" if names else f"loss is {loss}"
+        raise NonFiniteError(
+            f"the plain model that is probed broke: after step {step} {what}. Lower "
+            "train.learning_rate or train.table_learning_rate, or set train.max_grad_norm."
+        )
 
 
 def _load(path: str, config: RunConfig, assembly: Assembly) -> int:
     """Load a checkpoint, and return the steps that it was trained for."""
+    option = "--init_from" if path == config.init_from else "--checkpoint"
     saved = checkpoint.open(path.rstrip("/"))
     own = parse_saved(saved.document("config.yaml"), [], where=f"{saved.path}/config.yaml").config
     stage, decided = saved.progress.stage, decided_model(own.model, saved.progress.decision)
     if decided.hilomoe.enabled and schedule_of(own).named(stage).active_layers != 0:
         raise ValueError(
-            f"probe: --checkpoint {path} is of stage {stage!r}, in which experts compute, and the "
+            f"probe: {option} {path} is of stage {stage!r}, in which experts compute, and the "
             "probe asks what a model without them cannot express. Give a checkpoint of a plain run "
-            "(--model.hilomoe null) or of stage backbone_warmup, or let the probe train one."
+            f"(--model.hilomoe null) or of stage backbone_warmup, or leave {option} out."
         )
     saved.check_schema(schema_of(config))
     state = training_state(assembly.model, assembly.optimizers)

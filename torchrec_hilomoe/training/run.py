@@ -137,7 +137,10 @@ def _run_in(
         window = window_of(config, timeline, loader.steps_per_epoch)
         _refuse_undecided(progress, window)
         if window.aside and decision is None:
-            logger.info("route_by auto: a plain model is trained aside and probed first")
+            aside = (
+                "trained aside" if config.init_from is None else f"taken from {config.init_from}"
+            )
+            logger.info("route_by auto: a plain model is %s and probed first", aside)
             report = probe_run(config, ProbeOptions(checkpoint=config.init_from), context)
             decision = decision_of(report, step=0)
         torch.manual_seed(config.seed)
@@ -350,7 +353,15 @@ def _refuse_to_go_back(step: int, folder: str) -> None:
 
 def _refuse_undecided(progress: checkpoint.Progress | None, window: Window) -> None:
     """Refuse to go on with a run in which experts were there before anything was found."""
-    if progress is not None and progress.decision is None and progress.step > window.stop:
+    if progress is None or progress.decision is not None:
+        return
+    if window.aside and progress.step > 0:
+        raise ValueError(
+            f"model.hilomoe.route_by is auto, but the checkpoint of step {progress.step} is of a "
+            "run that has not found its features before its first step, as this one would. Go on "
+            "with --model.hilomoe.probe_first false, as it began, or give another --out_dir."
+        )
+    if progress.step > window.stop:
         raise ValueError(
             f"model.hilomoe.route_by is auto, but the checkpoint is of step {progress.step}, after "
             f"experts began at step {window.stop}, and says of no features that were found. Give "

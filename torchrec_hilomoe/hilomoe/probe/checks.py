@@ -7,7 +7,16 @@ from torch import nn
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.selectors import matcher, Selector, shown
 
-__all__ = ["check_columns", "check_features", "match_sites"]
+__all__ = ["check_columns", "check_experts", "check_features", "match_sites"]
+
+
+def check_experts(num_experts: int) -> None:
+    """Refuse experts among which there is nothing to choose."""
+    if num_experts < 2:
+        raise ValueError(
+            f"InteractionProbe: num_experts is {num_experts}, so that no feature can part rows. "
+            "Raise num_experts (model.hilomoe.num_experts) to 2 or more, or probe nothing."
+        )
 
 
 def check_features(features: Mapping[str, range]) -> None:

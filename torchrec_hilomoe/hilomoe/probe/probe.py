@@ -26,7 +26,12 @@ from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.module_names import check_module
 from torchrec_hilomoe.hilomoe.probe.advice import PlainModel
 from torchrec_hilomoe.hilomoe.probe.buckets import FeatureBuckets
-from torchrec_hilomoe.hilomoe.probe.checks import check_columns, check_features, match_sites
+from torchrec_hilomoe.hilomoe.probe.checks import (
+    check_columns,
+    check_experts,
+    check_features,
+    match_sites,
+)
 from torchrec_hilomoe.hilomoe.probe.gathered import SiteSums
 from torchrec_hilomoe.hilomoe.probe.heard import HeardPass, LossTerms
 from torchrec_hilomoe.hilomoe.probe.verdict import conclude, ProbeReport
@@ -144,6 +149,7 @@ class InteractionProbe:
         for option, name in given:
             check_module(f"InteractionProbe.{option}:", name, modules)
         check_features(features)
+        check_experts(config.num_experts)
         self._model, self._config, self._features = model, config, dict(features)
         self._query_module, self._loss_terms = query_module, loss_terms
         self._token_modules = tuple(dict.fromkeys(tokens.values()))
