@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 from benchmarks.experiments.evidence import advised, PROBED_VARIANT, PROBES, RESULTS
 from benchmarks.experiments.report import BASE, grouped, Line
 from benchmarks.experiments.runs import read
-from torchrec_hilomoe.hilomoe.probe.advice import PAYING_GAIN
+from torchrec_hilomoe.hilomoe.probe.advice import LASTING_GAIN, PAYING_GAIN
 
 __all__ = ["Point", "points_of", "rank_correlation", "table"]
 
@@ -29,7 +29,10 @@ DECIDES = {"composed": {"category", "hour", "category_history"}, "tree": {"categ
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A probe and what followed; ``predicted`` in 1e-4 nats, the others in 1e-4."""
+    """A probe and what followed; ``predicted`` and ``left`` in 1e-4 nats, the others in 1e-4.
+
+    ``left`` is what the second look found, or ``predicted``, where there was none.
+    """
 
     data: str
     backbone: str
@@ -37,6 +40,7 @@ class Point:
     features: tuple[str, ...]
     pays: bool
     predicted: float
+    left: float
     auc: float
     logloss: float
 
@@ -63,6 +67,8 @@ def points_of(lines: Sequence[Line], probes: Sequence[Line]) -> list[Point]:
         if not tested.keys() >= {BASE, PROBED_VARIANT}:
             continue
         plain, experts = tested[BASE], tested[PROBED_VARIANT]
+        predicted = 1e4 * sum(layer["gain"] for layer in probe["layers"])
+        later = probe.get("later")
         points.append(
             Point(
                 data=probe["data"],
@@ -70,7 +76,8 @@ def points_of(lines: Sequence[Line], probes: Sequence[Line]) -> list[Point]:
                 seed=probe["seed"],
                 features=tuple(dict.fromkeys(found["name"] for found in probe["features"])),
                 pays=advised(probe),
-                predicted=1e4 * sum(layer["gain"] for layer in probe["layers"]),
+                predicted=predicted,
+                left=predicted if later is None else 1e4 * later["total"],
                 auc=1e4 * (experts["auc"] - plain["auc"]),
                 logloss=1e4 * (experts["logloss"] - plain["logloss"]),
             )
@@ -78,20 +85,27 @@ def points_of(lines: Sequence[Line], probes: Sequence[Line]) -> list[Point]:
     return points
 
 
-def rank_correlation(points: Sequence[Point]) -> float:
-    """Spearman's, of what was predicted with the AUC that was brought."""
-    predicted, brought = (
-        rankdata([getattr(it, of) for it in points]) for of in ("predicted", "auc")
-    )
+def rank_correlation(points: Sequence[Point], of: str = "predicted") -> float:
+    """Spearman's, of ``predicted`` or what was ``left`` with the AUC that was brought."""
+    predicted, brought = (rankdata([getattr(it, name) for it in points]) for name in (of, "auc"))
     return float(np.corrcoef(predicted, brought)[0, 1])
+
+
+def sayings(points: Sequence[Point]) -> str:
+    """How many pairs there are, and how ranks agree."""
+    first, last = (rank_correlation(points, of) for of in ("predicted", "left"))
+    return (
+        f"{len(points)} pairs of runs; rank correlation of the first look with AUC {first:.2f}, "
+        f"of the last {last:.2f}"
+    )
 
 
 def table(points: Sequence[Point]) -> str:
     """A row a data set and backbone: order, verdicts, and each seed's prediction and outcome."""
     lines = [
         "| data, backbone | first is one that decides | verdict right | near the line "
-        "| predicted, 1e-4 nats | brought, 1e-4 AUC | wrong seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| predicted, 1e-4 nats | left at the last look | brought, 1e-4 AUC | wrong seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for data, backbone in dict.fromkeys((it.data, it.backbone) for it in points):
         own = [it for it in points if (it.data, it.backbone) == (data, backbone)]
@@ -104,6 +118,7 @@ def table(points: Sequence[Point]) -> str:
             f"{len(judged) - len(wrong)} of {len(judged)}",
             str(len(own) - len(judged)),
             _range(it.predicted for it in own),
+            _range(it.left for it in own),
             f"{np.mean([it.auc for it in own]):+.0f} ({_range(it.auc for it in own)})",
             ", ".join(wrong),
         ]
@@ -120,7 +135,7 @@ def draw(points: Sequence[Point], picture: Path) -> None:
     backbones = list(dict.fromkeys(it.backbone for it in points))
     for it in points:
         axis.plot(
-            max(it.predicted, 1.0),
+            max(it.left, 1.0),
             it.auc,
             marker="osD^v"[backbones.index(it.backbone)],
             color=f"C{data.index(it.data)}",
@@ -130,13 +145,14 @@ def draw(points: Sequence[Point], picture: Path) -> None:
         )
     axis.axhspan(LINE - MARGIN, LINE + MARGIN, color="grey", alpha=0.15, linewidth=0)
     axis.axhline(0, color="grey", linewidth=0.6)
-    axis.axvline(1e4 * PAYING_GAIN, color="grey", linestyle="--", linewidth=0.8)
+    for line in (PAYING_GAIN, LASTING_GAIN):
+        axis.axvline(1e4 * line, color="grey", linestyle="--", linewidth=0.8)
     axis.set_xscale("log")
     axis.set(
-        xlabel="predicted gain of all layers, 1e-4 nats a row (1 or less at the left end)",
+        xlabel="gain of all layers predicted at the last look, 1e-4 nats a row",
         ylabel="test AUC against plain, 1e-4",
-        title="What a probe predicts, and what experts routed as it says bring\n"
-        f"{len(points)} pairs, rank correlation {rank_correlation(points):.2f}",
+        title=f"{len(points)} pairs of runs, rank correlation "
+        f"{rank_correlation(points, 'left'):.2f}",
     )
     axis.grid(alpha=0.3)
     handles = [
@@ -148,6 +164,7 @@ def draw(points: Sequence[Point], picture: Path) -> None:
         axis.plot([], [], "o", color="black", markerfacecolor="white", label="verdict: no")[0],
     ]
     figure.legend(handles=handles, loc="outside right upper")
+    figure.suptitle("What a probe predicts, and what experts routed as it says bring")
     figure.savefig(picture, dpi=150)
     plt.close(figure)
 
@@ -169,7 +186,7 @@ def main() -> None:
     if not points:
         parser.error(f"no probe of {args.probes} has both its runs in {args.out}")
     print(table(points))
-    print(f"\n{len(points)} pairs, rank correlation {rank_correlation(points):.2f}")
+    print(f"\n{sayings(points)}")
     if args.plot:
         draw(points, args.plot)
 

@@ -58,8 +58,15 @@ def test_the_table_counts_what_is_not_near_the_line():
     row = table(points_of(RUNS, PROBES)).splitlines()[-1]
     name, *cells = row.strip("| ").split(" | ")
     assert name == "tree, din"
-    assert cells[:5] == ["0 of 4", "1 of 3", "1", "0 to 200", "+41 (-10 to 100)"]
-    assert cells[5] == "2 (-10), 3 (+51)"
+    assert cells[:5] == ["0 of 4", "1 of 3", "1", "0 to 200", "0 to 200"]
+    assert cells[5:] == ["+41 (-10 to 100)", "2 (-10), 3 (+51)"]
+
+
+def test_a_second_look_overrules_the_first():
+    (point,) = points_of(RUNS, [{**PROBES[0], "later": {"steps": 600, "total": 0.004}}])
+    assert not point.pays
+    assert point.predicted == rounded(200, scale=1e4)
+    assert point.left == rounded(40, scale=1e4)
 
 
 def test_ranks_agree_where_the_order_does():
