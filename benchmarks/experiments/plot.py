@@ -54,6 +54,8 @@ class Kind:
 
 # The first that holds is a variant's.
 KINDS = (
+    Kind(label="auto", marker="*", holds=lambda v: v == "auto"),
+    Kind(label="experts, routed by what a probe found", marker="d", holds=lambda v: "probed" in v),
     Kind(
         label="by feature, at random",
         marker="x",

@@ -130,7 +130,7 @@ def draw(points: Sequence[Point], picture: Path) -> None:
     """Draw what experts brought over what was predicted, a colour a data set."""
     from matplotlib import pyplot as plt  # an extra
 
-    figure, axis = plt.subplots(figsize=(7.2, 4.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.0, 4.8), layout="constrained")
     data = list(dict.fromkeys(it.data for it in points))
     backbones = list(dict.fromkeys(it.backbone for it in points))
     for it in points:
@@ -151,9 +151,10 @@ def draw(points: Sequence[Point], picture: Path) -> None:
     axis.set(
         xlabel="gain of all layers predicted at the last look, 1e-4 nats a row",
         ylabel="test AUC against plain, 1e-4",
-        title=f"{len(points)} pairs of runs, rank correlation "
-        f"{rank_correlation(points, 'left'):.2f}",
+        title="What a probe predicts, and what experts routed by it bring\n"
+        f"{len(points)} pairs of runs, rank correlation {rank_correlation(points, 'left'):.2f}",
     )
+    axis.title.set_fontsize("medium")
     axis.grid(alpha=0.3)
     handles = [
         *(axis.plot([], [], "o", color=f"C{i}", label=name)[0] for i, name in enumerate(data)),
@@ -164,7 +165,6 @@ def draw(points: Sequence[Point], picture: Path) -> None:
         axis.plot([], [], "o", color="black", markerfacecolor="white", label="verdict: no")[0],
     ]
     figure.legend(handles=handles, loc="outside right upper")
-    figure.suptitle("What a probe predicts, and what experts routed as it says bring")
     figure.savefig(picture, dpi=150)
     plt.close(figure)
 
