@@ -274,9 +274,9 @@ def report(lines: list[Line]) -> None:
                 for (name, seed), value in sorted(auc.items())
                 if name == variant and ("random keys", seed) in auc
             ]
-            base = np.mean([value for (name, _), value in auc.items() if name == variant])
-            text = f"AUC {base:.4f}" if variant == "random keys" else difference(paired)
-            cells.append(text if paired else "")
+            base = [value for (name, _), value in auc.items() if name == variant]
+            text = difference(paired) if paired else ""
+            cells.append(f"AUC {np.mean(base):.4f}" if variant == "random keys" else text)
             loads += [
                 it["largest_load"]
                 for it in lines
