@@ -202,6 +202,8 @@ class InjectionConfig(HiLoMoEConfig):
         probe_steps: Number of steps in which ``route_by`` ``auto`` gathers gradients in the run;
             null takes the last two thirds of the steps before experts begin, 2000 at most, and 400
             after ``init_from``.
+        confirm: Whether ``route_by`` ``auto`` measures on the validation split what its experts
+            have brought when their warm-up ends, and takes them out again where that is a loss.
     """
 
     enabled: bool = True
@@ -210,6 +212,7 @@ class InjectionConfig(HiLoMoEConfig):
     route_by: Literal["auto"] | tuple[tuple[str, ...], ...] | None = None
     probe_first: bool | None = None
     probe_steps: int | None = None
+    confirm: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,9 @@ rows to spare. At the boundary the views are chosen and experts are injected; wh
 out, and in a run that is too short to tell, the model stays plain, and the stages that would train
 experts alone are left out.
 
+Once the experts have warmed up, rows of the validation split say what they have brought
+(`training.confirming`); where it is a loss, they are taken out again.
+
 A run whose warm-up is too short for that, but which is long enough itself, trains and probes a
 plain model aside first (`training.probing`), and then begins with what was found.
 """
@@ -24,11 +27,12 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec_hilomoe.command_line import Recorded
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig, RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
-from torchrec_hilomoe.hilomoe import ProbeReport
+from torchrec_hilomoe.hilomoe import ProbeReport, remove_hilomoe, sites_of
 from torchrec_hilomoe.hilomoe.inject import set_auxiliary_loss_scale
 from torchrec_hilomoe.models.build import inject_experts
 from torchrec_hilomoe.models.train_task import TrainTask
-from torchrec_hilomoe.training.checkpoint import RoutingDecision
+from torchrec_hilomoe.training.checkpoint import Brought, RoutingDecision
+from torchrec_hilomoe.training.confirming import brought_by_experts
 from torchrec_hilomoe.training.listening import probe_of, run_unchanged
 from torchrec_hilomoe.training.stages import Stage, StageTimeline
 
@@ -36,6 +40,7 @@ __all__ = [
     "AutoRouting",
     "Window",
     "chooses_routing",
+    "confirmed",
     "decided_model",
     "decision_of",
     "found_and_brought",
@@ -78,6 +83,21 @@ def decision_of(report: ProbeReport, step: int) -> RoutingDecision:
     )
 
 
+def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDecision:
+    """A decision once it is known what experts brought: a loss takes them out again."""
+    if brought is None:
+        return decision
+    measured = (
+        f"{brought.gain:.5f} nats a row by the end of their warm-up ({brought.low:.5f} to "
+        f"{brought.high:.5f}, {brought.rows:,} rows of the validation split)"
+    )
+    if brought.high >= 0:
+        verdict = f"{decision.verdict} Experts brought {measured}."
+        return replace(decision, verdict=verdict, brought=brought)
+    verdict = f"{decision.verdict} But experts brought {measured}, and were taken out again."
+    return replace(decision, route_by=None, verdict=verdict, brought=brought)
+
+
 def found_and_brought(
     decision: RoutingDecision, test_auc: float, plain: Recorded | None
 ) -> Iterator[str]:
@@ -89,7 +109,7 @@ def found_and_brought(
         plain: What is known of the same run without experts.
     """
     if decision.route_by is None:
-        yield f"found: {decision.verdict} The model stayed plain."
+        yield f"found: {decision.verdict} The model {stays_plain(decision)}."
         return
     features = ", ".join(dict.fromkeys(name for layer in decision.route_by for name in layer))
     yield f"found: experts routed by {features}, predicted to gain {sum(decision.gains):.4f} nats"
@@ -100,6 +120,11 @@ def found_and_brought(
             f"brought: {test_auc - plain.test_auc:+.4f} test AUC; without experts it was "
             f"{plain.test_auc:.4f}, as recorded of: {plain.command}"
         )
+
+
+def stays_plain(decision: RoutingDecision) -> str:
+    """What has become of a model for which none was chosen."""
+    return "stayed plain" if decision.brought is None else "is plain again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,9 +278,18 @@ class AutoRouting:
             )
 
     @property
-    def num_layers(self) -> int:
-        """Expert layers that the model may get."""
-        return self._experts.num_layers
+    def absent_layers(self) -> int:
+        """Expert layers that the model may get, or has had."""
+        there = self.decision is not None and self.decision.route_by is not None
+        return 0 if there else self._experts.num_layers
+
+    @property
+    def may_confirm(self) -> bool:
+        """Whether experts are there of which it is not known what they bring."""
+        decision = self.decision
+        if decision is None or decision.route_by is None or not self._experts.confirm:
+            return False
+        return decision.brought is None
 
     def is_due(self, step: int) -> bool:
         """Whether it is to be decided before ``step``; at once, where nothing can be judged."""
@@ -307,6 +341,29 @@ class AutoRouting:
         if self._config.train.compile:
             self._task.model.backbone.compile()
         return report
+
+    def confirm(
+        self, model: DistributedModelParallel, step: int, validation: Iterable[CTRBatch]
+    ) -> RoutingDecision:
+        """Ask what experts have brought, and take them out if it is a loss; a collective call.
+
+        Args:
+            model: The sharded model, in no pipeline, its experts warmed up and nothing else
+                trained meanwhile; to be wrapped anew afterwards if it lost them.
+            step: Steps done.
+            validation: Rows that judge.
+        """
+        assert self.decision is not None
+        world = torch.distributed.get_world_size()
+        passes = math.ceil(WANTED_ROWS / (self._config.train.batch_size * world))
+        brought = brought_by_experts(model, islice(validation, passes), step=step)
+        self.decision = confirmed(self.decision, brought)
+        if self.decision.route_by is None:
+            for site in sites_of(self._task).values():
+                site.active_layers = 0
+            remove_hilomoe(self._task.model.backbone)
+            self._task.model.backbone.include_history_mean = False
+        return self.decision
 
     def _judge_by(self, model: DistributedModelParallel, rows: Iterable[CTRBatch]) -> None:
         assert self._probe is not None

@@ -147,7 +147,7 @@ def _run_in(
         task = build_task(decided_model(config.model, decision), schema)
         auto = AutoRouting(task, config, window, decision)
     if decision is not None and decision.route_by is None:
-        timeline.leave_out_experts()
+        timeline.leave_out_experts(decision.brought.step if decision.brought else 0)
     assembly = assemble(config, task, context, decided=auto is None or decision is not None)
     start = progress.step if progress else 0
     with ExitStack() as open_until_the_end:

@@ -100,8 +100,8 @@ class Trainer:
     ) -> None:
         task = model.module
         assert isinstance(task, TrainTask)
-        later = auto.num_layers if auto is not None and auto.decision is None else 0
-        self._driver = StageDriver(model, timeline, optimizers, layers_to_come=later)
+        absent = 0 if auto is None else auto.absent_layers
+        self._driver = StageDriver(model, timeline, optimizers, layers_to_come=absent)
         self.position: LoaderState | None = None
         self._optimizers = optimizers
         self._timeline = timeline
@@ -175,7 +175,7 @@ class Trainer:
         path = self._saver.path_of(best.step)
         state, saved = training_state(self.model, self._optimizers), checkpoint.open(path)
         late: list[str] = []
-        if saved.progress.decision != self.decision:  # experts came after it
+        if _has_experts(self.decision) and not _has_experts(saved.progress.decision):
             late = [f"model.{name}" for name in expert_parameters(self.model.module)]
             late.append("optimizer.state.experts*")
         saved.load(state, allow_missing=late, restore_random=False)
@@ -235,8 +235,11 @@ class Trainer:
 
         No batch is read for a step that might belong to another stage.
         """
-        if self.step >= self._sure and self._auto is not None and self._auto.is_due(self.step):
-            self._decide(self._auto, validation)
+        if self.step >= self._sure and self._auto is not None:
+            if self._auto.is_due(self.step):
+                self._decide(self._auto, validation)
+            elif self._auto.may_confirm and self._timeline.ends_expert_warmup(self.step):
+                self._confirm(self._auto, validation)
         if self._driver.at_boundary:
             self._detach()
         if self._driver.begin_step():
@@ -258,6 +261,20 @@ class Trainer:
             self._optimizers.add_experts(self.model.module)
             self._steps.watch_routers()
         self._log.decided(decision, report)
+
+    def _confirm(self, auto: AutoRouting, validation: Loader) -> None:
+        """Ask what experts brought in their warm-up, and go on without them if it is a loss."""
+        self._detach()
+        share_statistics(self.model.module)
+        with closing(iter(validation)) as batches:
+            decision = auto.confirm(self.model, self.step, batches)
+        self._driver.train()
+        if decision.route_by is None:
+            self._timeline.leave_out_experts(self.step)
+            self._optimizers.drop_experts()
+            self._steps.watch_routers()
+            self._best.forget_since(decision.step)
+        self._log.confirmed(decision)
 
     def _make_pipeline(self) -> None:
         self._pipeline = Pipeline(
@@ -373,6 +390,10 @@ class Trainer:
         self._steps.log_step(self.step, self._driver.stage.name, self._optimizers.rate)
         if remark is not None:
             self._log.say(remark)
+
+
+def _has_experts(decision: RoutingDecision | None) -> bool:
+    return decision is not None and decision.route_by is not None
 
 
 def training_state(

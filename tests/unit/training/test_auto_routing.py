@@ -5,8 +5,8 @@ import re
 import pytest
 
 from torchrec_hilomoe.command_line import parse_run, Recorded
-from torchrec_hilomoe.training.auto_routing import found_and_brought, Window, window_of
-from torchrec_hilomoe.training.checkpoint import RoutingDecision
+from torchrec_hilomoe.training.auto_routing import confirmed, found_and_brought, Window, window_of
+from torchrec_hilomoe.training.checkpoint import Brought, RoutingDecision
 from torchrec_hilomoe.training.inputs import timeline_of
 
 AUTO = ("--model.hilomoe.routing=sample", "--model.hilomoe.route_by=auto")
@@ -113,3 +113,23 @@ def test_it_says_so_where_the_model_stayed_plain():
     assert list(found_and_brought(nothing, 0.8, None)) == [
         "found: nothing decides. The model stayed plain."
     ]
+
+
+def test_what_experts_brought_takes_them_out_only_where_it_is_a_loss():
+    def after(low: float, high: float) -> RoutingDecision:
+        brought = Brought(step=360, gain=(low + high) / 2, low=low, high=high, rows=5000)
+        decided = confirmed(FOUND, brought)
+        assert decided.brought == brought
+        return decided
+
+    assert after(0.001, 0.002).route_by == after(-0.002, 0.001).route_by == FOUND.route_by
+    assert after(-0.002, 0.001).verdict.endswith(
+        "Experts brought -0.00050 nats a row by the end of their warm-up (-0.00200 to 0.00100, "
+        "5,000 rows of the validation split)."
+    )
+    lost = after(-0.002, -0.001)
+    assert (lost.route_by, lost.gains) == (None, FOUND.gains)
+    assert list(found_and_brought(lost, 0.8, None)) == [
+        f"found: {lost.verdict} The model is plain again."
+    ]
+    assert confirmed(FOUND, None) == FOUND

@@ -11,6 +11,7 @@ say what it is of, and ``progress.json``, which is written last and makes it who
 from torchrec_hilomoe.training.checkpoint.loading import Checkpoint, Loaded, newest_sound, open
 from torchrec_hilomoe.training.checkpoint.manifest import (
     Best,
+    Brought,
     CheckpointError,
     Progress,
     RoutingDecision,
@@ -20,6 +21,7 @@ from torchrec_hilomoe.training.checkpoint.storage import latest
 
 __all__ = [
     "Best",
+    "Brought",
     "Checkpoint",
     "CheckpointError",
     "Loaded",

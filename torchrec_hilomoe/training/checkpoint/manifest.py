@@ -28,6 +28,7 @@ from torchrec_hilomoe.runtime.process import versions
 __all__ = [
     "PROGRESS_FILE",
     "Best",
+    "Brought",
     "CheckpointError",
     "FileChecksum",
     "Progress",
@@ -74,6 +75,25 @@ class Best:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Brought:
+    """What experts had brought when their warm-up ended, on rows of the validation split.
+
+    Attributes:
+        step: Optimizer steps done.
+        gain: Logloss without them less that with them, in nats a row.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        rows: Rows that it was measured on.
+    """
+
+    step: int
+    gain: float
+    low: float
+    high: float
+    rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoutingDecision:
     """What ``model.hilomoe.route_by`` ``auto`` has chosen.
 
@@ -82,12 +102,14 @@ class RoutingDecision:
         route_by: Features that decide, one list for each expert layer; None for no experts.
         gains: What each layer was predicted to add, in nats a sample.
         verdict: The same in words.
+        brought: What experts so routed then brought; None where it was not measured.
     """
 
     step: int
     route_by: tuple[tuple[str, ...], ...] | None
     gains: tuple[float, ...]
     verdict: str
+    brought: Brought | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,10 +257,11 @@ def _progress_of(raw: Mapping[str, Any]) -> Progress:
 def _decision_of(raw: Mapping[str, Any] | None) -> RoutingDecision | None:
     if raw is None:
         return None
-    route_by = raw["route_by"]
+    route_by, brought = raw["route_by"], raw.get("brought")
     return RoutingDecision(
         step=raw["step"],
         route_by=None if route_by is None else tuple(tuple(layer) for layer in route_by),
         gains=tuple(raw["gains"]),
         verdict=raw["verdict"],
+        brought=None if brought is None else Brought(**brought),
     )

@@ -161,6 +161,16 @@ class RunLog:
         stays = "" if decision.route_by is not None else " The model stays plain."
         self.say(f"route_by auto, step {decision.step}: {decision.verdict}{stays}")
 
+    def confirmed(self, decision: RoutingDecision) -> None:
+        """Tell what experts that were found have brought, if it could be measured."""
+        brought = decision.brought
+        if self._curves is None or brought is None:
+            return
+        self._curves.text("route_by", decision.verdict, brought.step)
+        ends = {"gain": brought.gain, "low": brought.low, "high": brought.high}
+        self._curves.numbers("brought", ends, brought.step)
+        self.say(f"route_by auto, step {brought.step}: {decision.verdict}")
+
     def record(
         self, *, step: int, stage: str, split: str, metrics: Metrics, **more: float | None
     ) -> None:

@@ -115,6 +115,11 @@ class OptimizersContainer(StageOptimizers):
         self._experts = self._build(self._layers.views)
         self.combined = self._combine()
 
+    def drop_experts(self) -> None:
+        """Forget experts that a model has lost, before a stage is entered."""
+        self._layers, self._experts = ExpertLayers({}), {}
+        self.combined = self._combine()
+
     def enter(self, stage: Stage) -> None:
         """Let the tables, the backbone and the expert layers of a stage learn, and nothing else."""
         self._layers.learn(stage)

@@ -70,7 +70,7 @@ class StageDriver(Generic[Model]):
             Experts are put in groups apart, each layer for itself.
         wrap: Wraps the bare model, where a wrapper like the one that ``model`` is in would not do.
         pipeline: Builds a pipeline of :attr:`model` and :attr:`optimizer`.
-        layers_to_come: Expert layers that a model without sites will get later.
+        layers_to_come: Expert layers that a model without sites will get later, or has had.
 
     Attributes:
         model: The model in the wrapper of the stage.

@@ -249,7 +249,7 @@ class StageTimeline:
         self._nominal_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._decay = decay or Decay()
-        self._without_experts = False
+        self._experts_until: float = math.inf  # stages that begin later train none alone
         self._evaluate_every = evaluate_every
         self.spans = self._place()
 
@@ -262,13 +262,19 @@ class StageTimeline:
         """The stage that trains ``step``, counted from 0; after the last step, the last stage."""
         return next((span for span in self.spans if step < span.stop), self.spans[-1])
 
-    def leave_out_experts(self) -> None:
+    def leave_out_experts(self, since: int = 0) -> None:
         """Give the steps of stages that train experts alone to the stage that follows.
 
-        Of stages at the end, to the one before them.
+        Of stages at the end, to the one before them. Those that begin before step ``since`` stay.
         """
-        self._without_experts = True
+        self._experts_until = since
         self.spans = self._place()
+
+    def ends_expert_warmup(self, step: int) -> bool:
+        """Whether ``step`` is the first that trains more than experts, after steps that did not."""
+        return 0 < step < self.total_steps and (
+            _trains_more(self.at(step).stage) and not _trains_more(self.at(step - 1).stage)
+        )
 
     def decay(self, step: int) -> float:
         """Factor on every rate at ``step``, warm-up apart."""
@@ -336,9 +342,8 @@ class StageTimeline:
         spans = self.schedule.place(
             self._nominal_steps, steps_per_epoch=self._steps_per_epoch, ended=self.state.ended
         )
-        if not self._without_experts:
-            return spans
-        kept = [span for span in spans if _trains_more(span.stage)]
+        until = self._experts_until
+        kept = [span for span in spans if _trains_more(span.stage) or span.start < until]
         if not kept:  # in a short run the others may have no step
             others = (stage for stage in self.schedule.stages if _trains_more(stage))
             kept = [replace(spans[-1], stage=next(others, spans[-1].stage))]
@@ -390,6 +395,11 @@ class MetricTracker:
             since = best.validations_since + 1
             self.best = Best(metric=name, value=best.value, step=best.step, validations_since=since)
         return False
+
+    def forget_since(self, step: int) -> None:
+        """Forget a best validation after ``step``: it was of a model that is trained no more."""
+        if self.best is not None and self.best.step > step:
+            self.best = None
 
     def state_dict(self) -> dict[str, Best | None]:
         """Return the best so far."""

@@ -253,6 +253,21 @@ def test_without_experts_stages_of_theirs_at_the_end_go_to_the_one_before():
     ]
 
 
+def test_experts_may_be_left_out_once_they_have_warmed_up():
+    schedule = StageSchedule.three_stages(num_layers=2, backbone_share=0.3, frozen_share=0.1)
+    timeline = StageTimeline(schedule, total_steps=100)
+    ends = [step for step in range(101) if timeline.ends_expert_warmup(step)]
+    assert ends == [40]
+    before = timeline.spans
+    timeline.leave_out_experts(40)
+    assert timeline.spans == before
+    more = Stage(name="experts", steps=40, train_backbone=False, train_tables=False)
+    twice = StageSchedule(stages=(*schedule.stages[:-1], Stage(name="all", steps=20), more))
+    timeline = StageTimeline(twice, total_steps=100)
+    timeline.leave_out_experts(40)
+    assert spans(timeline)[-2:] == [("expert_warmup[2]", 35, 40), ("all", 40, 100)]
+
+
 def test_a_run_from_a_plain_model_begins_with_steps_to_listen_to():
     schedule = StageSchedule.three_stages(
         num_layers=1, backbone_share=0.0, frozen_share=0.0, probe_steps=7, warmup_steps=3

@@ -1,0 +1,154 @@
+"""What experts that a run has found brought in their warm-up; a loss takes them out again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.helpers.processes import run_ranks
+from tests.helpers.rounding import rounded
+from tests.helpers.runs import read_lines, read_tensors, run_app, train
+from tests.integration import test_auto_routing
+from tests.integration.test_auto_routing import AUTO, BEGIN, make_data, STEPS
+from tests.integration.test_tools import evaluate
+from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
+
+ASKED = 13  # experts alone learn in steps 10 to 12
+HARMFUL = "--train.expert_lr_scale=20000"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data") / "deciding", decided=True)
+
+
+def decision_of(out, step: int = STEPS):
+    decision = test_auto_routing.decision_of(out, step)
+    assert decision is not None
+    return decision
+
+
+def brought_in(out, step: int = STEPS):
+    brought = decision_of(out, step).brought
+    assert brought is not None
+    return brought
+
+
+def options(data):
+    return (*AUTO, f"--data.path={data}", "--checkpoint.every_steps=1")
+
+
+@pytest.fixture(scope="module")
+def kept(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("kept")
+    train(out, *options(data))
+    return out
+
+
+@pytest.fixture(
+    scope="module",
+    params=[1, pytest.param(2, marks=pytest.mark.slow)],
+    ids=["one rank", "two ranks"],
+)
+def lost(request, data, tmp_path_factory):
+    """A run whose experts harm, and its number of ranks."""
+    out = tmp_path_factory.mktemp("lost")
+    train(out, *options(data), HARMFUL, ranks=request.param)
+    return out, request.param
+
+
+def logloss_of(out, step, file, ranks=1):
+    argv = [out / "checkpoints" / f"step_{step}", "--split", "valid", "--out", file]
+    ended = run_ranks(evaluate, ranks, [*argv, "--device", "cpu"], joined=False)
+    assert [code for code, _ in ended] == [0] * ranks, ended
+    return json.loads(file.read_text())["metrics"]["logloss"]
+
+
+def test_what_they_brought_is_the_difference_between_two_checkpoints(kept, tmp_path):
+    """Nothing else learned in between, so the one before experts is the model without them."""
+    found = brought_in(kept)
+    assert (found.step, found.rows) == (ASKED, 2048)
+    without, with_experts = (
+        logloss_of(kept, step, tmp_path / f"{step}.json") for step in (BEGIN, ASKED)
+    )
+    difference = rounded(without - with_experts, found.rows, scale=max(without, with_experts))
+    assert found.gain == difference
+    assert found.low < found.gain < found.high
+    assert found.low > 0  # it is what the data were made for
+    assert "Experts brought 0.0" in decision_of(kept).verdict
+    assert json.loads((kept / "summary.json").read_text())["route_by"]["brought"]["rows"] == 2048
+
+
+def test_it_does_not_change_the_run(kept, data, tmp_path):
+    train(tmp_path, *options(data), "--model.hilomoe.confirm=false")
+    assert decision_of(tmp_path).brought is None
+    ours, theirs = (read_tensors(out / "checkpoints" / f"step_{STEPS}") for out in (kept, tmp_path))
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert read_lines(kept / METRICS_FILE) == read_lines(tmp_path / METRICS_FILE)
+
+
+def test_experts_that_harm_are_taken_out(lost):
+    out, _ = lost
+    before, after = decision_of(out, ASKED), decision_of(out, ASKED + 1)
+    assert before.route_by is not None
+    assert after == decision_of(out)
+    assert (after.route_by, after.step, brought_in(out).step) == (None, BEGIN, ASKED)
+    assert brought_in(out).high < 0
+    assert after.verdict.startswith(before.verdict)
+    assert "were taken out again" in after.verdict
+    names = read_tensors(out / "checkpoints" / f"step_{ASKED + 1}")
+    assert not [name for name in names if "expert" in name or "router" in name]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["parameters"]["experts"] == 0
+    spans = [(stage["name"], stage["start"], stage["stop"]) for stage in summary["stages"]]
+    assert spans[0] == ("backbone_warmup", 0, BEGIN)
+    assert spans[-1] == ("finetune", ASKED, STEPS)
+    assert all(name.startswith("expert_warmup") for name, _, _ in spans[1:-1])
+
+
+def test_the_model_without_them_is_the_one_from_before_and_learns_again(lost, tmp_path):
+    out, ranks = lost
+    without, harmed = (
+        logloss_of(out, step, tmp_path / f"{step}.json", ranks) for step in (BEGIN, ASKED)
+    )
+    found = brought_in(out)
+    assert found.gain == rounded(without - harmed, found.rows, scale=max(without, harmed))
+    last = read_lines(out / METRICS_FILE)[-1]
+    assert (last["stage"], last["split"]) == ("finetune", "test")
+    assert last["logloss"] < harmed
+
+
+@pytest.mark.parametrize("step", [ASKED, ASKED + 1, pytest.param(12, marks=pytest.mark.slow)])
+def test_resumed_equals_uninterrupted(lost, data, step, tmp_path):
+    out, ranks = lost
+    name = f"checkpoints/step_{step}"
+    shutil.copytree(out / name, tmp_path / name)
+    train(tmp_path, *options(data), HARMFUL, ranks=ranks)
+    ours, theirs = (read_tensors(run / f"checkpoints/step_{STEPS}") for run in (out, tmp_path))
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert decision_of(tmp_path) == decision_of(out)
+    for file in (METRICS_FILE, ROUTING_FILE):
+        lines, again = (read_lines(run / file) for run in (out, tmp_path))
+        assert again == [line for line in lines if line["step"] > step]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_loses_them_too(data, tmp_path):
+    out = tmp_path / "compiled"
+    train(out, *options(data), HARMFUL, "--train.compile=true")
+    assert decision_of(out).route_by is None
+
+
+def test_an_end_in_the_warmup_asks_nothing(data, tmp_path):
+    (ended,) = run_app(
+        f"--out_dir={tmp_path}",
+        *options(data),
+        "--train.max_steps=14",
+        "--train.stages=[{name: a, steps: 10, active_layers: 0}, "
+        "{name: b, train_backbone: false, train_tables: false}]",
+    )
+    assert ended.code == 0, ended.shown
+    assert decision_of(tmp_path, 14).brought is None
