@@ -60,6 +60,21 @@ def test_a_stuck_rank_ends_the_run_and_every_rank_shows_where_it_stands(tmp_path
     assert "in wait_for_ever" in of_each_rank(shown)[1]
 
 
+@pytest.mark.slow
+def test_a_rank_that_is_stuck_while_a_plain_model_is_probed_first_is_told_of(tmp_path):
+    probes = (
+        "--model.hilomoe.route_by=auto",
+        "--model.hilomoe.routing=sample",
+        "--data.eval_rows=512",
+    )
+    options = [f"--out_dir={tmp_path}", "--stall_seconds=5", *probes]
+    shown = fail_with(get_stuck, [*options, "--model.hilomoe.probe_first=true"], ranks=2)
+    for rank, text in enumerate(of_each_rank(shown)):
+        assert f"error: rank {rank} has finished nothing for 5 s (stall_seconds)" in text
+        assert "in probe_run\n" in text
+    assert "in wait_for_ever" in of_each_rank(shown)[1]
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [

@@ -9,16 +9,19 @@ import json
 import logging
 import math
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from tqdm import tqdm
 
 from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
@@ -28,6 +31,7 @@ from torchrec_hilomoe.hilomoe.probe.verdict import look_again
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import TaskOutput
 from torchrec_hilomoe.runtime.distributed import DistributedContext
+from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 from torchrec_hilomoe.training.auto_routing import decided_model, ROWS_OF_A_BUCKET
@@ -49,6 +53,8 @@ from torchrec_hilomoe.training.trainer import training_state
 __all__ = ["ProbeOptions", "probe_run", "route_flags"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Tensors of a run with experts, which its plain model has not, and what only training needs.
 NOT_OF_PLAIN = (
@@ -123,26 +129,50 @@ def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedCont
     timeline = timeline_of(plain, loader.steps_per_epoch)
     timeline.leave_out_experts()
     steps, later = (min(it, timeline.total_steps) for it in (options.steps, options.later_steps))
-    with closing(iter(loader)) as batches:
+    watchdog = Watchdog(config.stall_seconds, f"rank {context.world.rank}")
+    watched = _Watched(watchdog, shown=context.is_main and sys.stderr.isatty())
+    with closing(iter(loader)) as batches, watchdog:
+
+        def train(model: DistributedModelParallel, steps: range) -> DistributedModelParallel:
+            return _train(plain, assembly, model, batches, timeline, steps, watched)
 
         def look(probe: InteractionProbe, model: DistributedModelParallel, age: int) -> ProbeReport:
+            fitting, most = islice(batches, options.fit_batches), options.judge_batches
             with probe.fit():
-                _run(model, islice(batches, options.fit_batches))
+                _run(model, watched(fitting, "probe: fit", options.fit_batches))
             with probe.judge():
-                judging = loader_of(plain, "valid", context.world)
-                loss, constant_loss = _run(model, islice(judging, options.judge_batches))
+                judging = islice(loader_of(plain, "valid", context.world), most)
+                loss, constant_loss = _run(model, watched(judging, "probe: judge", most))
             return probe.report(loss=loss, constant_loss=constant_loss, steps=age)
 
         if options.checkpoint is not None:
             steps = _load(options.checkpoint, config, assembly)
             return look(probe, assembly.model, steps)
         check_stages(task, (span.stage for span in timeline.spans))
-        model = _train(plain, assembly, assembly.model, batches, timeline, range(steps))
+        model = train(assembly.model, range(steps))
         report = look(probe, model, steps)
         if not report.pays or later <= steps:
             return report
-        model = _train(plain, assembly, model, batches, timeline, range(steps, later))
+        model = train(model, range(steps, later))
         return look_again(report, look(again, model, later), later)
+
+
+class _Watched:
+    """Loops whose steps keep a watchdog quiet, and move a bar.
+
+    Args:
+        watchdog: Of the process.
+        shown: Whether there is a bar.
+    """
+
+    def __init__(self, watchdog: Watchdog, *, shown: bool) -> None:
+        self._watchdog, self._shown = watchdog, shown
+
+    def __call__(self, steps: Iterable[T], what: str, total: int) -> Iterator[T]:
+        """Pass steps on."""
+        for step in tqdm(steps, desc=what, total=total, leave=False, disable=not self._shown):
+            yield step
+            self._watchdog.beat()
 
 
 def route_flags(config: RunConfig, report: ProbeReport) -> str:
@@ -175,6 +205,7 @@ def _train(
     batches: Iterator[CTRBatch],
     timeline: StageTimeline,
     steps: range,
+    watched: _Watched,
 ) -> DistributedModelParallel:
     """Train for some steps as a run does, and return the model in its wrapper."""
     optimizers, options = assembly.optimizers, pipelining_of(config, schema_of(config))
@@ -187,7 +218,7 @@ def _train(
         optimizers.enter(span.stage)
         pipeline = Pipeline(model, optimizers.stage_optimizer, model.device, options)
         ahead = islice(batches, len(inside))
-        for step in inside:
+        for step in watched(inside, f"plain model, {span.stage.name}", len(inside)):
             optimizers.set_rates(span, step, timeline.decay(step))
             loss = pipeline.step(ahead).loss
         pipeline.detach()

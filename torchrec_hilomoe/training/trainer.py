@@ -33,7 +33,7 @@ from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
 from torchrec_hilomoe.training.pipelines.pipeline import evaluate, Pipeline, PipelineOptions
 from torchrec_hilomoe.training.stages import PlateauConfig, StageTimeline, StageTimelineState
 from torchrec_hilomoe.training.stages.driver import StageDriver
-from torchrec_hilomoe.training.stages.schedule import MetricTracker
+from torchrec_hilomoe.training.stages.metric_tracker import MetricTracker
 from torchrec_hilomoe.training.stages.staging import share_statistics
 from torchrec_hilomoe.training.teaching import Teacher
 

@@ -9,7 +9,7 @@ from torchrec_hilomoe.training.log.window import Window
 from torchrec_hilomoe.training.optimizers.container import OptimizersContainer
 from torchrec_hilomoe.training.optimizers.precision import LossScale
 from torchrec_hilomoe.training.stages import StageTimeline
-from torchrec_hilomoe.training.stages.schedule import MetricTracker
+from torchrec_hilomoe.training.stages.metric_tracker import MetricTracker
 
 KEPT = [LossScale, MetricTracker, OptimizersContainer, RoutingLog, StageTimeline, StepLog, Window]
 

@@ -4,7 +4,7 @@ import math
 
 from torchrec_hilomoe.training.metrics import Metrics
 from torchrec_hilomoe.training.stages import PlateauConfig
-from torchrec_hilomoe.training.stages.schedule import MetricTracker
+from torchrec_hilomoe.training.stages.metric_tracker import MetricTracker
 
 
 def metrics(auc):
