@@ -20,9 +20,10 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.experiments import evidence
-from benchmarks.experiments.evidence import BACKBONES, chosen, DATA, TUNED_VARIANT
+from benchmarks.experiments.evidence import chosen, TUNED_VARIANT
 from benchmarks.experiments.report import difference, differences, grouped, Line, mean
 from benchmarks.experiments.runs import Case, read, ROOT, train, TUNING_SEED
+from benchmarks.experiments.variants import BACKBONES, DATA
 from benchmarks.harness import append, environment
 
 STUDENT = "head rank 4, by feature"

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.experiments.evidence import chosen, DATA, variants
+from benchmarks.experiments.evidence import chosen
 from benchmarks.experiments.report import difference, Line
 from benchmarks.experiments.runs import Case, read, ROOT, train
+from benchmarks.experiments.variants import DATA, variants
 from benchmarks.harness import append, environment
 
 RESULTS = ROOT / "benchmarks/results/grids.jsonl"

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-from benchmarks.experiments.evidence import advised, PROBED_VARIANT, PROBES, RESULTS
+from benchmarks.experiments.evidence import advised, PROBES, RESULTS
 from benchmarks.experiments.report import BASE, grouped, Line
 from benchmarks.experiments.runs import read
+from benchmarks.experiments.variants import PROBED_VARIANT
 from torchrec_hilomoe.hilomoe.probe.advice import LASTING_GAIN, PAYING_GAIN
 
 __all__ = ["Point", "points_of", "rank_correlation", "table"]

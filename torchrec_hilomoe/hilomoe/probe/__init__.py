@@ -2,13 +2,14 @@
 
 Read in this order: `interactions` (the statistic), `buckets` (a feature as a router would read it),
 `wider` (the control of as many FLOPs), `heard` (a pass of the host's), `probe` (the hooks on a
-host's loop), `verdict` (what it means: ranking, intervals, views, a sentence), `picture`.
+host's loop), `verdict` (what it means: ranking, intervals, views), `advice` (whether
+that pays, in words), `report`, `picture`.
 """
 
 from torchrec_hilomoe.hilomoe.probe.heard import LossTerms
 from torchrec_hilomoe.hilomoe.probe.picture import draw_probe
 from torchrec_hilomoe.hilomoe.probe.probe import InteractionProbe
-from torchrec_hilomoe.hilomoe.probe.verdict import (
+from torchrec_hilomoe.hilomoe.probe.report import (
     Gain,
     LaterLook,
     LayerChoice,

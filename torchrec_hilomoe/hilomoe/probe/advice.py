@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchrec_hilomoe.hilomoe.probe.verdict import Gain, LayerChoice
+    from torchrec_hilomoe.hilomoe.probe.report import Gain, LayerChoice
 
 __all__ = [
     "LASTING_GAIN",

@@ -4,7 +4,7 @@ from pathlib import Path, PurePath
 from textwrap import fill
 from typing import Any
 
-from torchrec_hilomoe.hilomoe.probe.verdict import ProbeReport
+from torchrec_hilomoe.hilomoe.probe.report import ProbeReport
 from torchrec_hilomoe.runtime.paths import open_binary
 
 __all__ = ["draw_probe"]

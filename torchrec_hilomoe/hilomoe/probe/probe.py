@@ -34,7 +34,8 @@ from torchrec_hilomoe.hilomoe.probe.checks import (
 )
 from torchrec_hilomoe.hilomoe.probe.gathered import SiteSums
 from torchrec_hilomoe.hilomoe.probe.heard import HeardPass, LossTerms
-from torchrec_hilomoe.hilomoe.probe.verdict import conclude, ProbeReport
+from torchrec_hilomoe.hilomoe.probe.report import ProbeReport
+from torchrec_hilomoe.hilomoe.probe.verdict import conclude
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.selectors import Selector
 

@@ -1,8 +1,9 @@
 """What a probe predicted is compared with its own seed's runs, and so is its verdict."""
 
-from benchmarks.experiments.evidence import PROBED_VARIANT, views, with_auto
+from benchmarks.experiments.evidence import views, with_auto
 from benchmarks.experiments.predicted import points_of, rank_correlation, table
 from benchmarks.experiments.report import Line
+from benchmarks.experiments.variants import PROBED_VARIANT
 from tests.helpers.rounding import rounded
 
 
