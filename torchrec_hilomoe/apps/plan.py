@@ -20,6 +20,7 @@ from torchrec_hilomoe.planning.remedies import plan_or_explain
 from torchrec_hilomoe.planning.run_plan import plan_text
 from torchrec_hilomoe.runtime.console import print_result, set_up_console
 from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
+from torchrec_hilomoe.runtime.pictures import check_picture
 from torchrec_hilomoe.training.inputs import schema_of
 
 SHORT = {  # of options of the run
@@ -46,6 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--plot", metavar="FILE", help="draw it, as PNG or as the ending says")
     asked, overrides = parser.parse_known_args(argv)
     check_flags(overrides, parser)
+    check_picture("--plot", asked.plot)
     make_folders_for({"--out": asked.out, "--plot": asked.plot})
     given = {option: getattr(asked, name) for name, (option, _) in SHORT.items()}
     return asked, overrides + [f"{name}={value}" for name, value in given.items() if value]

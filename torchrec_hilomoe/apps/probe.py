@@ -21,6 +21,7 @@ from torchrec_hilomoe.hilomoe import draw_probe
 from torchrec_hilomoe.runtime.console import print_result, set_up_console
 from torchrec_hilomoe.runtime.distributed import init_distributed, PeerLostError, pg_timeout
 from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
+from torchrec_hilomoe.runtime.pictures import check_picture
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.non_finite import NonFiniteError
 from torchrec_hilomoe.training.probing import probe_run, ProbeOptions, route_flags
@@ -40,6 +41,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ProbeOptions, RunCon
     given("--draws", type=int, default=4, help="of random keys for each feature (4)")
     asked, overrides = parser.parse_known_args(argv)
     check_flags(overrides, parser)
+    check_picture("--plot", asked.plot)
     make_folders_for({"--json": asked.json, "--plot": asked.plot})
     options = ProbeOptions(
         **{field.name: getattr(asked, field.name) for field in fields(ProbeOptions)}

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from tempfile import TemporaryFile
 from typing import Any, cast, IO
 
 from iopath.common.file_io import PathManager
@@ -106,7 +107,8 @@ def make_folders_for(files: Mapping[str, str | None]) -> None:
         files: Option to path; None where a file is not wanted.
 
     Raises:
-        ValueError: If a path is a folder, or there cannot be a folder for it.
+        ValueError: If a path is a folder, there cannot be a folder for it, or nobody may write
+            there.
     """
     for option, path in files.items():
         if path is None:
@@ -121,6 +123,17 @@ def make_folders_for(files: Mapping[str, str | None]) -> None:
         except OSError as error:
             raise ValueError(
                 f"{option} {path}: its folder cannot be made: {error}. Name another place."
+            ) from error
+        if "://" in path:
+            continue
+        try:
+            with TemporaryFile(dir=folder):
+                pass
+            if os.path.exists(path) and not os.access(path, os.W_OK):
+                raise PermissionError("it is read-only")
+        except OSError as error:
+            raise ValueError(
+                f"{option} {path} cannot be written: {error}. Name another place."
             ) from error
 
 

@@ -87,14 +87,19 @@ def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDeci
     """A decision once it is known what experts brought: a loss takes them out again."""
     if brought is None:
         return decision
+    assert decision.route_by is not None
     measured = (
-        f"{brought.gain:.5f} nats a row by the end of their warm-up ({brought.low:.5f} to "
-        f"{brought.high:.5f}, {brought.rows:,} rows of the validation split)"
+        f"brought {brought.gain:.3g} nats a row by the end of their warm-up ({brought.low:.3g} to "
+        f"{brought.high:.3g}, {brought.rows:,} rows of the validation split)"
     )
     if brought.high >= 0:
-        verdict = f"{decision.verdict} Experts brought {measured}."
+        verdict = f"{decision.verdict} Experts {measured}."
         return replace(decision, verdict=verdict, brought=brought)
-    verdict = f"{decision.verdict} But experts brought {measured}, and were taken out again."
+    features = ", ".join(dict.fromkeys(name for layer in decision.route_by for name in layer))
+    verdict = (
+        f"experts were taken out again: routed by {features}, they {measured}. They were predicted "
+        f"to gain {sum(decision.gains):.3g}."
+    )
     return replace(decision, route_by=None, verdict=verdict, brought=brought)
 
 
@@ -199,7 +204,8 @@ def window_of(config: RunConfig, timeline: StageTimeline, steps_per_epoch: int) 
         stop=stop,
         every=every,
         held_out=fresh and stop <= steps_per_epoch,
-        shortage=_shortage(config, config.train.batch_size * len(heard), timeline, stop),
+        shortage=_shortage(config, config.train.batch_size * len(heard), timeline, stop)
+        or _doubt(config, config.train.batch_size * len(heard)),
     )
 
 
@@ -239,6 +245,22 @@ def _shortage(config: RunConfig, rows: int, timeline: StageTimeline, stop: int) 
             "begin. Train for more steps."
         )
     return ""
+
+
+def _doubt(config: RunConfig, rows: int) -> str:
+    """Say why nothing is believed of so few rows, in a run that nobody asked to listen to them.
+
+    Its model is young then, too, and promises what it will soon learn by itself.
+    """
+    experts = config.model.hilomoe
+    asked = experts.probe_steps is not None or experts.probe_first is not None
+    if asked or config.init_from is not None or rows >= WANTED_ROWS:
+        return ""
+    return (
+        f"cannot judge: {rows:,} rows would be heard before experts begin, and the whole run has "
+        f"fewer than the {WANTED_ROWS:,} that tell what decides from chance. Train for more steps, "
+        "listen to fewer with probe_steps, or name the features."
+    )
 
 
 class AutoRouting:

@@ -93,6 +93,7 @@ def run_training(
         teacher = open_teacher(config.train.teacher, schema, config.data.path)
     if config.dry_run and config.out_dir is None:
         logger.info("%s", cost_table(cost))
+        _tell_of_auto(config)
         logger.info("dry run: nothing is written; with --out_dir, the configuration and the counts")
         return
     folder = _make_folder(parsed, context)
@@ -115,6 +116,7 @@ def _run_in(
     logger.info("run %s: %s, %s on %s", folder, parsed.recipe, ranks, context.device)
     logger.info("%s", cost_table(cost))
     if config.dry_run:
+        _tell_of_auto(config)
         _write_config(folder, parsed, context)
         _write_summary(folder, context, _costs(cost))
         return
@@ -229,6 +231,15 @@ def _run_in(
     if trainer.decision is not None:
         for line in found_and_brought(trainer.decision, test.auc, plain):
             logger.info("%s", line)
+
+
+def _tell_of_auto(config: RunConfig) -> None:
+    """Say of what a dry run has counted."""
+    if chooses_routing(config):
+        logger.info(
+            "route_by auto: counted with the widest features that it may find; it may find others, "
+            "or none, and then there are no experts"
+        )
 
 
 def how_to_go_on(config: RunConfig, folder: Path) -> str:

@@ -109,7 +109,7 @@ def test_a_short_probe_warns(steps, warned):
     for totals in ((), (0.01,)):
         verdict = advised(*totals, plain=plain).verdict
         assert (f"trained for {steps} steps only" in verdict) == warned
-        assert verdict.endswith(CONFIRM)
+        assert verdict.endswith(CONFIRM) == bool(totals)
 
 
 def report_of(total: float, *, pays: bool, verdict: str) -> ProbeReport:
@@ -132,7 +132,10 @@ def test_what_pays_early_is_held_to_what_is_left_later():
     lasting = look_again(early, report_of(0.005, pays=True, verdict="it pays"), 600)
     assert lasting.pays
     assert lasting.later == LaterLook(steps=600, total=0.005)
-    assert lasting.verdict == f"{early.verdict} It lasts: 0.0050 nats are left after 600 steps."
+    assert lasting.verdict == (
+        f"{early.verdict} It lasts: probed again after 600 steps, all layers together promise "
+        "0.0050 nats, and 0.0200 at first."
+    )
     assert lasting.layers == early.layers
     little = look_again(early, report_of(0.0049, pays=True, verdict="it pays"), 600)
     assert not little.pays

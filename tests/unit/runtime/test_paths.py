@@ -143,5 +143,7 @@ def test_folders_are_made_for_files_to_come(store, tmp_path):
     assert out.read_text() == "x"
     with pytest.raises(ValueError, match=r"--out .*/a is a folder\. Name a file"):
         make_folders_for({"--out": str(tmp_path / "a")})
+    with pytest.raises(ValueError, match=r"--plot /proc/x\.png cannot be written: .* Name another"):
+        make_folders_for({"--plot": "/proc/x.png"})
     with pytest.raises(ValueError, match=r"--plot .*folder cannot be made: .*plan\.json is a file"):
         make_folders_for({"--plot": str(out / "below.png")})

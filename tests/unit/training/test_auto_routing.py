@@ -20,7 +20,8 @@ def window(*options: str) -> Window:
 
 
 def test_it_listens_to_the_last_steps_before_experts_begin():
-    assert window() == Window(start=33, stop=100, every=1, held_out=True)
+    found = window("--model.hilomoe.probe_first=false")
+    assert found == Window(start=33, stop=100, every=1, held_out=True)
     longer = window("--train.epochs=50", "--train.batch_size=1000")
     assert longer == Window(start=3000, stop=5000, every=10, held_out=False)
 
@@ -56,6 +57,7 @@ def test_after_a_plain_model_it_listens_first_but_not_all_the_time():
         (["--train.max_steps=3"], "cannot judge: 0 rows of the 256 that 8 experts need"),
         (["--train.max_steps=30"], "cannot judge: 200 rows of the 256 that 8 experts need"),
         (["--model.hilomoe.num_experts=256"], "cannot judge: 6,700 rows of the 8,192 that 256"),
+        ([], "cannot judge: 6,700 rows would be heard before experts begin, and the whole run has"),
         (
             [
                 "--train.max_steps=9",
@@ -68,7 +70,7 @@ def test_after_a_plain_model_it_listens_first_but_not_all_the_time():
             "cannot judge: 100 rows of the 256",
         ),
     ],
-    ids=["no step", "few steps", "many experts", "no step of experts", "one step"],
+    ids=["no step", "few steps", "many experts", "few rows", "no step of experts", "one step"],
 )
 def test_too_short_a_run_cannot_judge(options, told):
     assert window(*options).shortage.startswith(told)
@@ -124,11 +126,16 @@ def test_what_experts_brought_takes_them_out_only_where_it_is_a_loss():
 
     assert after(0.001, 0.002).route_by == after(-0.002, 0.001).route_by == FOUND.route_by
     assert after(-0.002, 0.001).verdict.endswith(
-        "Experts brought -0.00050 nats a row by the end of their warm-up (-0.00200 to 0.00100, "
+        "Experts brought -0.0005 nats a row by the end of their warm-up (-0.002 to 0.001, "
         "5,000 rows of the validation split)."
     )
     lost = after(-0.002, -0.001)
     assert (lost.route_by, lost.gains) == (None, FOUND.gains)
+    assert lost.verdict == (
+        "experts were taken out again: routed by hour, category, they brought -0.0015 nats a row "
+        "by the end of their warm-up (-0.002 to -0.001, 5,000 rows of the validation split). They "
+        "were predicted to gain 0.0035."
+    )
     assert list(found_and_brought(lost, 0.8, None)) == [
         f"found: {lost.verdict} The model is plain again."
     ]

@@ -102,9 +102,11 @@ def advise(found: Findings) -> Advice:
     if steps is not None and steps < FIXED_AT_STEPS:
         said.append(
             f"The plain model was trained for {steps} steps only, and gains shrink as a model "
-            f"learns: probe again after {FIXED_AT_STEPS} or more."
+            f"learns: believe it after {FIXED_AT_STEPS} or more (--steps, in a run of as many: "
+            "train.epochs, train.max_steps)."
         )
-    return Advice(pays=pays, verdict=" ".join([*filter(None, said), CONFIRM]))
+    said.append(CONFIRM if pays else "")
+    return Advice(pays=pays, verdict=" ".join(filter(None, said)))
 
 
 def _doubts(found: Findings, pays: bool) -> list[str]:

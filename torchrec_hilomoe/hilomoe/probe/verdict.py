@@ -136,7 +136,11 @@ def look_again(report: ProbeReport, later: ProbeReport, steps: int) -> ProbeRepo
     pays = report.pays and later.pays and total >= LASTING_GAIN
     said = report.verdict
     if pays:
-        said += f" It lasts: {total:.4f} nats are left after {steps} steps."
+        first = report.layers[-1].total
+        said += (
+            f" It lasts: probed again after {steps} steps, all layers together promise "
+            f"{total:.4f} nats, and {first:.4f} at first."
+        )
     elif report.pays:
         names = ", ".join(dict.fromkeys(layer.feature for layer in report.layers))
         said = (

@@ -139,7 +139,10 @@ def _found(run: RunFiles) -> str:
     ]
     heads = ("feature or control", "site", "predicted gain, nats a row", "low", "high")
     table = f"<details><summary>Predicted gains</summary>{_table(heads, rows)}</details>"
-    return f"<h2>What routes the experts</h2><p>{escape(verdict)}</p>{table if rows else ''}"
+    plain = decision is not None and decision.get("route_by") is None
+    stays = " The model has no experts." if plain else ""
+    said = f"<p>{escape(verdict)}{stays}</p>"
+    return f"<h2>What routes the experts</h2>{said}{table if rows else ''}"
 
 
 def _costs(summary: Mapping[str, Any]) -> str:
