@@ -94,11 +94,7 @@ def chosen(lines: list[Line], data: str, backbone: str, variant: str) -> dict[st
     if not runs:
         return None
     best = max(runs, key=lambda line: line["valid"]["auc"])
-    return {
-        name: value
-        for name, value in best["options"].items()
-        if name.startswith("train.") and name.endswith(("rate", "frozen_share"))
-    }
+    return {name: value for name, value in best["options"].items() if name.startswith("train.")}
 
 
 def advised(found: Line) -> bool:
