@@ -23,8 +23,8 @@ from torchrec_hilomoe.runtime.distributed import init_distributed, PeerLostError
 from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
 from torchrec_hilomoe.runtime.pictures import check_picture
 from torchrec_hilomoe.training import checkpoint
+from torchrec_hilomoe.training.auto_routing.probing import probe_run, ProbeOptions, route_flags
 from torchrec_hilomoe.training.non_finite import NonFiniteError
-from torchrec_hilomoe.training.probing import probe_run, ProbeOptions, route_flags
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ProbeOptions, RunConfig]:

@@ -36,6 +36,7 @@ from torchrec_hilomoe.training.auto_routing import (
     Window,
     window_of,
 )
+from torchrec_hilomoe.training.auto_routing.probing import probe_run, ProbeOptions
 from torchrec_hilomoe.training.checkpoint.storage import Folder
 from torchrec_hilomoe.training.inputs import (
     best_auc_of,
@@ -47,7 +48,6 @@ from torchrec_hilomoe.training.inputs import (
 )
 from torchrec_hilomoe.training.log.reading import METRICS_FILE, read_summary, SUMMARY_FILE
 from torchrec_hilomoe.training.log.run_log import RunLog
-from torchrec_hilomoe.training.probing import probe_run, ProbeOptions
 from torchrec_hilomoe.training.sharding.capabilities import check_capabilities
 from torchrec_hilomoe.training.sharding.plan_report import PlanReport
 from torchrec_hilomoe.training.stages import PlateauConfig

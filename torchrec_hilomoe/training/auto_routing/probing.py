@@ -34,7 +34,9 @@ from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
-from torchrec_hilomoe.training.auto_routing import decided_model, ROWS_OF_A_BUCKET
+from torchrec_hilomoe.training.auto_routing.decision import decided_model
+from torchrec_hilomoe.training.auto_routing.listening import probe_of, run_unchanged
+from torchrec_hilomoe.training.auto_routing.window import ROWS_OF_A_BUCKET
 from torchrec_hilomoe.training.checkpoint.state import flatten
 from torchrec_hilomoe.training.inputs import (
     loader_of,
@@ -43,7 +45,6 @@ from torchrec_hilomoe.training.inputs import (
     schema_of,
     timeline_of,
 )
-from torchrec_hilomoe.training.listening import probe_of, run_unchanged
 from torchrec_hilomoe.training.non_finite import any_rank, find_non_finite, listed, NonFiniteError
 from torchrec_hilomoe.training.pipelines.pipeline import Pipeline
 from torchrec_hilomoe.training.stages import Stage, StageTimeline

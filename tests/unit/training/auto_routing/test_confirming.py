@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tests.helpers.rounding import rounded
-from torchrec_hilomoe.training.confirming import brought_of, sums_of
+from torchrec_hilomoe.training.auto_routing.confirming import brought_of, sums_of
 
 
 def test_batches_give_the_mean_and_interval_of_all_their_rows():

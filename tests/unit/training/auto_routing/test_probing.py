@@ -8,8 +8,8 @@ import pytest
 from torchrec_hilomoe.command_line import parse_run
 from torchrec_hilomoe.hilomoe import Gain, ProbeReport
 from torchrec_hilomoe.models.build import build_task
+from torchrec_hilomoe.training.auto_routing.probing import route_flags
 from torchrec_hilomoe.training.inputs import schema_of
-from torchrec_hilomoe.training.probing import route_flags
 
 GAIN = Gain(name="hour", site="up", gain=0.005, low=0.004, high=0.006)
 REPORT = ProbeReport(

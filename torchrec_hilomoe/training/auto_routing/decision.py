@@ -1,0 +1,97 @@
+"""What a run that finds its features has decided, what it makes of the model, and its words."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torchrec_hilomoe.command_line import Recorded
+from torchrec_hilomoe.config import InjectionConfig, ModelConfig, RunConfig
+from torchrec_hilomoe.hilomoe import ProbeReport
+from torchrec_hilomoe.training.checkpoint import Brought, RoutingDecision
+
+__all__ = [
+    "chooses_routing",
+    "confirmed",
+    "decided_experts",
+    "decided_model",
+    "decision_of",
+    "found_and_brought",
+]
+
+
+def chooses_routing(config: RunConfig) -> bool:
+    """Whether a run is to find by itself what routes its experts."""
+    return config.model.hilomoe.enabled and config.model.hilomoe.route_by == "auto"
+
+
+def decided_model(config: ModelConfig, decision: RoutingDecision | None) -> ModelConfig:
+    """The model as it is now: plain until it was decided, then with the views that were chosen."""
+    experts = config.hilomoe
+    if not experts.enabled or experts.route_by != "auto":
+        return config
+    return replace(config, hilomoe=decided_experts(experts, decision))
+
+
+def decided_experts(experts: InjectionConfig, decision: RoutingDecision | None) -> InjectionConfig:
+    """The experts as they are now: none until it was decided."""
+    if decision is None or decision.route_by is None:
+        return replace(experts, enabled=False)
+    return replace(experts, route_by=decision.route_by)
+
+
+def decision_of(report: ProbeReport, step: int) -> RoutingDecision:
+    """What a report makes of a run that has done ``step`` steps."""
+    return RoutingDecision(
+        step=step,
+        route_by=report.route_by if report.pays else None,
+        gains=tuple(layer.gain for layer in report.layers) if report.pays else (),
+        verdict=report.verdict,
+    )
+
+
+def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDecision:
+    """A decision once it is known what experts brought: a loss takes them out again."""
+    if brought is None:
+        return decision
+    assert decision.route_by is not None
+    measured = (
+        f"brought {brought.gain:.3g} nats a row by the end of their warm-up ({brought.low:.3g} to "
+        f"{brought.high:.3g}, {brought.rows:,} rows of the validation split)"
+    )
+    if brought.high >= 0:
+        verdict = f"{decision.verdict} Experts {measured}."
+        return replace(decision, verdict=verdict, brought=brought)
+    features = ", ".join(dict.fromkeys(name for layer in decision.route_by for name in layer))
+    verdict = (
+        f"experts were taken out again: routed by {features}, they {measured}. They were predicted "
+        f"to gain {sum(decision.gains):.3g}."
+    )
+    return replace(decision, route_by=None, verdict=verdict, brought=brought)
+
+
+def found_and_brought(
+    decision: RoutingDecision, test_auc: float, plain: Recorded | None
+) -> Iterator[str]:
+    """Say at the end of a run what was found, and what experts brought.
+
+    Args:
+        decision: What was found.
+        test_auc: Of the run.
+        plain: What is known of the same run without experts.
+    """
+    if decision.route_by is None:
+        yield f"found: {decision.verdict} The model {_stays_plain(decision)}."
+        return
+    features = ", ".join(dict.fromkeys(name for layer in decision.route_by for name in layer))
+    yield f"found: experts routed by {features}, predicted to gain {sum(decision.gains):.4f} nats"
+    if plain is None:
+        yield "brought: train the same without experts, and compare: --model.hilomoe null"
+    else:
+        yield (
+            f"brought: {test_auc - plain.test_auc:+.4f} test AUC; without experts it was "
+            f"{plain.test_auc:.4f}, as recorded of: {plain.command}"
+        )
+
+
+def _stays_plain(decision: RoutingDecision) -> str:
+    """What has become of a model for which none was chosen."""
+    return "stayed plain" if decision.brought is None else "is plain again"

@@ -1,0 +1,202 @@
+"""A run that finds its features: it listens, decides at the boundary, and confirms."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.data.batch import CTRBatch
+from torchrec_hilomoe.hilomoe import ProbeReport, remove_hilomoe, sites_of
+from torchrec_hilomoe.hilomoe.inject import set_auxiliary_loss_scale
+from torchrec_hilomoe.models.build import inject_experts
+from torchrec_hilomoe.models.train_task import TrainTask
+from torchrec_hilomoe.training.auto_routing.confirming import brought_by_experts
+from torchrec_hilomoe.training.auto_routing.decision import (
+    confirmed,
+    decided_experts,
+    decision_of,
+)
+from torchrec_hilomoe.training.auto_routing.listening import probe_of, run_unchanged
+from torchrec_hilomoe.training.auto_routing.window import WANTED_ROWS, Window
+from torchrec_hilomoe.training.checkpoint import RoutingDecision
+
+__all__ = ["AutoRouting"]
+
+# Costs of a step that is heard, against what it says: benchmarks/LOG.md has them.
+DRAWS, SKETCH, BLOCKS = 2, 16, 10
+
+
+class AutoRouting:
+    """Listens to a run, and decides at the boundary.
+
+    Args:
+        task: The plain model, or the model as it was decided.
+        config: The run.
+        window: To which steps it listens.
+        decision: What was decided before the run was resumed.
+
+    Attributes:
+        decision: What was decided; None before the boundary.
+    """
+
+    def __init__(
+        self,
+        task: TrainTask,
+        config: RunConfig,
+        window: Window,
+        decision: RoutingDecision | None = None,
+    ) -> None:
+        self.decision = decision
+        self._task, self._config, self._window = task, config, window
+        self._experts = config.model.hilomoe
+        self._probe = None
+        if decision is None and not window.shortage:
+            self._probe = probe_of(
+                task,
+                self._experts,
+                draws=DRAWS,
+                sketch=SKETCH,
+                blocks=BLOCKS,
+                thin_events=True,
+                paired=True,
+                seed=config.seed,
+            )
+
+    @property
+    def absent_layers(self) -> int:
+        """Expert layers that the model may get, or has had."""
+        there = self.decision is not None and self.decision.route_by is not None
+        return 0 if there else self._experts.num_layers
+
+    @property
+    def may_confirm(self) -> bool:
+        """Whether experts are there of which it is not known what they bring."""
+        decision = self.decision
+        if decision is None or decision.route_by is None or not self._experts.confirm:
+            return False
+        return decision.brought is None
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is to be decided before ``step``; at once, where nothing can be judged."""
+        late = step >= self._window.stop
+        return self.decision is None and (late or bool(self._window.shortage))
+
+    @contextmanager
+    def listening(self, step: int) -> Iterator[None]:
+        """Let the passes of ``step`` be heard, if it is one of those; a collective call."""
+        if self._probe is None or not self._window.hears(step):
+            yield
+            return
+        backbone = self._task.model.backbone
+        backbone.include_history_mean = True
+        try:
+            with self._probe.judge() if self._window.held_out else self._probe.fit():
+                yield
+        finally:
+            backbone.include_history_mean = False
+
+    def decide(
+        self, model: DistributedModelParallel, step: int, validation: Iterable[CTRBatch]
+    ) -> ProbeReport:
+        """Choose the views and inject experts, or none; a collective call.
+
+        Args:
+            model: The sharded model, in no pipeline; to be wrapped anew afterwards.
+            step: Steps done.
+            validation: Judges where the rows of training cannot.
+
+        Raises:
+            ValueError: If no feature varies.
+        """
+        if self._window.shortage:
+            report = _no_report(self._window.shortage)
+        else:
+            assert self._probe is not None
+            if not self._window.held_out:
+                self._judge_by(model, validation)
+            report = self._probe.report()
+        self.decision = decision_of(report, step)
+        self._probe = None
+        if report.pays:
+            with torch.random.fork_rng(devices=_gpus(model)):
+                torch.manual_seed(self._config.seed)  # the same experts on every rank
+                inject_experts(self._task, decided_experts(self._experts, self.decision))
+            accumulated = self._config.train.gradient_accumulation_steps
+            set_auxiliary_loss_scale(self._task, self._task.loss_scale / accumulated)
+        if self._config.train.compile:
+            self._task.model.backbone.compile()
+        return report
+
+    def confirm(
+        self, model: DistributedModelParallel, step: int, validation: Iterable[CTRBatch]
+    ) -> RoutingDecision:
+        """Ask what experts have brought, and take them out if it is a loss; a collective call.
+
+        Args:
+            model: The sharded model, in no pipeline, its experts warmed up and nothing else
+                trained meanwhile; to be wrapped anew afterwards if it lost them.
+            step: Steps done.
+            validation: Rows that judge.
+        """
+        assert self.decision is not None
+        world = torch.distributed.get_world_size()
+        passes = math.ceil(WANTED_ROWS / (self._config.train.batch_size * world))
+        brought = brought_by_experts(model, islice(validation, passes), step=step)
+        self.decision = confirmed(self.decision, brought)
+        if self.decision.route_by is None:
+            for site in sites_of(self._task).values():
+                site.active_layers = 0
+            remove_hilomoe(self._task.model.backbone)
+            self._task.model.backbone.include_history_mean = False
+        return self.decision
+
+    def _judge_by(self, model: DistributedModelParallel, rows: Iterable[CTRBatch]) -> None:
+        assert self._probe is not None
+        window, backbone = self._window, self._task.model.backbone
+        passes = len(range(window.start, window.stop, window.every))
+        backbone.include_history_mean = True
+        with torch.random.fork_rng(devices=_gpus(model)), self._probe.judge():
+            deque(run_unchanged(model, islice(rows, passes)), maxlen=0)
+        backbone.include_history_mean = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this rank has heard so far; what all ranks share only on the first one."""
+        if self._probe is None:
+            return {}
+        first = torch.distributed.get_rank() == 0
+        return {
+            name: tensor
+            for name, tensor in self._probe.state_dict().items()
+            if first or not name.startswith("shared.")
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        if self._probe is not None:
+            self._probe.load_state_dict(state_dict)
+
+
+def _no_report(verdict: str) -> ProbeReport:
+    """The report of a probe that has heard nothing."""
+    return ProbeReport(
+        features=(),
+        controls={},
+        layers=(),
+        route_by=(),
+        pays=False,
+        verdict=verdict,
+        costs=(),
+        not_judged={},
+        fit_rows=0,
+        held_out_rows=0,
+    )
+
+
+def _gpus(model: DistributedModelParallel) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []
