@@ -2,16 +2,19 @@
 
 import json
 import shutil
+import time
 
 import pytest
 import torch
 
+from tests.helpers.faults import run_with
 from tests.helpers.processes import run_ranks
 from tests.helpers.rounding import rounded
 from tests.helpers.runs import read_lines, read_tensors, run_app, train
 from tests.integration import test_auto_routing
 from tests.integration.test_auto_routing import AUTO, BEGIN, make_data, STEPS
 from tests.integration.test_tools import evaluate
+from torchrec_hilomoe.training.auto_routing import confirming
 from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
 
 ASKED = 13  # experts alone learn in steps 10 to 12
@@ -91,13 +94,13 @@ def test_it_does_not_change_the_run(kept, data, tmp_path):
 
 def test_experts_that_harm_are_taken_out(lost):
     out, _ = lost
-    before, after = decision_of(out, ASKED), decision_of(out, ASKED + 1)
+    before, after = decision_of(out, ASKED - 1), decision_of(out, ASKED)
     assert before.route_by is not None
     assert after == decision_of(out)
     assert (after.route_by, after.step, brought_in(out).step) == (None, BEGIN, ASKED)
     assert brought_in(out).high < 0
     assert after.verdict.startswith("experts were taken out again: routed by kind")
-    names = read_tensors(out / "checkpoints" / f"step_{ASKED + 1}")
+    names = read_tensors(out / "checkpoints" / f"step_{ASKED}")
     assert not [name for name in names if "expert" in name or "router" in name]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["parameters"]["experts"] == 0
@@ -109,14 +112,54 @@ def test_experts_that_harm_are_taken_out(lost):
 
 def test_the_model_without_them_is_the_one_from_before_and_learns_again(lost, tmp_path):
     out, ranks = lost
-    without, harmed = (
-        logloss_of(out, step, tmp_path / f"{step}.json", ranks) for step in (BEGIN, ASKED)
+    without, harmed, plain = (
+        logloss_of(out, step, tmp_path / f"{step}.json", ranks)
+        for step in (BEGIN, ASKED - 1, ASKED)
     )
-    found = brought_in(out)
-    assert found.gain == rounded(without - harmed, found.rows, scale=max(without, harmed))
+    assert harmed > without == plain
     last = read_lines(out / METRICS_FILE)[-1]
     assert (last["stage"], last["split"]) == ("finetune", "test")
     assert last["logloss"] < harmed
+
+
+def test_a_longer_run_goes_on_without_them(lost, data, tmp_path):
+    """Its stages lie elsewhere: it has steps for experts alone where it has lost them."""
+    out, ranks = lost
+    name = f"checkpoints/step_{ASKED}"
+    shutil.copytree(out / name, tmp_path / name)
+    train(tmp_path, *options(data), HARMFUL, "--train.max_steps=22", ranks=ranks)
+    assert decision_of(tmp_path, 22) == decision_of(out)
+
+
+def test_a_validation_of_experts_in_their_warmup_is_never_the_best(data, tmp_path):
+    """These help at first, and then harm; what follows learns too fast to be better again."""
+    frozen = "train_backbone: false, train_tables: false"
+    stages = (
+        "[{name: a, steps: 10, active_layers: 0}, "
+        f"{{name: b, steps: 2, {frozen}, expert_lr_scale: 5}}, "
+        f"{{name: c, steps: 1, {frozen}, expert_lr_scale: 200000}}, "
+        "{name: d, lr_scale: 300}]"
+    )
+    best = ("--checkpoint.best=logloss", "--train.evaluate_every=1")
+    train(tmp_path, *options(data), f"--train.stages={stages}", *best)
+    assert decision_of(tmp_path).route_by is None
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    valid = {
+        line["step"]: line["logloss"]
+        for line in read_lines(tmp_path / METRICS_FILE)
+        if line["split"] == "valid"
+    }
+    assert valid[12] < valid[BEGIN] == valid[ASKED] < valid[STEPS]
+    assert summary["tested_step"] == BEGIN
+
+
+def test_what_learned_together_is_not_judged(data, tmp_path):
+    stages = (
+        "[{name: a, steps: 10, active_layers: 0}, {name: b, steps: 3, expert_lr_scale: 2000}, "
+        "{name: c, steps: 2, train_backbone: false, train_tables: false}, {name: d}]"
+    )
+    train(tmp_path, *options(data), f"--train.stages={stages}")
+    assert decision_of(tmp_path).brought is None
 
 
 @pytest.mark.parametrize("step", [ASKED, ASKED + 1, pytest.param(12, marks=pytest.mark.slow)])
@@ -132,6 +175,26 @@ def test_resumed_equals_uninterrupted(lost, data, step, tmp_path):
     for file in (METRICS_FILE, ROUTING_FILE):
         lines, again = (read_lines(run / file) for run in (out, tmp_path))
         assert again == [line for line in lines if line["step"] > step]
+
+
+def score_slowly():
+    losses = confirming._losses
+
+    def wait_and_score(*args):
+        time.sleep(0.5)
+        return losses(*args)
+
+    confirming._losses = wait_and_score
+
+
+@pytest.mark.slow
+def test_a_long_look_is_not_taken_for_a_stuck_rank(data, tmp_path):
+    """Eight batches, scored twice, take eight seconds."""
+    argv = [f"--out_dir={tmp_path}", *options(data), "--stall_seconds=4"]
+    argv += ["--train.stages=null", "--train.max_steps=18", "--model.hilomoe.num_layers=3"]
+    (ended,) = run_with(score_slowly, argv, ranks=1)
+    assert ended.code == 0, ended.shown
+    assert brought_in(tmp_path).rows == 2048
 
 
 @pytest.mark.slow

@@ -221,6 +221,8 @@ class Trainer:
                 self._train()
                 if self._due(self._intervals.log_every) or self.step == self._driver.span.stop:
                     self._log_step()
+                if self._confirms and self._timeline.ends_expert_warmup(self.step):
+                    self._confirm(validation)
                 self._evaluate_save(validation)
         except _Stopped:
             return False
@@ -235,11 +237,8 @@ class Trainer:
 
         No batch is read for a step that might belong to another stage.
         """
-        if self.step >= self._sure and self._auto is not None:
-            if self._auto.is_due(self.step):
-                self._decide(self._auto, validation)
-            elif self._auto.may_confirm and self._timeline.ends_expert_warmup(self.step):
-                self._confirm(self._auto, validation)
+        if self.step >= self._sure and self._auto is not None and self._auto.is_due(self.step):
+            self._decide(self._auto, validation)
         if self._driver.at_boundary:
             self._detach()
         if self._driver.begin_step():
@@ -253,7 +252,9 @@ class Trainer:
     def _decide(self, auto: AutoRouting, validation: Loader) -> None:
         """Give the model experts that are routed by what was found to decide, or none."""
         self._detach()
-        report, decision = auto.decide(self.model, self.step, validation), auto.decision
+        with closing(iter(validation)) as batches:
+            report = auto.decide(self.model, self.step, self._watched(batches))
+        decision = auto.decision
         assert decision is not None
         if decision.route_by is None:
             self._timeline.leave_out_experts()
@@ -262,19 +263,30 @@ class Trainer:
             self._steps.watch_routers()
         self._log.decided(decision, report)
 
-    def _confirm(self, auto: AutoRouting, validation: Loader) -> None:
+    @property
+    def _confirms(self) -> bool:
+        """Whether it is yet to be asked what experts bring."""
+        return self._auto is not None and self._auto.may_confirm
+
+    def _confirm(self, validation: Loader) -> None:
         """Ask what experts brought in their warm-up, and go on without them if it is a loss."""
+        assert self._auto is not None
         self._detach()
         share_statistics(self.model.module)
         with closing(iter(validation)) as batches:
-            decision = auto.confirm(self.model, self.step, batches)
+            decision = self._auto.confirm(self.model, self.step, self._watched(batches))
         self._driver.train()
         if decision.route_by is None:
             self._timeline.leave_out_experts(self.step)
             self._optimizers.drop_experts()
             self._steps.watch_routers()
-            self._best.forget_since(decision.step)
         self._log.confirmed(decision)
+
+    def _watched(self, batches: Iterator[CTRBatch]) -> Iterator[CTRBatch]:
+        """Pass batches on, of which each says that the rank is not stuck."""
+        for batch in batches:
+            yield batch
+            self._watchdog.beat()
 
     def _make_pipeline(self) -> None:
         self._pipeline = Pipeline(
@@ -372,6 +384,8 @@ class Trainer:
             self._stopping.observe(self.step, metrics)
         if self._stopping.exhausted:
             self._log_step(f"no better validation for long enough: stopping at step {self.step}")
+        if self._confirms and self._timeline.warms_up_experts(self.step - 1):
+            return  # of experts that may be taken out again
         if self._best.observe(self.step, metrics):
             self.save()
 

@@ -22,6 +22,7 @@ from torchrec_hilomoe.training.checkpoint import Brought
 __all__ = ["brought_by_experts", "brought_of", "sums_of"]
 
 NORMAL_95 = 1.96  # standard errors on either side of a mean, for 95 %
+LEAST_ROWS = 100  # of equal weight, for such an interval
 
 
 @torch.no_grad()
@@ -39,8 +40,8 @@ def brought_by_experts(
         step: Optimizer steps done.
 
     Returns:
-        What they brought, the same on every rank; None if no row has a weight, or one has no finite
-        loss, of which training will tell.
+        What they brought, the same on every rank; None if the rows are worth fewer than 100 of
+        equal weight, or one has no finite loss, of which training will tell.
     """
     task = model.module
     assert isinstance(task, TrainTask)
@@ -74,9 +75,10 @@ def sums_of(gains_B: Tensor, weights_B: Tensor) -> Tensor:
 
 
 def brought_of(sums: Tensor, *, step: int) -> Brought | None:
-    """The weighted mean of gains and its 95 % interval; None where there is none."""
+    """The weighted mean of gains and its 95 % interval; None where the rows tell of none."""
     rows, weight, weight_squared, weighed, twice_weighed, weighed_squared = sums.tolist()
-    if weight == 0 or not math.isfinite(weighed_squared):
+    # Kish's effective number of rows, weight^2 / weight_squared
+    if weight**2 < LEAST_ROWS * weight_squared or weight == 0 or not math.isfinite(weighed_squared):
         return None
     gain = weighed / weight
     # sum of w^2 (d - gain)^2, of which rounding may leave less than nothing

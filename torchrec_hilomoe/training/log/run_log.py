@@ -164,7 +164,13 @@ class RunLog:
     def confirmed(self, decision: RoutingDecision) -> None:
         """Tell what experts that were found have brought, if it could be measured."""
         brought = decision.brought
-        if self._curves is None or brought is None:
+        if self._curves is None:
+            return
+        if brought is None:
+            self.say(
+                "route_by auto: what experts brought in their warm-up cannot be told: the "
+                "validation split has too few rows with a weight, or a loss is no number"
+            )
             return
         self._curves.text("route_by", decision.verdict, brought.step)
         ends = {"gain": brought.gain, "low": brought.low, "high": brought.high}

@@ -45,11 +45,6 @@ class MetricTracker:
             self.best = Best(metric=name, value=best.value, step=best.step, validations_since=since)
         return False
 
-    def forget_since(self, step: int) -> None:
-        """Forget a best validation after ``step``: it was of a model that is trained no more."""
-        if self.best is not None and self.best.step > step:
-            self.best = None
-
     def state_dict(self) -> dict[str, Best | None]:
         """Return the best so far."""
         return {"best": self.best}

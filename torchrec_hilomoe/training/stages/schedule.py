@@ -247,7 +247,7 @@ class StageTimeline:
         self._nominal_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._decay = decay or Decay()
-        self._experts_until: float = math.inf  # stages that begin later train none alone
+        self._experts_until = total_steps  # no later step trains experts alone
         self._evaluate_every = evaluate_every
         self.spans = self._place()
 
@@ -263,15 +263,26 @@ class StageTimeline:
     def leave_out_experts(self, since: int = 0) -> None:
         """Give the steps of stages that train experts alone to the stage that follows.
 
-        Of stages at the end, to the one before them. Those that begin before step ``since`` stay.
+        Of stages at the end, to the one before them. Such steps before step ``since`` stay.
         """
         self._experts_until = since
         self.spans = self._place()
 
+    def warms_up_experts(self, step: int) -> bool:
+        """Whether ``step`` trains experts alone, and nothing else learned beside them before it."""
+        span = self.at(step)
+        return not _trains_more(span.stage) and not any(
+            _trains_more(earlier.stage) and earlier.stage.active_layers != 0
+            for earlier in self.spans
+            if earlier.start < span.start
+        )
+
     def ends_expert_warmup(self, step: int) -> bool:
-        """Whether ``step`` is the first that trains more than experts, after steps that did not."""
-        return 0 < step < self.total_steps and (
-            _trains_more(self.at(step).stage) and not _trains_more(self.at(step - 1).stage)
+        """Whether ``step`` trains more than experts, after a step that :meth:`warms_up_experts`."""
+        return (
+            0 < step < self.total_steps
+            and _trains_more(self.at(step).stage)
+            and self.warms_up_experts(step - 1)
         )
 
     def decay(self, step: int) -> float:
@@ -341,7 +352,11 @@ class StageTimeline:
             self._nominal_steps, steps_per_epoch=self._steps_per_epoch, ended=self.state.ended
         )
         until = self._experts_until
-        kept = [span for span in spans if _trains_more(span.stage) or span.start < until]
+        kept = [
+            span if _trains_more(span.stage) else replace(span, stop=min(span.stop, until))
+            for span in spans
+            if _trains_more(span.stage) or span.start < until
+        ]
         if not kept:  # in a short run the others may have no step
             others = (stage for stage in self.schedule.stages if _trains_more(stage))
             kept = [replace(spans[-1], stage=next(others, spans[-1].stage))]

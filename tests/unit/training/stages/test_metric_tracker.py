@@ -55,13 +55,3 @@ def test_without_a_metric_nothing_is_followed():
     assert observed(watch, 0.5, 0.6) == [False, False]
     assert watch.best is None
     assert not watch.exhausted
-
-
-def test_a_best_validation_of_a_model_that_is_no_more_is_forgotten():
-    watch = MetricTracker(PlateauConfig(metric="auc"))
-    watch.observe(4, metrics(0.6))
-    watch.forget_since(4)
-    assert watch.best is not None
-    watch.observe(8, metrics(0.7))
-    watch.forget_since(4)
-    assert watch.best is None

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -266,6 +267,28 @@ def test_experts_may_be_left_out_once_they_have_warmed_up():
     timeline = StageTimeline(twice, total_steps=100)
     timeline.leave_out_experts(40)
     assert spans(timeline)[-2:] == [("expert_warmup[2]", 35, 40), ("all", 40, 100)]
+
+
+def test_a_longer_run_without_experts_has_no_step_of_theirs_after_they_were_left_out():
+    schedule = StageSchedule.three_stages(num_layers=1, backbone_share=0.5, frozen_share=0.2)
+    timeline = StageTimeline(schedule, total_steps=22)
+    assert spans(timeline)[1] == ("expert_warmup[1]", 11, 15)
+    timeline.leave_out_experts(13)
+    assert spans(timeline)[1:] == [("expert_warmup[1]", 11, 13), ("finetune", 13, 22)]
+
+
+def test_experts_warm_up_only_until_something_learns_beside_them():
+    alone = Stage(name="first", steps=2, train_backbone=False, train_tables=False)
+    stages = (
+        Stage(name="plain", steps=2, active_layers=0),
+        alone,
+        Stage(name="all", steps=2),
+        replace(alone, name="again"),
+        Stage(name="rest"),
+    )
+    timeline = StageTimeline(StageSchedule(stages=stages), total_steps=10)
+    assert [step for step in range(10) if timeline.warms_up_experts(step)] == [2, 3]
+    assert [step for step in range(11) if timeline.ends_expert_warmup(step)] == [4]
 
 
 def test_a_run_from_a_plain_model_begins_with_steps_to_listen_to():
