@@ -168,6 +168,7 @@ def test_a_checkpoint_with_experts_is_not_what_is_probed(probed, deciding, tmp_p
 def test_a_run_that_listens_does_not_go_on_as_one_that_probes_first(deciding, tmp_path):
     data = f"--data.path={deciding}"
     listens = [option for option in FIRST if "probe_first" not in option]
+    listens.append("--model.hilomoe.probe_first=false")
     train(tmp_path / "on", *listens, data, "--checkpoint.every_steps=4")
     again = tmp_path / "again" / "checkpoints" / "step_4"
     shutil.copytree(tmp_path / "on" / "checkpoints" / "step_4", again)

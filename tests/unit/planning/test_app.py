@@ -61,7 +61,7 @@ def test_the_ending_says_the_format_and_there_may_be_none(plan, tmp_path):
         assert (tmp_path / name).read_bytes().startswith(start)
     code, _, error = plan("--hbm", "80GB", "--plot", str(tmp_path / "plan.doc"))
     assert code == 2
-    assert "'doc' is not supported" in error
+    assert "plan.doc ends with .doc" in error
 
 
 @pytest.mark.parametrize(
