@@ -13,12 +13,14 @@ import faulthandler
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 __all__ = ["Watchdog"]
+
+T = TypeVar("T")
 
 STDERR = 2  # sys.stderr may be anything, or locked by what is stuck
 GRACE = 3.0  # seconds in which the other ranks show their stacks too
@@ -64,6 +66,12 @@ class Watchdog:
     def beat(self) -> None:
         """Say that something was finished; costs a read of the clock."""
         self._last = time.monotonic()
+
+    def over(self, parts: Iterable[T]) -> Iterator[T]:
+        """Pass parts of a long work on, and say so when the next one is asked for."""
+        for part in parts:
+            yield part
+            self.beat()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -253,7 +253,7 @@ class Trainer:
         """Give the model experts that are routed by what was found to decide, or none."""
         self._detach()
         with closing(iter(validation)) as batches:
-            report = auto.decide(self.model, self.step, self._watched(batches))
+            report = auto.decide(self.model, self.step, self._watchdog.over(batches))
         decision = auto.decision
         assert decision is not None
         if decision.route_by is None:
@@ -274,19 +274,13 @@ class Trainer:
         self._detach()
         share_statistics(self.model.module)
         with closing(iter(validation)) as batches:
-            decision = self._auto.confirm(self.model, self.step, self._watched(batches))
+            decision = self._auto.confirm(self.model, self.step, self._watchdog.over(batches))
         self._driver.train()
         if decision.route_by is None:
             self._timeline.leave_out_experts(self.step)
             self._optimizers.drop_experts()
             self._steps.watch_routers()
         self._log.confirmed(decision)
-
-    def _watched(self, batches: Iterator[CTRBatch]) -> Iterator[CTRBatch]:
-        """Pass batches on, of which each says that the rank is not stuck."""
-        for batch in batches:
-            yield batch
-            self._watchdog.beat()
 
     def _make_pipeline(self) -> None:
         self._pipeline = Pipeline(

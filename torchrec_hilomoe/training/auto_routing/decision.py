@@ -1,6 +1,6 @@
 """What a run that finds its features has decided, what it makes of the model, and its words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torchrec_hilomoe.command_line import Recorded
@@ -60,7 +60,7 @@ def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDeci
     if brought.high >= 0:
         verdict = f"{decision.verdict} Experts {measured}."
         return replace(decision, verdict=verdict, brought=brought)
-    features = ", ".join(dict.fromkeys(name for layer in decision.route_by for name in layer))
+    features = _named(decision.route_by)
     verdict = (
         f"experts were taken out again: routed by {features}, they {measured}. They were predicted "
         f"to gain {sum(decision.gains):.3g}."
@@ -81,7 +81,7 @@ def found_and_brought(
     if decision.route_by is None:
         yield f"found: {decision.verdict} The model {_stays_plain(decision)}."
         return
-    features = ", ".join(dict.fromkeys(name for layer in decision.route_by for name in layer))
+    features = _named(decision.route_by)
     yield f"found: experts routed by {features}, predicted to gain {sum(decision.gains):.4f} nats"
     if plain is None:
         yield "brought: train the same without experts, and compare: --model.hilomoe null"
@@ -95,3 +95,8 @@ def found_and_brought(
 def _stays_plain(decision: RoutingDecision) -> str:
     """What has become of a model for which none was chosen."""
     return "stayed plain" if decision.brought is None else "is plain again"
+
+
+def _named(route_by: Iterable[Iterable[str]]) -> str:
+    """Every feature that routes a layer, once."""
+    return ", ".join(dict.fromkeys(name for layer in route_by for name in layer))

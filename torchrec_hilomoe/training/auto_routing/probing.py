@@ -171,9 +171,8 @@ class _Watched:
 
     def __call__(self, steps: Iterable[T], what: str, total: int) -> Iterator[T]:
         """Pass steps on."""
-        for step in tqdm(steps, desc=what, total=total, leave=False, disable=not self._shown):
-            yield step
-            self._watchdog.beat()
+        bar = tqdm(steps, desc=what, total=total, leave=False, disable=not self._shown)
+        return self._watchdog.over(bar)
 
 
 def route_flags(config: RunConfig, report: ProbeReport) -> str:
