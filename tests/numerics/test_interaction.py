@@ -1,15 +1,18 @@
 """What a probe adds up, batch by batch, against loops over rows in float64."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from tests.helpers.rounding import assert_same, assert_within, float64_rounding, rounding_of
 from torchrec_hilomoe.hilomoe.probe.interactions import (
+    bucket_sums,
     BucketRows,
     FitSums,
     HeldOutSums,
+    joint_weights,
     signed_gain,
 )
 from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
@@ -224,3 +227,42 @@ def test_what_units_have_in_common_is_theirs_alone_on_the_diagonal():
     bound = float64_rounding(*(block.delta_NO for block in blocks), found.overlap_KK)
     assert_within(found.overlap_KK.diagonal() / 2, gain_K, bound)
     assert float(found.overlap_KK[0, 1]) > 0.9 * float(found.overlap_KK[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("units", "experts", "rows", "width_in", "width_out"),
+    [
+        (3, 4, 50, 5, 3),
+        (2, 3, 40, 40, 33),  # outer products of all rows would be too many
+        (3, 20_000, 30, 2, 1),  # more buckets than 16 bits tell apart
+        (2, 3, 0, 4, 2),
+    ],
+)
+def test_sums_of_sorted_rows_are_those_of_one_hot_rows(units, experts, rows, width_in, width_out):
+    rng = torch.Generator().manual_seed(5)
+
+    def whole(low: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, 9, shape, generator=rng).double()  # of which sums are exact
+
+    bucket_KN = torch.randint(experts, (units, rows), generator=rng)
+    found = BucketRows(
+        x_ND=whole(-9, rows, width_in),
+        delta_NO=whole(-9, rows, width_out),
+        weight_N=whole(1, rows),
+        bucket_KN=bucket_KN,
+    )
+    sums = bucket_sums(found, experts)
+    for unit in range(units):
+        for bucket in {*bucket_KN[unit].tolist(), 0, experts - 1}:
+            own = bucket_KN[unit] == bucket
+            x_nD, delta_nO, weight_n = found.x_ND[own], found.delta_NO[own], found.weight_N[own]
+            expected = (weight_n.sum(), weight_n @ x_nD, delta_nO.sum(dim=0), delta_nO.t() @ x_nD)
+            for tensor, wanted in zip(sums, expected, strict=True):
+                assert torch.equal(tensor[unit, bucket], wanted)
+    if experts > 4:
+        return  # joint weights of so many buckets do not fit into memory
+    joint_CC = joint_weights(found, experts)
+    for one, other in product(range(units * experts), repeat=2):
+        both = bucket_KN[one // experts] == one % experts
+        both &= bucket_KN[other // experts] == other % experts
+        assert joint_CC[one, other] == found.weight_N[both].sum()

@@ -94,21 +94,18 @@ class FeatureBuckets:
 
     def __call__(self, query_BQ: Tensor, number: int) -> Tensor:
         """``(K, B)``, the buckets of the samples of a pass, draw after draw of each feature."""
-        found = []
-        for name, part in self._ranges.items():
-            if name in self._edges:
-                column_B = query_BQ[:, part.start].contiguous()
-                bucket_B = torch.bucketize(column_B, self._edges[name])
-                found.append(bucket_B.expand(self._draws, -1))
-            else:
-                found.append(self._nearest(name, query_BQ[:, part.start : part.stop]))
-        found.append(self._nearest(ALL, parts_of(query_BQ, list(self._ranges.values()))))
-        found.append(self._anywhere(query_BQ, number))
-        return torch.cat(found)
-
-    def _nearest(self, name: str, part_BQ: Tensor) -> Tensor:
-        products_BK = part_BQ @ self._keys[name].to(part_BQ.dtype)
-        return products_BK.unflatten(1, (self._draws, self._experts)).argmax(dim=2).t()
+        parts = {name: query_BQ[:, part.start : part.stop] for name, part in self._ranges.items()}
+        numbers = {
+            name: torch.bucketize(parts.pop(name).squeeze(1).contiguous(), edges)
+            for name, edges in self._edges.items()
+        }
+        parts[ALL] = parts_of(query_BQ, list(self._ranges.values()))
+        products = [part_BQ @ self._keys[name].to(part_BQ.dtype) for name, part_BQ in parts.items()]
+        nearest_BK = torch.cat(products, dim=1).unflatten(1, (-1, self._experts)).max(dim=2).indices
+        nearest = dict(zip(parts, nearest_BK.t().split(self._draws), strict=True))
+        buckets = {name: it.expand(self._draws, -1) for name, it in numbers.items()} | nearest
+        buckets[RANDOM] = self._anywhere(query_BQ, number)
+        return torch.cat([buckets[name] for name in self.names])
 
     def _anywhere(self, query_BQ: Tensor, number: int) -> Tensor:
         few_BQ = query_BQ[:, :: -(-query_BQ.shape[1] // HASHED)]

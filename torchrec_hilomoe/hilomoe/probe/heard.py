@@ -73,12 +73,11 @@ class HeardPass:
         denominator = samples if terms.denominator is None else terms.denominator
         x_ND = x.flatten(0, -2).to(dtype)
         delta_NO = gradient.flatten(0, -2).to(dtype) * denominator
-        sample_N = self._samples(site, tokens, x, samples)
-        bucket_KN = self.bucket_KB[:, sample_N]
-        if terms.weights is None:
-            weight_N = torch.ones(len(sample_N), dtype=dtype, device=x.device)
-        else:
-            weight_N = terms.weights.detach().to(dtype)[sample_N]
+        bucket_KN = self.bucket_KB
+        weight_N = x_ND.new_ones(samples) if terms.weights is None else terms.weights.to(dtype)
+        if tokens is not None or x.shape[:-1] != (samples,):  # a row is not a sample
+            sample_N = self._samples(site, tokens, x, samples)
+            bucket_KN, weight_N = bucket_KN[:, sample_N], weight_N[sample_N]
         # Rows of weight 0 have no gradient to tell, nor has a pass whose scaled loss overflowed.
         counts = (weight_N > 0) & delta_NO.isfinite().all()
         if not bool(counts.all()):

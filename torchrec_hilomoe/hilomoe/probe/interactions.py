@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import distributed as dist
-from torch import Tensor
+from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.ranks import process_group_of, RankGroup, size_of
 
@@ -209,13 +209,12 @@ class HeldOutSums:
         dtype, (K, E, R, width) = rows.x_ND.dtype, self.directions.left_KERO.shape
         left_KERO, right_KERD = self._left_KERO.to(dtype), self._right_KERD.to(dtype)
         if width * right_KERD.shape[3] <= SMALL:
-            hot_KEN = one_hot(rows.bucket_KN, E, dtype)
-            heavy_KEN = hot_KEN * rows.weight_N
-            self._count(hot_KEN, heavy_KEN, block)
+            weight_KE, x_KED, delta_KEO, product_KEOD = bucket_sums(rows, E)
+            self.weight_SKE[block] += weight_KE
+            self.joint_JJ += joint_weights(rows, E)
+            self.rows += len(rows.x_ND)
             step_KEOD = left_KERO.transpose(2, 3) @ right_KERD
-            product_KEOD = hot_products(hot_KEN, rows)
             self.value_SKEE[block] += product_KEOD.flatten(2) @ step_KEOD.flatten(2).mT
-            delta_KEO, x_KED = hot_KEN @ rows.delta_NO, heavy_KEN @ rows.x_ND
             self.delta_SKEER[block] += torch.einsum("kjo,kero->kjer", delta_KEO, left_KERO)
             self.x_SKEER[block] += torch.einsum("kjd,kerd->kjer", x_KED, right_KERD)
             return
@@ -229,7 +228,9 @@ class HeldOutSums:
             value_KnE = (delta_KnJ * x_KnJ).unflatten(2, (E, R)).sum(dim=3)
             hot_KEn = one_hot(rows.bucket_KN[:, at], E, dtype)
             heavy_KEn = hot_KEn * weight_n
-            self._count(hot_KEn, heavy_KEn, block)
+            self.weight_SKE[block] += heavy_KEn.sum(dim=2)
+            self.joint_JJ += heavy_KEn.flatten(0, 1) @ hot_KEn.flatten(0, 1).t()
+            self.rows += len(weight_n)
             self.value_SKEE[block] += hot_KEn @ value_KnE
             self.delta_SKEER[block] += (hot_KEn @ delta_KnJ).unflatten(2, (E, R))
             self.x_SKEER[block] += (heavy_KEn @ x_KnJ).unflatten(2, (E, R))
@@ -238,12 +239,6 @@ class HeldOutSums:
     def weight_S(self) -> Tensor:
         """Weight of each block's rows."""
         return self.weight_SKE[:, 0].sum(dim=1)
-
-    def _count(self, hot_KEN: Tensor, heavy_KEN: Tensor, block: int) -> None:
-        """Count the rows of buckets, and of pairs of buckets."""
-        self.weight_SKE[block] += heavy_KEN.sum(dim=2)
-        self.joint_JJ += heavy_KEN.flatten(0, 1) @ hot_KEN.flatten(0, 1).t()
-        self.rows += hot_KEN.shape[2]
 
     def slopes(self, times_BS: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, K)``, slope and size, where block ``s`` counts ``times_BS[b, s]`` times."""
@@ -290,34 +285,72 @@ def add_over_ranks(tensors: Sequence[Tensor], group: RankGroup | None) -> None:
 def sums_of(rows: BucketRows, experts: int) -> tuple[Tensor, ...]:
     """What the rows of a pass add to `FitSums.tensors`."""
     x_ND, delta_NO, weight_N1 = rows.x_ND, rows.delta_NO, rows.weight_N[:, None]
-    weighted_ND = x_ND * weight_N1
-    hot_KEN = one_hot(rows.bucket_KN, experts, x_ND.dtype)
     return (
-        hot_KEN @ rows.weight_N,
-        hot_KEN @ weighted_ND,
-        hot_KEN @ delta_NO,
-        hot_products(hot_KEN, rows),
-        weighted_ND.t() @ x_ND,
+        *bucket_sums(rows, experts),
+        (x_ND * weight_N1).t() @ x_ND,
         delta_NO.t() @ (delta_NO / weight_N1),
         x_ND.new_tensor([len(x_ND)]),
     )
 
 
-def hot_products(hot_KEN: Tensor, rows: BucketRows) -> Tensor:
-    """``(K, E, O, D)``, the sums of ``delta x^T`` by bucket."""
-    delta_NO, x_ND, (K, E, _) = rows.delta_NO, rows.x_ND, hot_KEN.shape
-    if delta_NO.shape[1] * x_ND.shape[1] <= SMALL:
-        outer_NJ = (delta_NO.unsqueeze(2) * x_ND.unsqueeze(1)).flatten(1)
-        return (hot_KEN.flatten(0, 1) @ outer_NJ).view(K, E, delta_NO.shape[1], x_ND.shape[1])
-    sizes = hot_KEN.sum(dim=2).long().flatten().tolist()
-    # Bucket after bucket of all units: one gather is much faster than one for each.
-    order_M = rows.bucket_KN.argsort(dim=1, stable=True).flatten()
-    deltas = delta_NO.index_select(0, order_M).split(sizes)
-    xs = x_ND.index_select(0, order_M).split(sizes)
-    product_COD = x_ND.new_empty(K * E, delta_NO.shape[1], x_ND.shape[1])
-    for delta_nO, x_nD, product_OD in zip(deltas, xs, product_COD.unbind(), strict=True):
-        torch.mm(delta_nO.t(), x_nD, out=product_OD)
-    return product_COD.view(K, E, *product_COD.shape[1:])
+def bucket_sums(rows: BucketRows, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By bucket, ``(K, E, ...)``: weights, sums of ``x``, of ``delta``, and of ``delta x^T``."""
+    x_ND, delta_NO, weight_N1 = rows.x_ND, rows.delta_NO, rows.weight_N[:, None]
+    order, D, width = BucketOrder(rows.bucket_KN, experts), x_ND.shape[1], delta_NO.shape[1]
+    sums_KEW = order.sums(torch.cat([weight_N1, x_ND * weight_N1, delta_NO], dim=1))
+    weight_KE1, x_KED, delta_KEO = sums_KEW.split([1, D, width], dim=2)
+    if width * D <= SMALL:
+        outer_NW = (delta_NO.unsqueeze(2) * x_ND.unsqueeze(1)).flatten(1)
+        product_KEOD = order.sums(outer_NW).unflatten(2, (width, D))
+    else:
+        product_KEOD = order.products(delta_NO, x_ND)
+    return weight_KE1.squeeze(2), x_KED, delta_KEO, product_KEOD
+
+
+def joint_weights(rows: BucketRows, experts: int) -> Tensor:
+    """``(C, C)``, the weight of the rows that two buckets have in common."""
+    hot_KEN = one_hot(rows.bucket_KN, experts, rows.x_ND.dtype)
+    heavy_NC = (hot_KEN * rows.weight_N).flatten(0, 1).t()
+    return BucketOrder(rows.bucket_KN, experts).sums(heavy_NC.contiguous()).flatten(0, 1)
+
+
+class BucketOrder:
+    """Rows in the order of their buckets, those of one unit after those of another.
+
+    Sums of sorted rows read each row once a unit; products with one-hot rows, ``E`` times.
+
+    Args:
+        bucket_KN: Where each unit puts each row.
+        experts: ``E``.
+    """
+
+    def __init__(self, bucket_KN: Tensor, experts: int) -> None:
+        self._units, self._experts = len(bucket_KN), experts
+        first_K1 = torch.arange(0, self._units * experts, experts, device=bucket_KN.device)[:, None]
+        bucket_M = (bucket_KN + first_K1).flatten()
+        fits = self._units * experts <= torch.iinfo(torch.int16).max
+        bucket_M = bucket_M.to(torch.int16) if fits else bucket_M  # sorted five times as fast
+        bucket_M, order_M = bucket_M.sort(stable=True)
+        self._row_M = order_M % max(1, bucket_KN.shape[1])
+        buckets_C = torch.arange(self._units * experts, device=bucket_M.device)
+        self._start_C = torch.searchsorted(bucket_M, buckets_C.to(bucket_M.dtype))
+
+    def sums(self, values_NW: Tensor) -> Tensor:
+        """``(K, E, W)``, by bucket."""
+        sums_CW = nn.functional.embedding_bag(self._row_M, values_NW, self._start_C, mode="sum")
+        return sums_CW.unflatten(0, (self._units, self._experts))
+
+    def products(self, left_NO: Tensor, right_ND: Tensor) -> Tensor:
+        """``(K, E, O, D)``, by bucket, where outer products of all rows would be too many."""
+        stops_C = [*self._start_C[1:].tolist(), len(self._row_M)]
+        sizes = [stop - start for start, stop in zip([0, *stops_C], stops_C, strict=False)]
+        # One gather is much faster than one for each bucket.
+        lefts = left_NO.index_select(0, self._row_M).split(sizes)
+        rights = right_ND.index_select(0, self._row_M).split(sizes)
+        product_COD = left_NO.new_empty(len(sizes), left_NO.shape[1], right_ND.shape[1])
+        for left_nO, right_nD, product_OD in zip(lefts, rights, product_COD.unbind(), strict=True):
+            torch.mm(left_nO.t(), right_nD, out=product_OD)
+        return product_COD.unflatten(0, (self._units, self._experts))
 
 
 def one_hot(bucket_KN: Tensor, experts: int, dtype: torch.dtype) -> Tensor:

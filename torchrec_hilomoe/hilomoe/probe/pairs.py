@@ -19,7 +19,7 @@ from torchrec_hilomoe.hilomoe.probe.interactions import (
     BucketRows,
     FitSums,
     inverse_root,
-    one_hot,
+    joint_weights,
     Statistics,
     sums_of,
 )
@@ -87,8 +87,7 @@ class PairSums:
         for sums_T, part in zip(self._sums, sums_of(rows, self._experts), strict=True):
             sums_T[at] += part
         if block == 0:  # shares of pairs of buckets want few rows, and cost as much as the rest
-            hot_JN = one_hot(rows.bucket_KN, self._experts, rows.x_ND.dtype).flatten(0, 1)
-            self._joint_JJ += (hot_JN * rows.weight_N) @ hot_JN.t()
+            self._joint_JJ += joint_weights(rows, self._experts)
 
     def _differences(self) -> Tensor:
         """``(T, K, E, O D)``, what each block says of each bucket, whitened."""
