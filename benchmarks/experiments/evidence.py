@@ -121,7 +121,6 @@ def with_auto(lines: Sequence[Line], probes: Sequence[Line]) -> list[Line]:
 
 def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
     """The runs to compare, seed by seed, so that a stopped grid has whole pairs."""
-    given = dict(option.split("=", 1) for option in args.options)
     for seed, data, backbone in product(args.seeds, args.data, args.backbones):
         source = DATA[data].tuned_on
         plain = chosen(lines, source, backbone, "plain") or {}
@@ -130,7 +129,7 @@ def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
             if args.variants and variant not in args.variants:
                 continue
             dense = "model.hilomoe" in model
-            options = {**given, **model, **(plain if dense else tuned)}
+            options = {**(plain if dense else tuned), **args.options, **model}
             yield Case(data=data, backbone=backbone, variant=variant, seed=seed, options=options)
 
 
@@ -151,18 +150,24 @@ def train_one(case: Case, args: argparse.Namespace) -> Line:
 
 
 def probe_one(case: Case, args: argparse.Namespace) -> Line:
-    """The probe of a case's data, backbone and seed, from the probes' file if it is there."""
+    """The probe of a case's data, backbone and seed, from the probes' file if it is there.
+
+    It is of the same plain model for all variants, under the options that were given to all.
+    """
     key = (case.data, case.backbone, case.seed)
     with args.probing[key]:  # two cases that wait for the same probe
         for line in read(args.probes):
-            if (line["data"], line["backbone"], line["seed"]) == key:
+            same = (line["data"], line["backbone"], line["seed"]) == key
+            if same and line.get("given", {}) == args.options:
                 return line
         models = variants(DATA[case.data])
         rates = {name: value for name, value in case.options.items() if name.startswith("train.")}
-        options = {**models[PROBED_VARIANT], **rates, "model.hilomoe.route_by": "null"}
+        options = {**rates, **args.options, **models[PROBED_VARIANT]}
+        options["model.hilomoe.route_by"] = "null"
         asked = replace(case, variant="probe", options=options)
         line = probe(asked, DATA[case.data], args.work, args.prepared.get(case.data))
-        append(args.probes, [{**line, **environment("cpu")}])
+        given = {"given": args.options} if args.options else {}
+        append(args.probes, [{**line, **given, **environment("cpu")}])
     print(f"{case.data:9s} {case.backbone:12s} seed {case.seed:<5d} {line['verdict']}", flush=True)
     return line
 
@@ -206,7 +211,9 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=["din", "bst"])
     parser.add_argument("--variants", nargs="+", help="by default all of them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE")
+    parser.add_argument(
+        "--options", nargs="*", default=[], metavar="NAME=VALUE", help="of every run and probe"
+    )
     parser.add_argument("--prepared", nargs="*", default=[], metavar="DATA=FOLDER")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
@@ -230,6 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, help="draw AUC over FLOPs to this file")
     args = parser.parse_args()
+    args.options = dict(option.split("=", 1) for option in args.options)
     args.probing = defaultdict(Lock)
     args.prepared = dict(pair.split("=", 1) for pair in args.prepared)
     known = variants(next(iter(DATA.values())))
@@ -262,10 +270,9 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda case: probe_one(case, args), grid(read(args.out), args)))
     else:
-        given = dict(option.split("=", 1) for option in args.options)
         for data, backbone in product(args.data, args.backbones):
             # Twice: the rate that the first round finds is what the second starts from.
-            while run_missing(tuning_cases(read(args.out), data, backbone, given), args):
+            while run_missing(tuning_cases(read(args.out), data, backbone, args.options), args):
                 pass
 
 

@@ -12,7 +12,7 @@ from tests.helpers.rounding import bounds_of, nudged
 from torchrec_hilomoe import HiLoMoEConfig, InteractionProbe
 from torchrec_hilomoe.hilomoe import LossTerms, ProbeReport
 
-ROWS, PASSES = 120, 6
+ROWS, PASSES, FEW = 120, 6, 20
 FEATURES = {"a": range(4), "b": range(4, 8), "number": range(8, 9)}
 
 
@@ -47,8 +47,13 @@ def make_batch(seed: int) -> list[torch.Tensor]:
     return [ids, *(part.double() for part in (number, free, weights))]
 
 
-def probe_host(plain: Host, model: nn.Module, shares: tuple[int, ...], rank: int) -> ProbeReport:
-    """Fit and judge on this rank's rows; the host averages over ranks, as DDP does."""
+def probe_host(
+    plain: Host, model: nn.Module, shares: tuple[int, ...], rank: int, asked_early: bool
+) -> ProbeReport:
+    """Fit and judge on this rank's rows; the host averages over ranks, as DDP does.
+
+    Whoever asks early has few rows, is refused, and goes on.
+    """
     start, ranks = sum(shares[:rank]), len(shares)
     mine, factor = slice(start, start + shares[rank]), ranks / ROWS
     probe = InteractionProbe(
@@ -62,15 +67,22 @@ def probe_host(plain: Host, model: nn.Module, shares: tuple[int, ...], rank: int
         blocks=3,
     )
     for phase, seeds in ((probe.fit, range(PASSES)), (probe.judge, range(PASSES, 2 * PASSES))):
+        if asked_early:
+            with phase():
+                few = [part[mine][:FEW] for part in make_batch(100 + seeds.start)]
+                (model(*few) * factor).backward()
+            with pytest.raises(ValueError, match="and 3 buckets need 96"):
+                probe.report()
         with phase():
             for seed in seeds:
                 (model(*(part[mine] for part in make_batch(seed))) * factor).backward()
     return probe.report()
 
 
-def probe_rank(shares: tuple[int, ...]) -> ProbeReport:
+def probe_rank(shares: tuple[int, ...], asked_early: bool) -> ProbeReport:
     plain = build_host()
-    return probe_host(plain, DistributedDataParallel(plain), shares, dist.get_rank())
+    model = DistributedDataParallel(plain)
+    return probe_host(plain, model, shares, dist.get_rank(), asked_early)
 
 
 def numbers(report: ProbeReport) -> dict[str, torch.Tensor]:
@@ -85,17 +97,17 @@ def numbers(report: ProbeReport) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shares", [(60, 60), (101, 19), (30, 0, 50, 40)], ids=str)
 def test_ranks_report_what_one_process_does(shares):
     plain = build_host()
-    alone = probe_host(plain, plain, (ROWS,), 0)
+    alone = probe_host(plain, plain, (ROWS,), 0, asked_early=False)
     moved = []
     for seed in range(4):
         torch.manual_seed(seed)
         other = nudged(plain)
-        moved.append(numbers(probe_host(other, other, (ROWS,), 0)))
+        moved.append(numbers(probe_host(other, other, (ROWS,), 0, asked_early=False)))
     want = numbers(alone)
     bounds = bounds_of(want, moved, terms=ROWS * PASSES)
     del bounds["random"]  # it hashes bits, so inputs that are moved go elsewhere
     bounds["random"] = max(bounds.values())
-    found = run_ranks(probe_rank, len(shares), shares)
+    found = run_ranks(probe_rank, len(shares), shares, False)
     for report in found:
         assert report == found[0]
         assert (report.fit_rows, report.held_out_rows) == (ROWS * PASSES, ROWS * PASSES)
@@ -104,3 +116,11 @@ def test_ranks_report_what_one_process_does(shares):
         got = numbers(report)
         for name, bound in bounds.items():
             assert float((got[name] - want[name]).abs().max()) <= bound, name
+
+
+def test_rows_that_were_too_few_are_counted_once():
+    """A refusal that says to run more batches has added up nothing yet."""
+    first, second = run_ranks(probe_rank, 2, (60, 60), True)
+    assert first == second
+    rows = 2 * FEW + ROWS * PASSES
+    assert (first.fit_rows, first.held_out_rows) == (rows, rows)

@@ -66,7 +66,7 @@ def probe_of(model: nn.Module, **options: Any) -> InteractionProbe:
         "blocks": 4,
         **options,
     }
-    return InteractionProbe(model, CONFIG, **given)
+    return InteractionProbe(model, given.pop("config", CONFIG), **given)
 
 
 def steps(model: nn.Module, seeds, rows: int = 256) -> None:

@@ -36,10 +36,10 @@ AUTO = (
 BEGIN, STEPS = 10, 18
 
 
-def make_data(folder, *, decided: bool):
+def make_data(folder, *, decided: bool, train: int = 6144, valid: int = 2048):
     """Clicks that go by price and age, with some kinds up, with others down; or by a coin."""
     splits = {}
-    for seed, (split, rows) in enumerate({"train": 6144, "valid": 2048, "test": 512}.items()):
+    for seed, (split, rows) in enumerate({"train": train, "valid": valid, "test": 512}.items()):
         table, rng = toy_table(rows, seed=seed), np.random.default_rng(seed + 10)
         price, age = rng.normal(size=(2, rows))
         sign = np.where(np.array(table["kind"].to_pylist()) % 2 == 0, 1.0, -1.0)
@@ -259,6 +259,18 @@ def test_a_run_too_short_to_judge_says_so_and_is_plain(deciding, tmp_path):
     ours, theirs = (read_tensors(run / "checkpoints" / "step_3") for run in (out, again))
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def test_a_validation_split_too_short_to_judge_leaves_the_model_plain(tmp_path):
+    """It judges in a run of several epochs, whose rows were trained on."""
+    data, out = make_data(tmp_path / "data", decided=True, train=1024, valid=100), tmp_path / "out"
+    (ended,) = run_app(f"--out_dir={out}", *AUTO, f"--data.path={data}", "--train.epochs=5")
+    assert ended.code == 0, ended.shown
+    assert "found: cannot judge: the validation split has 100 rows" in ended.shown
+    assert "4 experts need 128" in " ".join(ended.shown.split())
+    found = decision_of(out)
+    assert found is not None
+    assert (found.step, found.route_by) == (BEGIN, None)
 
 
 MORE = [

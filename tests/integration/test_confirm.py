@@ -14,7 +14,7 @@ from tests.helpers.runs import read_lines, read_tensors, run_app, train
 from tests.integration import test_auto_routing
 from tests.integration.test_auto_routing import AUTO, BEGIN, make_data, STEPS
 from tests.integration.test_tools import evaluate
-from torchrec_hilomoe.training.auto_routing import confirming
+from torchrec_hilomoe.training.auto_routing import confirming, routing
 from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
 
 ASKED = 13  # experts alone learn in steps 10 to 12
@@ -195,6 +195,20 @@ def test_a_long_look_is_not_taken_for_a_stuck_rank(data, tmp_path):
     (ended,) = run_with(score_slowly, argv, ranks=1)
     assert ended.code == 0, ended.shown
     assert brought_in(tmp_path).rows == 2048
+
+
+def confirm_by_600_rows() -> None:
+    routing.WANTED_ROWS = 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_are_asked_of_as_many_rows_as_one_process(ranks, data, tmp_path):
+    argv = [f"--out_dir={tmp_path}", *options(data), "--train.stages=null"]
+    argv += ["--train.max_steps=18", "--model.hilomoe.num_layers=3"]
+    for ended in run_with(confirm_by_600_rows, argv, ranks=ranks):
+        assert ended.code == 0, ended.shown
+    assert brought_in(tmp_path).rows == 3 * 256
 
 
 @pytest.mark.slow

@@ -229,6 +229,17 @@ def test_what_units_have_in_common_is_theirs_alone_on_the_diagonal():
     assert float(found.overlap_KK[0, 1]) > 0.9 * float(found.overlap_KK[0, 0])
 
 
+def test_units_are_compared_whichever_blocks_have_rows():
+    """A pass that judges need not come to the first block, where others have been heard before."""
+    rows = make_rows(SHAPES[1], seed=1, weighted=True)
+    rows.bucket_KN[1] = rows.bucket_KN[0]
+    sums = PairSums(2, 4, 5, 3, BLOCKS, torch.device("cpu"))
+    for block in (None, 1, 2):
+        sums.add(rows, block)
+    overlap_KK = sums.statistics().overlap_KK
+    assert float(overlap_KK[0, 1]) > 0.9 * float(overlap_KK[0, 0])  # one unit, twice: .99
+
+
 @pytest.mark.parametrize(
     ("units", "experts", "rows", "width_in", "width_out"),
     [

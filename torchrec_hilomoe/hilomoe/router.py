@@ -318,9 +318,9 @@ def query_of(output: Any, entry: str | int | None) -> Tensor:
             output = output.values()
     if not isinstance(output, Tensor):
         raise ValueError(
-            f"SampleRouter: the query module's output is a {type(output).__name__}, which must be "
+            f"query_module: the query module's output is a {type(output).__name__}, which must be "
             "a tensor or a KeyedTensor. Say which entry of a tuple or dict is the query "
-            "(query_entry of inject_shared_router), or name another module."
+            "(query_entry), or name another module."
         )
     return output.flatten(1)
 

@@ -72,6 +72,47 @@ def test_gradients_are_those_of_each_rows_own_loss(monkeypatch):
     assert_same(rows.weight_N, weights)
 
 
+def test_a_host_and_its_sites_may_be_called_by_keywords(monkeypatch):
+    class Called(type(build())):
+        def forward(self, ids_B2, number_B1, free_BF):
+            x = torch.cat([self.features(ids_B2, number_B1), free_BF], dim=1)
+            return self.last(torch.relu(self.first(input=x))).squeeze(1)
+
+    def terms(*, free_BF: torch.Tensor, **given: torch.Tensor) -> LossTerms:
+        return LossTerms(weights=free_BF[:, 0].exp())
+
+    found, model = heard(monkeypatch), Called()
+    (ids, number, free), clicks = make_batch(0)
+    with probe_of(model, loss_terms=terms).fit():
+        logits = model(ids_B2=ids, number_B1=number, free_BF=free)
+        F.binary_cross_entropy_with_logits(logits, clicks).backward()
+    assert_same(found[0].weight_N, free[:, 0].exp())
+
+
+def test_a_query_may_be_an_entry_of_what_its_module_returns():
+    class Pair(Features):
+        def forward(self, ids_B2, number_B1):
+            return number_B1, super().forward(ids_B2, number_B1)
+
+    class PairHost(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.first, self.last = Pair(), nn.Linear(15, 8), nn.Linear(8, 1)
+
+        def forward(self, ids_B2, number_B1, free_BF):
+            x = torch.cat([self.features(ids_B2, number_B1)[1], free_BF], dim=1)
+            return self.last(torch.relu(self.first(x))).squeeze(1)
+
+    torch.manual_seed(0)
+    model = PairHost()
+    assert probed(model, query_entry=1).report().features[0].name == "a"
+    with (
+        pytest.raises(ValueError, match=r"query module's output is a tuple.*query_entry"),
+        probe_of(model).fit(),
+    ):
+        steps(model, [0])
+
+
 def test_rows_without_weight_are_left_out(monkeypatch):
     found, model = heard(monkeypatch), build()
     weights = torch.ones(256).index_fill(0, torch.tensor([3, 7]), 0.0)
@@ -180,6 +221,33 @@ def test_changes_neither_outputs_nor_gradients():
 def test_works_under_dropout_and_batch_norm(options):
     report = probed(build(**options)).report()
     assert report.features[0].name == "a"
+
+
+def test_works_in_bfloat16():
+    model = build().bfloat16()
+    probe = probe_of(model)
+    for phase, seeds in ((probe.fit, range(16)), (probe.judge, range(16, 32))):
+        with phase():
+            for seed in seeds:
+                (ids, *rest), clicks = make_batch(seed)
+                logits = model(ids, *(part.bfloat16() for part in rest))
+                F.binary_cross_entropy_with_logits(logits.float(), clicks).backward()
+    assert probe.report().features[0].name == "a"
+
+
+def test_sums_are_not_rounded_where_the_backward_pass_is_in_autocast():
+    states = []
+    for enabled in (False, True):
+        model = build()
+        probe = probe_of(model, sites=["last"])  # its gradient is the loss's, in float32
+        with probe.fit():
+            inputs, clicks = make_batch(0)
+            loss = F.binary_cross_entropy_with_logits(model(*inputs), clicks)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss.backward()
+        states.append(probe.state_dict())
+    for name, tensor in states[0].items():
+        assert_same(states[1][name], tensor)
 
 
 def test_several_sites_at_once_are_told_apart():

@@ -1,8 +1,14 @@
 """What a probe advises: never more than what was found can bear, and always what to do next."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.helpers.probed_hosts import EventHost, FEATURES, make_batch, probe_of
 from torchrec_hilomoe.hilomoe import Gain, LaterLook, LayerChoice, ProbeReport
+from torchrec_hilomoe.hilomoe.probe import verdict
 from torchrec_hilomoe.hilomoe.probe.advice import advise, CONFIRM, Findings, PlainModel
 from torchrec_hilomoe.hilomoe.probe.verdict import look_again
 
@@ -139,7 +145,10 @@ def test_what_pays_early_is_held_to_what_is_left_later():
     assert lasting.layers == early.layers
     little = look_again(early, report_of(0.0049, pays=True, verdict="it pays"), 600)
     assert not little.pays
-    assert "and 0.0049 after 600 steps, of which 0.005 are the least that pays" in little.verdict
+    assert (
+        "and after 600 steps 0.0049 are left, of which 0.005 are the least that pays"
+        in little.verdict
+    )
     gone = look_again(early, report_of(0.001, pays=False, verdict="nothing decides."), 600)
     assert not gone.pays
     assert gone.verdict.startswith("nothing decides for long: hour promise 0.0200 nats at first")
@@ -150,3 +159,40 @@ def test_what_pays_early_is_held_to_what_is_left_later():
     assert told.verdict.endswith("After 600 steps: cannot tell yet: too few rows.")
     never = report_of(0.001, pays=False, verdict="nothing decides.")
     assert look_again(never, lasting, 600).pays is False
+
+
+def test_a_later_look_names_what_it_found_itself():
+    """It need not be what was found at first, whose features stay."""
+    early = report_of(0.02, pays=True, verdict="experts should pay: route by hour.")
+    for total, pays in ((0.02, True), (0.004, False)):
+        found = replace(
+            report_of(total, pays=True, verdict="it pays"),
+            layers=(LayerChoice(feature="user", gain=total, total=total),),
+        )
+        held = look_again(early, found, 600)
+        assert held.pays == pays
+        assert f"{total:.4f} " in held.verdict
+        assert "by user" in held.verdict
+        assert held.route_by == early.route_by
+
+
+def test_gains_of_events_are_weighed_by_the_sample(monkeypatch):
+    """What pays is counted in nats a sample, of which a site may see several rows."""
+    found = []
+    monkeypatch.setattr(verdict, "advise", lambda it: found.append(it) or advise(it))
+    torch.manual_seed(0)
+    model = EventHost(jagged=False)
+    probe = probe_of(model, sites=["up"], features={name: FEATURES[name] for name in "ab"})
+    for phase, seeds in ((probe.fit, range(4)), (probe.judge, range(4, 8))):
+        for seed in seeds:
+            (ids, number, _), clicks = make_batch(seed, rows=64)
+            events = torch.randn(64, 3, 6, generator=torch.Generator().manual_seed(seed))
+            with phase():
+                F.binary_cross_entropy_with_logits(model(ids, number, events), clicks).backward()
+    report = probe.report()
+    for told, row in (
+        (found[0].random, report.controls["random"][0]),
+        (found[0].wider, report.controls["wider"][0]),
+        (found[0].best, report.features[0]),
+    ):
+        assert (told.gain, told.low, told.high) == (3 * row.gain, 3 * row.low, 3 * row.high)

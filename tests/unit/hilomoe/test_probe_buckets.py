@@ -1,5 +1,6 @@
 """Buckets: where a feature sends each row, as an untrained router would."""
 
+import pytest
 import torch
 
 from tests.helpers.probed_hosts import build, FEATURES
@@ -30,6 +31,31 @@ def test_numbers_go_to_their_quantiles():
     buckets.prepare(query)
     number = list(buckets.names).index("number")
     assert buckets(query, 0)[number].bincount().tolist() == [100] * 4
+
+
+def number_buckets(values: torch.Tensor, experts: int = 8) -> torch.Tensor:
+    """Where one draw puts a number, by quantiles of the same values."""
+    buckets = FeatureBuckets(FEATURES, experts, 1, 0, torch.device("cpu"))
+    query = torch.zeros(len(values), 9)
+    query[:, 8] = values
+    buckets.prepare(query)
+    return buckets(query, 0)[list(buckets.names).index("number")]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_a_number_with_few_values_parts_rows_by_them(share):
+    """Whichever of them is the common one: quantiles that are equal hide none."""
+    values = (torch.arange(400) < share * 400).float()
+    found = number_buckets(values)
+    assert len(found.unique()) == 2
+    assert len(found[values == 1].unique()) == 1
+    assert len(number_buckets(values * 0).unique()) == 1
+
+
+def test_a_number_that_is_missing_hides_no_quantile():
+    values = torch.arange(400.0)
+    values[7] = torch.nan
+    assert int(number_buckets(values).bincount().min()) >= 49
 
 
 def test_embeddings_go_where_an_untrained_router_sends_them():

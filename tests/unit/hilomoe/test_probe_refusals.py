@@ -58,6 +58,8 @@ def test_refuses_to_fit_after_rows_have_judged():
     [
         ({"features": {"a": range(4)}}, r"features must be two at least.*got \['a'\].*Name"),
         ({"features": {"a": range(4), "b": range(3, 3)}}, r"'b' is range\(3, 3\).*not empty"),
+        ({"features": FEATURES | {"random": range(9, 10)}}, r"'random' is the name of a control"),
+        ({"features": FEATURES | {"wider": range(9, 10)}}, r"'wider' is the name of a control"),
         ({"query_module": "nowhere"}, r"query_module: 'nowhere' is no module.*features"),
         ({"query_module": "featurs"}, r"query_module: 'featurs' is no module.*mean 'features'"),
         ({"query_module": "tables.1"}, r"'tables.1' is no module.*mean 'features.tables.1'"),

@@ -1,5 +1,6 @@
 """What a probe has gathered can be saved, and gone on with to the bit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.helpers.probed_hosts import (
 from tests.helpers.rounding import assert_same
 from torchrec_hilomoe import inject_shared_router, InteractionProbe
 from torchrec_hilomoe.hilomoe import ProbeReport
+from torchrec_hilomoe.hilomoe.probe.interactions import FitSums
 
 FIT, JUDGE, EVERY = 6, 13, 2
 
@@ -94,6 +96,42 @@ def test_of_a_site_that_sees_events_one_a_sample_may_be_kept():
     assert [report.costs[0].rows_per_sample for report in found] == [3.0, 3.0]
 
 
+def test_of_events_every_position_is_kept_in_turn(monkeypatch):
+    """Histories of one length: the first event of each is not all there is."""
+    torch.manual_seed(0)
+    model, kept, add = EventHost(jagged=False), [], FitSums.add
+
+    def keep(self, rows):
+        kept.append(rows.x_ND)
+        add(self, rows)
+
+    monkeypatch.setattr(FitSums, "add", keep)
+    features = {name: FEATURES[name] for name in "ab"}
+    probe = probe_of(model, sites=["up"], features=features, blocks=2, thin_events=True)
+    (ids, number, _), clicks = make_batch(0, rows=64)
+    position = torch.arange(3.0)[None, :, None].expand(64, 3, 6)
+    with probe.fit():
+        for _ in range(6):
+            nn.functional.binary_cross_entropy_with_logits(
+                model(ids, number, position), clicks
+            ).backward()
+    assert [len(x_ND) for x_ND in kept] == [64] * 6
+    # as often in either of the two blocks that passes would go to
+    assert [x_ND.unique().tolist() for x_ND in kept] == [[0], [0], [1], [1], [2], [2]]
+
+
+def test_a_pass_that_overflowed_is_no_sample_that_judges():
+    model = build()
+    probe = probe_of(model, paired=True)
+    with probe.judge():
+        for seed in range(8):
+            steps(model, [seed])
+            inputs, _ = make_batch(seed)
+            (model(*inputs).sum() * float("inf")).backward()
+            model.zero_grad()
+    assert probe.report().costs[0].rows_per_sample == 1.0
+
+
 def test_a_pass_whose_loss_overflowed_tells_nothing():
     """A loss scale that was too large: the step is skipped, and what it says of the rows, too."""
     model, overflown = build(), build()
@@ -124,6 +162,7 @@ def test_a_router_is_not_told_to_choose_by_itself():
         {"draws": 2},
         {"sketch": 4},
         {"paired": True},
+        {"config": replace(CONFIG, num_layers=1)},  # sets how wide the control `wider` is
     ],
     ids=str,
 )

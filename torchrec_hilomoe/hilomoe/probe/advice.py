@@ -56,7 +56,7 @@ class Findings:
 
     Attributes:
         layers: What each expert layer should be routed by; empty if nothing stands out.
-        best: The largest gain of a feature.
+        best: The largest gain of a feature, a sample, as the next two are.
         wider: The largest gain of hidden units for the FLOPs of the experts; None is not known.
         random: The widest interval of random buckets.
         filled: Blocks that have held-out rows.

@@ -1,9 +1,9 @@
 """Which expert a router would send a sample to, if it read one feature and had learned nothing.
 
 A feature's columns of the query go to the key with the largest product among ``E`` random keys; a
-single number goes to its quantile. Dividing the columns by their root mean square, as a router with
-that view does, changes no choice among one feature's keys; where all features are read at once
-(the control ``all``), it weighs them.
+single number goes to its quantile, and one that many rows share to the middle of its quantiles.
+Dividing the columns by their root mean square, as a router with that view does, changes no choice
+among one feature's keys; where all features are read at once (the control ``all``), it weighs them.
 
 Shape legend:
     B  samples     Q  width of the query     E  experts, and buckets     K  units: features x draws
@@ -18,9 +18,9 @@ from torch import Tensor
 from torchrec_hilomoe.hilomoe.ranks import process_group_of, RankGroup, size_of
 from torchrec_hilomoe.hilomoe.router import parts_of
 
-__all__ = ["ALL", "RANDOM", "FeatureBuckets"]
+__all__ = ["ALL", "RANDOM", "WIDER", "FeatureBuckets"]
 
-ALL, RANDOM = "all", "random"
+ALL, RANDOM, WIDER = "all", "random", "wider"  # controls, of which the last has no buckets
 HASHED = 32  # columns of the query: enough to tell samples apart
 PRIMES = (2_654_435_761, 2_246_822_519, 3_266_489_917)  # odd, of 32 bits
 
@@ -76,12 +76,12 @@ class FeatureBuckets:
         if not self._numbers or self._edges:
             return True
         columns = [self._ranges[name].start for name in self._numbers]
-        values_NV = gathered(query_BQ[:, columns], self._group)
+        values_NV = gathered(query_BQ[:, columns].float(), self._group)
         if len(values_NV) == 0:
             return False
-        quantiles = torch.arange(1, self._experts, device=values_NV.device) / self._experts
+        quantiles = torch.arange(1, self._experts, device=query_BQ.device) / self._experts
         for place, name in enumerate(self._numbers):
-            self._edges[name] = torch.quantile(values_NV[:, place], quantiles.to(values_NV.dtype))
+            self._edges[name] = torch.nanquantile(values_NV[:, place], quantiles)
         return True
 
     def edges(self) -> list[Tensor]:
@@ -96,7 +96,7 @@ class FeatureBuckets:
         """``(K, B)``, the buckets of the samples of a pass, draw after draw of each feature."""
         parts = {name: query_BQ[:, part.start : part.stop] for name, part in self._ranges.items()}
         numbers = {
-            name: torch.bucketize(parts.pop(name).squeeze(1).contiguous(), edges)
+            name: _quantile(parts.pop(name).squeeze(1).float(), edges)
             for name, edges in self._edges.items()
         }
         parts[ALL] = parts_of(query_BQ, list(self._ranges.values()))
@@ -117,11 +117,18 @@ class FeatureBuckets:
         return mixed(hash_B + draws_D1 * PRIMES[0]) % self._experts
 
 
+def _quantile(value_B: Tensor, edges: Tensor) -> Tensor:
+    """Between which quantiles each value is: in the middle of those that it is equal to."""
+    value_B = value_B.contiguous()
+    below, above = (torch.bucketize(value_B, edges, right=right) for right in (False, True))
+    return (below + above) // 2
+
+
 def mixed(x: Tensor) -> Tensor:
-    """Scatter integers over 32 bits (Murmur's finalizer)."""
+    """Scatter integers over 32 bits: two rounds of shift and multiply, as hashes end."""
     x = x & 0xFFFFFFFF
-    for shift, factor in ((16, 0x45D9F3B), (16, 0x45D9F3B)):
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 

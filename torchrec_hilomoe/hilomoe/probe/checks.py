@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.probe.buckets import ALL, RANDOM, WIDER
 from torchrec_hilomoe.hilomoe.selectors import matcher, Selector, shown
 
 __all__ = ["check_columns", "check_experts", "check_features", "match_sites"]
@@ -27,6 +28,12 @@ def check_features(features: Mapping[str, range]) -> None:
             f"got {list(features)}. Name the columns of more features."
         )
     for name, part in features.items():
+        if name in (ALL, RANDOM, WIDER):
+            raise ValueError(
+                f"InteractionProbe.features: {name!r} is the name of a control, beside which "
+                f"features are reported. Give the feature another name than {ALL!r}, {RANDOM!r} "
+                f"and {WIDER!r}."
+            )
         if part.step != 1 or not 0 <= part.start < part.stop:
             raise ValueError(
                 f"InteractionProbe.features: {name!r} is {part!r}, which must be a range of "

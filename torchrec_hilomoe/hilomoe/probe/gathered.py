@@ -22,7 +22,7 @@ from torchrec_hilomoe.hilomoe.probe.verdict import Evidence
 from torchrec_hilomoe.hilomoe.probe.wider import Wider
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
 
-__all__ = ["SiteSums"]
+__all__ = ["ROWS_OF_A_BUCKET", "SiteSums"]
 
 ROWS_OF_A_BUCKET = 32  # fewer say nothing about a bucket's mean
 
@@ -76,11 +76,15 @@ class SiteSums:
         self.held_out: HeldOutSums | None = None
         self._seen = torch.zeros(2, dtype=torch.float64, device=device)  # held-out samples, rows
 
-    def add(self, rows: BucketRows, samples: int, block: int | None) -> None:
-        """Add the rows of a pass, to a block if they judge; None is none."""
+    def add(self, rows: BucketRows, samples: int, number: int, *, judge: bool) -> None:
+        """Add the rows of a pass, by its number among those that were heard."""
         seen = len(rows.x_ND)
         if self._thin and seen > samples:
-            rows = rows.every(seen // samples)
+            # Where histories have one length a step is one, so every pass begins at another
+            # position; passes of a position go to all blocks.
+            step = seen // samples
+            rows = rows.every(step, first=number // self._blocks % step)
+        block = number % self._blocks if judge else None
         rows = rows.sketched(self._sketch, self._seed)
         if self.pairs is not None:
             self.pairs.add(rows, block)
@@ -91,42 +95,53 @@ class SiteSums:
             assert self.held_out is not None
             self.held_out.add(rows, block)
             self._wider.judge(rows.x_ND, rows.delta_NO, rows.weight_N, block)
-        if block is None:
-            return
-        self._seen += self._seen.new_tensor([samples, seen])
+        if block is not None:
+            self._seen += self._seen.new_tensor([samples, seen])
 
-    def settle(self) -> None:
-        """Add up what has fit over ranks, and find the steps; a collective call.
+    def check_fit(self) -> None:
+        """Refuse too few rows that fit, and add up nothing yet; a collective call.
 
         Raises:
-            ValueError: If too few rows have fit.
+            ValueError: The same on every rank.
         """
-        if self.pairs is not None:
-            return
-        add_over_ranks((*self.fit.tensors, *self._wider.fit_tensors), self._group)
-        if not self.fit.rows:
+        rows = self._of_all_ranks(self.fit.rows)
+        if not rows:
             raise ValueError(
                 f"InteractionProbe.sites: {self.name!r} had no gradient in a backward pass "
                 "while the probe fitted, so it was not used or nothing before it or in it "
                 "learns. Run backward inside probe.fit(), or leave this site out."
             )
-        self._check_rows("fit", float(self.fit.rows))
+        self._check_rows("fit", rows)
+
+    def check_held_out(self) -> None:
+        """Refuse too few rows that judge, and add up nothing yet; a collective call.
+
+        Raises:
+            ValueError: The same on every rank.
+        """
+        judged = self.held_out if self.pairs is None else self.pairs
+        assert judged is not None
+        self._check_rows("held-out", self._of_all_ranks(judged.rows))
+
+    def _of_all_ranks(self, rows: Tensor) -> float:
+        total = rows.clone()
+        add_over_ranks((total,), self._group)
+        return float(total)
+
+    def settle(self) -> None:
+        """Add up what has fit over ranks, once, and find the steps; a collective call."""
+        add_over_ranks((*self.fit.tensors, *self._wider.fit_tensors), self._group)
         self.held_out = HeldOutSums(self.fit.directions(self._config.rank), self._blocks)
         self._wider.settle()
 
     def evidence(self, names: Sequence[str], draws: int) -> Evidence:
-        """Add up what has judged over ranks, once; a collective call.
-
-        Raises:
-            ValueError: If too few rows have judged.
-        """
+        """Add up what has judged over ranks, once; a collective call."""
         judged, wider = self.pairs, None
         if judged is None:
             judged, wider = self.held_out, self._wider
         assert judged is not None
         found = (*judged.tensors, *(wider.tensors if wider else ()), self._seen)
         add_over_ranks(found, self._group)
-        self._check_rows("held-out", float(judged.rows))
         weight_KE = self.fit.weight_KE if self.pairs is None else self.pairs.weight_KE
         used_KD = (weight_KE > 0).sum(dim=1).unflatten(0, (len(names), draws))
         samples, seen = self._seen.tolist()

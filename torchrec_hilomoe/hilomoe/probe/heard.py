@@ -3,7 +3,9 @@
 Shape legend: as in `probe`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,13 +32,14 @@ class LossTerms:
     denominator: float | None = None
 
 
-@dataclass(kw_only=True)
+@dataclass
 class HeardPass:
     """A forward pass, until its backward pass.
 
     Attributes:
         number: Heard passes before it.
         args: What the model's forward was called with.
+        kwargs: The same by keyword.
         query_BQ: The samples' query; None before it was heard.
         bucket_KB: Buckets of the samples for each unit; None before a gradient asks for them.
         offsets: Where each sample's events begin, by the module that said so.
@@ -44,7 +47,8 @@ class HeardPass:
     """
 
     number: int
-    args: tuple = ()
+    args: tuple
+    kwargs: Mapping[str, Any]
     query_BQ: Tensor | None = None
     bucket_KB: Tensor | None = None
     offsets: dict[str, Tensor] = field(default_factory=dict)
@@ -78,8 +82,7 @@ class HeardPass:
         if tokens is not None or x.shape[:-1] != (samples,):  # a row is not a sample
             sample_N = self._samples(site, tokens, x, samples)
             bucket_KN, weight_N = bucket_KN[:, sample_N], weight_N[sample_N]
-        # Rows of weight 0 have no gradient to tell, nor has a pass whose scaled loss overflowed.
-        counts = (weight_N > 0) & delta_NO.isfinite().all()
+        counts = weight_N > 0  # the others have no gradient to tell
         if not bool(counts.all()):
             x_ND, delta_NO, weight_N = x_ND[counts], delta_NO[counts], weight_N[counts]
             bucket_KN = bucket_KN[:, counts]

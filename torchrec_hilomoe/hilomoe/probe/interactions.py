@@ -62,13 +62,13 @@ class BucketRows:
         x_ND = _projected(self.x_ND, width, seed + 1)
         return replace(self, x_ND=x_ND, delta_NO=_projected(self.delta_NO, width, seed + 2))
 
-    def every(self, step: int) -> "BucketRows":
-        """Keep one row of ``step``, from the first on."""
+    def every(self, step: int, first: int) -> "BucketRows":
+        """Keep one row of ``step``, from row ``first`` on."""
         return BucketRows(
-            x_ND=self.x_ND[::step],
-            delta_NO=self.delta_NO[::step],
-            weight_N=self.weight_N[::step],
-            bucket_KN=self.bucket_KN[:, ::step],
+            x_ND=self.x_ND[first::step],
+            delta_NO=self.delta_NO[first::step],
+            weight_N=self.weight_N[first::step],
+            bucket_KN=self.bucket_KN[:, first::step],
         )
 
 

@@ -86,7 +86,9 @@ class PairSums:
         at = self._blocks if block is None else block
         for sums_T, part in zip(self._sums, sums_of(rows, self._experts), strict=True):
             sums_T[at] += part
-        if block == 0:  # shares of pairs of buckets want few rows, and cost as much as the rest
+        # Shares of pairs of buckets want few rows, and cost as much as the rest. Rows that judge
+        # may miss the first block where other rows were heard before.
+        if block is None or block == 0:
             self._joint_JJ += joint_weights(rows, self._experts)
 
     def _differences(self) -> Tensor:

@@ -4,6 +4,7 @@ from pathlib import Path, PurePath
 from textwrap import fill
 from typing import Any
 
+from torchrec_hilomoe.hilomoe.probe.buckets import WIDER
 from torchrec_hilomoe.hilomoe.probe.report import ProbeReport
 from torchrec_hilomoe.runtime.paths import open_binary
 
@@ -78,6 +79,8 @@ def draw_probe(report: ProbeReport, file: Path | str) -> None:
     first = report.verdict.partition(". ")[0].removesuffix(".")
     figure.suptitle(fill(f"{first}.", wide), x=0.01, ha="left", fontsize=12, fontweight="bold")
     rows = f"{report.fit_rows:,} rows fit, {report.held_out_rows:,} others judge"
+    if WIDER not in report.controls:  # a paired probe
+        rows = f"{report.held_out_rows:,} rows judge each other"
     figure.supxlabel(
         fill(f"predicted gain of one expert layer, in 1e-4 nats a row: {rows}", wide), fontsize=9
     )

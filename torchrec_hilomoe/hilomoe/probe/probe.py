@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import nn, Tensor
+from torch import fx, nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.module_names import check_module
@@ -37,6 +37,7 @@ from torchrec_hilomoe.hilomoe.probe.heard import HeardPass, LossTerms
 from torchrec_hilomoe.hilomoe.probe.report import ProbeReport
 from torchrec_hilomoe.hilomoe.probe.verdict import conclude
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
+from torchrec_hilomoe.hilomoe.router import query_of
 from torchrec_hilomoe.hilomoe.selectors import Selector
 
 __all__ = ["InteractionProbe"]
@@ -59,8 +60,9 @@ class InteractionProbe:
         config: The experts that are thought of: ``num_layers``, ``num_experts``, ``rank``.
         sites: As for ``inject_hilomoe``: patterns, types or predicates, of ``nn.Linear`` or sites.
         query_module: Qualified name of the module whose output, ``(samples, ...)``, has the
-            features; flattened to ``(samples, columns)``.
+            features; flattened to ``(samples, columns)``, or a ``KeyedTensor``.
         features: For each feature, its columns in that output; two features at least.
+        query_entry: Key or index of the query in that output, where it is a dict or a tuple.
         tokens: For sites that see the events of all samples in one list: name pattern to the
             module whose output, ``(samples + 1,)``, says where each sample's begin.
         loss_terms: Called with the arguments of the model's forward, tells how the host makes its
@@ -124,6 +126,7 @@ class InteractionProbe:
         query_module: str,
         features: Mapping[str, range],
         *,
+        query_entry: str | int | None = None,
         tokens: Mapping[str, str] = MappingProxyType({}),
         loss_terms: Callable[..., LossTerms] | None = None,
         draws: int = 4,
@@ -152,7 +155,8 @@ class InteractionProbe:
         check_features(features)
         check_experts(config.num_experts)
         self._model, self._config, self._features = model, config, dict(features)
-        self._query_module, self._loss_terms = query_module, loss_terms
+        self._query_module, self._query_entry = query_module, query_entry
+        self._loss_terms = loss_terms
         self._token_modules = tuple(dict.fromkeys(tokens.values()))
         self._draws, self._blocks, self._sketch, self._seed = draws, blocks, sketch, seed
         self._every, self._group = every, RankGroup.of(process_group, "InteractionProbe")
@@ -222,6 +226,8 @@ class InteractionProbe:
             return self._report
         self._settle()
         assert self._buckets is not None
+        for site in self._sites:
+            site.check_held_out()
         evidence = [site.evidence(self._buckets.names, self._draws) for site in self._sites]
         self._report = conclude(
             evidence,
@@ -252,14 +258,14 @@ class InteractionProbe:
         model = self._model
         self._phase = phase
         self._handles = [
-            model.register_forward_pre_hook(self._begin),
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.get_submodule(self._query_module).register_forward_hook(self._hear_query),
             *(
                 model.get_submodule(name).register_forward_hook(partial(self._hear_offsets, name))
                 for name in self._token_modules
             ),
             *(
-                module.register_forward_hook(partial(self._hear_site, name))
+                module.register_forward_hook(partial(self._hear_site, name), with_kwargs=True)
                 for name, module in self._modules.items()
             ),
         ]
@@ -270,20 +276,20 @@ class InteractionProbe:
                 handle.remove()
             self._phase, self._handles, self._pass = "idle", [], None
 
-    def _begin(self, module: nn.Module, args: tuple) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model."""
         self._pass = None
         if torch.is_grad_enabled():
             if self._passes % self._every == 0:
-                self._pass = HeardPass(number=self._passes // self._every, args=args)
+                self._pass = HeardPass(self._passes // self._every, args, kwargs)
             self._passes += 1
 
     @torch.no_grad()
-    def _hear_query(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _hear_query(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the query's module; FX traces it with a proxy."""
-        if self._pass is None or not isinstance(output, Tensor):
+        if self._pass is None or isinstance(output, fx.Proxy):
             return
-        query_BQ = output.detach().flatten(1)
+        query_BQ = query_of(output, self._query_entry).detach()
         if self._buckets is None:
             check_columns(self._features, self._query_module, query_BQ.shape[1])
             self._buckets = self._start(query_BQ.device)
@@ -295,26 +301,31 @@ class InteractionProbe:
         if self._pass is not None and isinstance(output, Tensor):
             self._pass.offsets[name] = output
 
-    def _hear_site(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _hear_site(
+        self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         """Forward hook of a site."""
         if self._pass is None or not isinstance(output, Tensor) or not output.requires_grad:
             return
-        output.register_hook(partial(self._hear_gradient, name, self._pass, args[0].detach()))
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        output.register_hook(partial(self._hear_gradient, name, self._pass, x.detach()))
 
     @torch.no_grad()
     def _hear_gradient(self, name: str, heard: HeardPass, x: Tensor, gradient: Tensor) -> None:
         """Hook of a site's output: add the pass to the sums."""
         if self._phase == "idle" or heard.query_BQ is None or len(heard.query_BQ) == 0:
             return
+        if not bool(gradient.isfinite().all()):  # a scaled loss that overflowed tells nothing
+            return
         if heard.bucket_KB is None:
             assert self._buckets is not None
             heard.bucket_KB = self._buckets(heard.query_BQ, heard.number)
             if self._loss_terms is not None:
-                heard.terms = self._loss_terms(*heard.args)
+                heard.terms = self._loss_terms(*heard.args, **heard.kwargs)
         site = next(site for site in self._sites if site.name == name)
-        rows = heard.rows(name, site.tokens, x, gradient)
-        block = heard.number % self._blocks if self._phase == "judge" else None
-        site.add(rows, heard.samples, block)
+        with torch.autocast(x.device.type, enabled=False):  # a backward pass may be inside of one
+            rows = heard.rows(name, site.tokens, x, gradient)
+            site.add(rows, heard.samples, heard.number, judge=self._phase == "judge")
 
     def _start(self, device: torch.device) -> FeatureBuckets:
         """Begin the sums, also where this rank will have no row."""
@@ -354,8 +365,11 @@ class InteractionProbe:
                 f"probe.{first}(), or name a module that runs; the hooks of a module that FX has "
                 "traced away do not."
             )
-        for site in self._sites:
-            site.settle()
+        if not self._paired:
+            for site in self._sites:
+                site.check_fit()
+            for site in self._sites:
+                site.settle()
         self._settled = True
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -394,6 +408,8 @@ class InteractionProbe:
             "paired": self._paired,
             "seed": self._seed,
         }
+        if not self._paired:  # as many units has the control `wider`
+            options["num_layers"] = config.num_layers
         return json.dumps(options)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:

@@ -103,7 +103,8 @@ class ProbeReport:
         verdict: The same in words.
         costs: What experts would cost at each site.
         not_judged: Features of which nothing can be said, and why.
-        fit_rows: Rows that fit, at the first site.
+        fit_rows: Rows that fit, at the first site; of a paired probe, rows that were heard but are
+            not held out.
         held_out_rows: Rows that judged.
         later: What is left later; None where nobody looked again.
 

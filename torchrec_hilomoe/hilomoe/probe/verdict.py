@@ -20,7 +20,7 @@ from torchrec_hilomoe.hilomoe.probe.advice import (
     PAYING_GAIN,
     PlainModel,
 )
-from torchrec_hilomoe.hilomoe.probe.buckets import ALL, RANDOM
+from torchrec_hilomoe.hilomoe.probe.buckets import ALL, RANDOM, WIDER
 from torchrec_hilomoe.hilomoe.probe.interactions import HeldOutSums, signed_gain, Statistics
 from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
 from torchrec_hilomoe.hilomoe.probe.report import (
@@ -34,7 +34,6 @@ from torchrec_hilomoe.hilomoe.probe.wider import Wider
 
 __all__ = ["Evidence", "conclude", "look_again"]
 
-WIDER = "wider"
 RESAMPLES = 200
 TAIL = 0.025  # of the resamples below, and above, an interval
 # Of what another draw of keys for the same feature adds: keys that learn part its values anyway.
@@ -77,7 +76,7 @@ def conclude(
     if not judged:
         raise ValueError(
             f"InteractionProbe.features: none of {list(not_judged)} can be judged, because each "
-            "has 1 value in all rows that fit, and 2 are the least. Name features that vary."
+            "has 1 value in all rows that were heard, and 2 are the least. Name features that vary."
         )
     known = (*names, WIDER) if all(site.wider for site in evidence) else names
     gains: dict[str, list[Gain]] = {name: [] for name in known}
@@ -92,13 +91,19 @@ def conclude(
     ]
     layers = _choose(evidence, names, standing, draws, config.num_layers)
     ranked = sorted((g for name in judged for g in gains[name]), key=lambda g: -g.gain)
+    by_sample = {
+        name: [
+            _times(gain, site.rows_per_sample) for gain, site in zip(found, evidence, strict=True)
+        ]
+        for name, found in gains.items()
+    }
     weight_S = evidence[0].held_out.weight_S
     advice = advise(
         Findings(
             layers=layers,
-            best=ranked[0],
-            wider=max(gains.get(WIDER, ()), key=lambda gain: gain.gain, default=None),
-            random=max(gains[RANDOM], key=lambda gain: gain.high - gain.low),
+            best=max((g for name in judged for g in by_sample[name]), key=lambda g: g.gain),
+            wider=max(by_sample.get(WIDER, ()), key=lambda gain: gain.gain, default=None),
+            random=max(by_sample[RANDOM], key=lambda gain: gain.high - gain.low),
             filled=int((weight_S > 0).sum()),
             blocks=len(weight_S),
             rows=int(evidence[0].held_out.rows),
@@ -124,8 +129,8 @@ def look_again(report: ProbeReport, later: ProbeReport, steps: int) -> ProbeRepo
     """Hold what a probe has advised to another one, of the same model when it has learned more.
 
     Features rank best early, when much is left to gain; but an early gain may be one that a plain
-    model soon learns by itself. So the views are the first report's, and they pay if enough of it
-    is left in the later one.
+    model soon learns by itself. So the views are the first report's, and they pay if enough is
+    left to gain by whatever the later one finds.
 
     Args:
         report: Of the young model.
@@ -134,19 +139,19 @@ def look_again(report: ProbeReport, later: ProbeReport, steps: int) -> ProbeRepo
     """
     total = later.layers[-1].total if later.layers else 0.0
     pays = report.pays and later.pays and total >= LASTING_GAIN
-    said = report.verdict
+    said, names = report.verdict, _named(report)
+    by = f" by {_named(later)}" if later.layers and _named(later) != names else ""
     if pays:
         first = report.layers[-1].total
         said += (
             f" It lasts: probed again after {steps} steps, all layers together promise "
-            f"{total:.4f} nats, and {first:.4f} at first."
+            f"{total:.4f} nats{by}, and {first:.4f} at first."
         )
     elif report.pays:
-        names = ", ".join(dict.fromkeys(layer.feature for layer in report.layers))
         said = (
             f"nothing decides for long: {names} promise {report.layers[-1].total:.4f} nats at "
-            f"first, and {total:.4f} after {steps} steps, of which {LASTING_GAIN:g} are the least "
-            "that pays: a plain model learns the rest by itself."
+            f"first, and after {steps} steps {total:.4f} are left{by}, of which {LASTING_GAIN:g} "
+            "are the least that pays: a plain model learns the rest by itself."
         )
         if not later.pays and not later.verdict.startswith("nothing"):
             said += f" After {steps} steps: {later.verdict}"
@@ -156,6 +161,14 @@ def look_again(report: ProbeReport, later: ProbeReport, steps: int) -> ProbeRepo
         verdict=said,
         later=LaterLook(steps=steps, total=total),
     )
+
+
+def _named(report: ProbeReport) -> str:
+    return ", ".join(dict.fromkeys(layer.feature for layer in report.layers))
+
+
+def _times(gain: Gain, factor: float) -> Gain:
+    return replace(gain, gain=factor * gain.gain, low=factor * gain.low, high=factor * gain.high)
 
 
 def _stands_out(gain: Gain, random: Gain) -> bool:

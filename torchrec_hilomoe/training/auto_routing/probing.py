@@ -27,6 +27,7 @@ from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.hilomoe import InteractionProbe, ProbeReport
+from torchrec_hilomoe.hilomoe.probe.gathered import ROWS_OF_A_BUCKET
 from torchrec_hilomoe.hilomoe.probe.verdict import look_again
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import TaskOutput
@@ -36,7 +37,6 @@ from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
 from torchrec_hilomoe.training.auto_routing.decision import decided_model
 from torchrec_hilomoe.training.auto_routing.listening import probe_of, run_unchanged
-from torchrec_hilomoe.training.auto_routing.window import ROWS_OF_A_BUCKET
 from torchrec_hilomoe.training.checkpoint.state import flatten
 from torchrec_hilomoe.training.inputs import (
     loader_of,

@@ -1,7 +1,6 @@
 """A run that finds its features: it listens, decides at the boundary, and confirms."""
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -14,6 +13,7 @@ from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.hilomoe import ProbeReport, remove_hilomoe, sites_of
 from torchrec_hilomoe.hilomoe.inject import set_auxiliary_loss_scale
+from torchrec_hilomoe.hilomoe.probe.gathered import ROWS_OF_A_BUCKET
 from torchrec_hilomoe.models.build import inject_experts
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.training.auto_routing.confirming import brought_by_experts
@@ -114,12 +114,13 @@ class AutoRouting:
         Raises:
             ValueError: If no feature varies.
         """
-        if self._window.shortage:
-            report = _no_report(self._window.shortage)
+        shortage = self._window.shortage
+        if not shortage and not self._window.held_out:
+            shortage = self._judge_by(model, validation)
+        if shortage:
+            report = _no_report(shortage)
         else:
             assert self._probe is not None
-            if not self._window.held_out:
-                self._judge_by(model, validation)
             report = self._probe.report()
         self.decision = decision_of(report, step)
         self._probe = None
@@ -145,8 +146,7 @@ class AutoRouting:
             validation: Rows that judge.
         """
         assert self.decision is not None
-        world = torch.distributed.get_world_size()
-        passes = math.ceil(WANTED_ROWS / (self._config.train.batch_size * world))
+        passes = math.ceil(WANTED_ROWS / self._config.train.batch_size)
         brought = brought_by_experts(model, islice(validation, passes), step=step)
         self.decision = confirmed(self.decision, brought)
         if self.decision.route_by is None:
@@ -156,14 +156,27 @@ class AutoRouting:
             self._task.model.backbone.include_history_mean = False
         return self.decision
 
-    def _judge_by(self, model: DistributedModelParallel, rows: Iterable[CTRBatch]) -> None:
+    def _judge_by(self, model: DistributedModelParallel, rows: Iterable[CTRBatch]) -> str:
+        """Let rows judge, and say why they are too few; empty if they are not."""
         assert self._probe is not None
         window, backbone = self._window, self._task.model.backbone
         passes = len(range(window.start, window.stop, window.every))
         backbone.include_history_mean = True
+        seen = torch.zeros(1)
         with torch.random.fork_rng(devices=_gpus(model)), self._probe.judge():
-            deque(run_unchanged(model, islice(rows, passes)), maxlen=0)
+            for output in run_unchanged(model, islice(rows, passes)):
+                seen += (output.weights > 0).sum().cpu()
         backbone.include_history_mean = False
+        torch.distributed.all_reduce(seen)
+        experts = self._experts.num_experts
+        least = ROWS_OF_A_BUCKET * experts
+        if seen >= least:
+            return ""
+        return (
+            f"cannot judge: the validation split has {int(seen):,} rows, and {experts} experts "
+            f"need {least:,}. Give it more (data.eval_rows of generated clicks), or name the "
+            "features."
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this rank has heard so far; what all ranks share only on the first one."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from torchrec_hilomoe.config import RunConfig
+from torchrec_hilomoe.hilomoe.probe.gathered import ROWS_OF_A_BUCKET
 from torchrec_hilomoe.training.stages import Stage, StageTimeline
 
-__all__ = ["ROWS_OF_A_BUCKET", "WANTED_ROWS", "Window", "window_of"]
+__all__ = ["WANTED_ROWS", "Window", "window_of"]
 
 MOST_STEPS = 2000
 WANTED_ROWS = 200_000  # half of them found nothing where something decides
-ROWS_OF_A_BUCKET = 32  # as the probe wants
 
 
 @dataclass(frozen=True, kw_only=True)

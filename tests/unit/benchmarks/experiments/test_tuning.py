@@ -1,6 +1,17 @@
 """What was tuned is what the compared runs get, whatever the options are called."""
 
-from benchmarks.experiments.evidence import chosen, TUNED_VARIANT, tuning_cases
+import json
+from argparse import Namespace
+from collections import defaultdict
+from threading import Lock
+
+from benchmarks.experiments.evidence import (
+    chosen,
+    grid,
+    probe_one,
+    TUNED_VARIANT,
+    tuning_cases,
+)
 from benchmarks.experiments.report import Line
 
 
@@ -32,3 +43,35 @@ def test_every_option_that_was_tuned_is_chosen():
         assert found == tuned
         assert "train.expert_lr_scale" in tuned
     assert chosen(lines, "composed", "din", TUNED_VARIANT) is None
+
+
+def asked(**options) -> Namespace:
+    return Namespace(
+        options={name.replace("__", "."): value for name, value in options.items()},
+        seeds=[0],
+        data=["composed"],
+        backbones=["din"],
+        variants=["plain", "head rank 4, probed"],
+    )
+
+
+def test_what_is_given_by_hand_beats_what_was_tuned_and_never_the_variant():
+    *_, plain = tuning_cases([], "composed", "din", {})
+    rate, of_plain = "train.learning_rate", {"model.hilomoe": "null"}
+    for case in grid([line_of(plain, 0.8)], asked()):
+        assert case.options[rate] == plain.options[rate]
+    given = asked(train__learning_rate="0.5", model__hilomoe="anything")
+    first, second = grid([line_of(plain, 0.8)], given)
+    assert (first.options[rate], second.options[rate]) == ("0.5", "0.5")
+    assert {**first.options, **of_plain} == first.options
+
+
+def test_a_probe_of_other_options_is_not_taken(tmp_path):
+    args = asked(data__train_rows="256000")
+    args.probes, args.probing = tmp_path / "probes.jsonl", defaultdict(Lock)
+    line = {"data": "composed", "backbone": "din", "seed": 0, "verdict": ""}
+    wanted = {**line, "given": {"data.train_rows": "256000"}}
+    lines = [line, {**line, "given": {"data.train_rows": "1"}}, wanted]
+    args.probes.write_text("\n".join(json.dumps(it) for it in lines) + "\n")
+    (case, _) = grid([], args)
+    assert probe_one(case, args) == wanted
