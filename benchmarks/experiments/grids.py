@@ -42,6 +42,7 @@ AXES: dict[str, dict[str, dict[str, str]]] = {
         "step": {"train.decay.kind": "step", "train.decay.every": "300"},
     },
     "backbone's age": {value: {"train.backbone_share": value} for value in ("0.0", "0.5", "0.9")},
+    "keys' rate": {value: {"train.key_lr_scale": value} for value in ("0.2", "2.0", "5.0", "10.0")},
     "layers": {value: {"model.hilomoe.num_layers": value} for value in ("1", "4", "6", "8")},
     "rank": {value: {"model.hilomoe.rank": value} for value in ("1", "8")},
     "experts": {value: {"model.hilomoe.num_experts": value} for value in ("4", "16")},

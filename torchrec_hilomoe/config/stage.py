@@ -124,6 +124,8 @@ class Stage:
             run's.
         lr_scale: Factor on the learning rates of tables and backbone.
         expert_lr_scale: Factor on the backbone's learning rate for experts.
+        key_lr_scale: Factor on the experts' learning rate for the keys, and the projection, that
+            route.
         warmup_steps: Number of steps over which the rates rise linearly from zero.
         decay: Decay of the learning rates within the stage, in place of the run's.
 
@@ -149,6 +151,7 @@ class Stage:
     weight_decay: float | None = None
     lr_scale: float = 1.0
     expert_lr_scale: float = 5.0
+    key_lr_scale: float = 1.0
     warmup_steps: int = 0
     decay: Decay | None = None
 
@@ -199,10 +202,11 @@ class Stage:
                 )
 
     def _check_rates(self, where: str) -> None:
-        if min(self.lr_scale, self.expert_lr_scale, self.warmup_steps) < 0:
+        if min(self.lr_scale, self.expert_lr_scale, self.key_lr_scale, self.warmup_steps) < 0:
             raise ValueError(
-                f"{where}: lr_scale = {self.lr_scale}, expert_lr_scale = {self.expert_lr_scale} "
-                f"and warmup_steps = {self.warmup_steps} must not be negative."
+                f"{where}: lr_scale = {self.lr_scale}, expert_lr_scale = {self.expert_lr_scale}, "
+                f"key_lr_scale = {self.key_lr_scale} and warmup_steps = {self.warmup_steps} must "
+                "not be negative."
             )
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(

@@ -10,7 +10,10 @@ __all__ = ["TrainConfig"]
 
 AT_LEAST_ONE = ("batch_size", "log_every", "epochs", "gradient_accumulation_steps")
 ABOVE_ZERO = ("learning_rate", "table_learning_rate", "max_grad_norm", "teacher_temperature")
-NOT_NEGATIVE = ("weight_decay", "table_weight_decay", "momentum", "warmup_steps")
+NOT_NEGATIVE = (
+    *("weight_decay", "table_weight_decay", "momentum", "warmup_steps"),
+    *("expert_lr_scale", "key_lr_scale"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,10 @@ class TrainConfig:
         backbone_share: Share of the run's steps in stage ``backbone_warmup``.
         frozen_share: Share of the run's steps in all stages ``expert_warmup`` together.
         expert_lr_scale: Factor on ``learning_rate`` for experts.
-        stages: Schedule of stages; replaces ``warmup_steps``, ``backbone_share``, ``frozen_share``
-            and ``expert_lr_scale``.
+        key_lr_scale: Factor on the experts' learning rate for the keys, and the projection of the
+            query, that route.
+        stages: Schedule of stages; replaces ``warmup_steps``, ``backbone_share``,
+            ``frozen_share``, ``expert_lr_scale`` and ``key_lr_scale``.
         init_optimizer: Whether ``init_from`` takes over optimizer states too.
         pipeline: Kind of pipeline: ``base`` copies ahead, ``sparse_dist`` exchanges ids ahead
             too; on GPUs also ``prefetch``, which fills the caches of tables in host memory ahead,
@@ -86,6 +91,7 @@ class TrainConfig:
     backbone_share: float = 0.2
     frozen_share: float = 0.06
     expert_lr_scale: float = 5.0
+    key_lr_scale: float = 1.0
     stages: tuple[Stage, ...] | None = None
     init_optimizer: bool = True
     pipeline: Literal["auto", "base", "sparse_dist", "prefetch", "semi_sync"] = "auto"

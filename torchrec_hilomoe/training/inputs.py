@@ -107,6 +107,7 @@ def schedule_of(config: RunConfig, total_steps: int | None = None) -> StageSched
         backbone_share=train.backbone_share if config.init_from is None else 0.0,
         frozen_share=train.frozen_share,
         expert_lr_scale=train.expert_lr_scale,
+        key_lr_scale=train.key_lr_scale,
         warmup_steps=train.warmup_steps,
         probe_steps=_probe_steps(config, total_steps),
     )

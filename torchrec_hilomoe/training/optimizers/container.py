@@ -167,7 +167,7 @@ class OptimizersContainer(StageOptimizers):
             self._backbones[self._family].set_rate(self.rate)
         if self._experts:
             expert_lr_scale = options.learning_rate * span.stage.expert_lr_scale * factor
-            self._experts[self._family].set_rate(expert_lr_scale)
+            self._experts[self._family].set_rate(expert_lr_scale, span.stage.key_lr_scale)
 
     def _build(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, DenseOptimizer]:
         """One optimizer of each family that a stage may ask for."""

@@ -7,6 +7,7 @@ though a site keeps them in one parameter.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,10 @@ from torch import nn, Tensor
 from torch.distributed.tensor import DTensor
 from torchrec.optim.keyed import KeyedOptimizer, KeyedOptimizerWrapper
 
+from torchrec_hilomoe.hilomoe.linear import ROUTING
 from torchrec_hilomoe.training.stages import OptimizerName, Stage
 
-__all__ = ["DenseOptimizer", "ExpertLayers", "begin_state", "family_of", "local"]
+__all__ = ["DenseOptimizer", "ExpertLayers", "begin_state", "family_of", "local", "routes"]
 
 FAMILIES: Mapping[OptimizerName, str] = {
     "adam": "adam",
@@ -60,8 +62,9 @@ class DenseOptimizer:
             rate: The learning rate, until it is set.
             momentum: Of SGD.
         """
+        keys = {id(tensor) for name, tensor in parameters.items() if routes(name)}
         keyed = KeyedOptimizerWrapper(
-            dict(parameters), lambda tensors: _optimizer(tensors, family, rate, momentum)
+            dict(parameters), lambda tensors: _optimizer(tensors, keys, family, rate, momentum)
         )
         assert not begin_state(keyed), f"{family} has no state before its first step"
         return cls(keyed)
@@ -73,10 +76,10 @@ class DenseOptimizer:
             if "decoupled_weight_decay" in group:
                 group["decoupled_weight_decay"] = name == "adamw"
 
-    def set_rate(self, rate: float) -> None:
-        """Set the learning rate."""
+    def set_rate(self, rate: float, key_lr_scale: float = 1.0) -> None:
+        """Set the learning rate, and the factor on it for what routes."""
         for group in self._groups():
-            group["lr"] = rate
+            group["lr"] = rate * key_lr_scale if group["routes"] else rate
 
     def gradients(self) -> Iterator[Tensor]:
         """Parameters that have a gradient now."""
@@ -124,13 +127,20 @@ def begin_state(keyed: KeyedOptimizer) -> dict[str, dict[str, Any]]:
     return {name: held[parameter] for name, parameter in keyed.params.items() if parameter in held}
 
 
-def _optimizer(tensors: list, family: str, rate: float, momentum: float) -> torch.optim.Optimizer:
+def _optimizer(
+    tensors: list, keys: set[int], family: str, rate: float, momentum: float
+) -> torch.optim.Optimizer:
     groups = [
         {
-            "params": [tensor for tensor in tensors if (tensor.dim() >= 2) == decays],
+            "params": [
+                tensor
+                for tensor in tensors
+                if ((tensor.dim() >= 2), id(tensor) in keys) == (decays, routing)
+            ],
             "decays": decays,
+            "routes": routing,
         }
-        for decays in (True, False)
+        for decays, routing in product((True, False), repeat=2)
     ]
     groups = [group for group in groups if group["params"]]
     if family == "adam":
@@ -144,6 +154,11 @@ def _optimizer(tensors: list, family: str, rate: float, momentum: float) -> torc
 
 # One slice a layer, as design names them; the query projection belongs to all layers.
 STACKED = ("expert_in", "expert_out", "expert_keys")
+
+
+def routes(name: str) -> bool:
+    """Whether an expert parameter, or the view of a layer of it, says which expert is chosen."""
+    return not {*name.split(".")[-2:]}.isdisjoint(ROUTING)
 
 
 def local(tensor: Tensor) -> Tensor:

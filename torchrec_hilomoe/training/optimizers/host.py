@@ -13,7 +13,12 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec_hilomoe.embeddings.freezing import table_parameters
 from torchrec_hilomoe.hilomoe.host_watch import trust_optimizer
 from torchrec_hilomoe.hilomoe.inject import expert_parameters, sites_of
-from torchrec_hilomoe.training.optimizers.dense import begin_state, DenseOptimizer, ExpertLayers
+from torchrec_hilomoe.training.optimizers.dense import (
+    begin_state,
+    DenseOptimizer,
+    ExpertLayers,
+    routes,
+)
 from torchrec_hilomoe.training.optimizers.stage_optimizers import (
     groups_of,
     StageOptimizer,
@@ -158,7 +163,8 @@ class HostOptimizers(StageOptimizers):
         factor = decay * span.warmup(step)
         base, experts = span.stage.lr_scale * factor, span.stage.expert_lr_scale * factor
         for group, rate in zip(groups_of(self._keyed), self._rates, strict=True):
-            _set_rate(group, rate * (experts if group["experts"] else base))
+            keys = span.stage.key_lr_scale if group["routes"] else 1.0
+            _set_rate(group, rate * (experts * keys if group["experts"] else base))
         for group, rate in zip(groups_of(self._tables), self._table_rates, strict=True):
             group["lr"] = rate * base
         self._tables.zero_grad()  # takes the rates over: the backward pass is the step of tables
@@ -219,7 +225,8 @@ def _split(
     seen: set[Tensor] = set()
     for at, group in enumerate(given):
         params = [group["params"]] if isinstance(group["params"], Tensor) else group["params"]
-        base, views = [], []
+        base: list[Tensor] = []
+        views: dict[str, Tensor] = {}
         for parameter in params:
             if not parameter.numel():
                 continue
@@ -232,13 +239,14 @@ def _split(
                     "none with an optimizer fused into its backward pass."
                 )
             seen.add(parameter)
-            own = list(layers.views_of(parameter).values())
-            views += own
+            own = layers.views_of(parameter)
+            views |= own
             base += [] if own else [parameter]
-        groups += _alike(group, base, experts=False) + _alike(group, views, experts=True)
+        groups += _alike({**group, "experts": False, "routes": False}, base)
+        groups += _of_experts(group, views)
     left = [parameter for parameter in names if parameter not in seen]
-    views = [view for parameter in left for view in layers.views_of(parameter).values()]
-    groups += _alike({}, views, experts=True)
+    views = {name: view for it in left for name, view in layers.views_of(it).items()}
+    groups += _of_experts({}, views)
     lost = [names[parameter] for parameter in left if not layers.views_of(parameter)]
     if lost:
         raise ValueError(
@@ -249,13 +257,20 @@ def _split(
     return groups
 
 
-def _alike(
-    group: Mapping[str, Any], params: Sequence[Tensor], *, experts: bool
-) -> list[dict[str, Any]]:
+def _of_experts(group: Mapping[str, Any], views: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Groups of experts, of what they compute with and of what routes."""
+    found = []
+    for routing in (False, True):
+        own = [view for name, view in views.items() if routes(name) == routing]
+        found += _alike({**group, "experts": True, "routes": routing}, own)
+    return found
+
+
+def _alike(group: Mapping[str, Any], params: Sequence[Tensor]) -> list[dict[str, Any]]:
     """Groups of tensors of one kind: no optimizer computes with sharded and plain ones at once."""
     sharded = [tensor for tensor in params if isinstance(tensor, DTensor)]
     plain = [tensor for tensor in params if not isinstance(tensor, DTensor)]
-    return [{**group, "params": held, "experts": experts} for held in (sharded, plain) if held]
+    return [{**group, "params": held} for held in (sharded, plain) if held]
 
 
 def _refuse_another_kind(

@@ -71,6 +71,7 @@ class StageSchedule:
         backbone_share: float = 0.2,
         frozen_share: float = 0.06,
         expert_lr_scale: float = 5.0,
+        key_lr_scale: float = 1.0,
         warmup_steps: int = 100,
         probe_steps: int = 0,
     ) -> "StageSchedule":
@@ -82,6 +83,7 @@ class StageSchedule:
             frozen_share: Share of the run for all expert stages together. Frozen steps cost
                 data, so it is small; 0 lets the experts join while everything learns.
             expert_lr_scale: The experts' factor on the backbone's learning rate.
+            key_lr_scale: The keys' factor on the experts' learning rate.
             warmup_steps: Linear warm-up of the first stage and of each expert layer.
             probe_steps: Steps without experts that a run from a trained model begins with, to find
                 what should route them; 0 needs none.
@@ -109,6 +111,7 @@ class StageSchedule:
                     train_backbone=False,
                     train_tables=False,
                     expert_lr_scale=expert_lr_scale,
+                    key_lr_scale=key_lr_scale,
                     warmup_steps=warmup_steps // 10,
                 )
                 for layer in range(1, num_layers + 1)
@@ -117,6 +120,7 @@ class StageSchedule:
         finetune = Stage(
             name="finetune",
             expert_lr_scale=expert_lr_scale,
+            key_lr_scale=key_lr_scale,
             warmup_steps=0 if joined_late else warmup_steps,
         )
         return cls(stages=(*stages, finetune))

@@ -167,6 +167,24 @@ def rates(optimizers: OptimizersContainer) -> dict[str, float]:
     return found
 
 
+def test_keys_have_a_factor_of_their_own(assembly):
+    """What routes, the keys of each layer and a projection; not what the experts compute with."""
+    stage = Stage(name="s", expert_lr_scale=2.0, key_lr_scale=4.0)
+    assembly.optimizers.set_rates(StageSpan(stage=stage, start=0, stop=9), 0, decay=1.0)
+    (experts,) = (it for name, it in assembly.optimizers.combined.optimizers if name == "experts")
+    found = {
+        name: group["lr"]
+        for name, parameter in experts.params.items()
+        for group in experts.param_groups
+        if any(it is parameter for it in group["params"])
+    }
+    assert len(found) == len(experts.params)
+    for name, rate in found.items():
+        routes = "expert_keys" in name or name.endswith("query_proj")
+        assert rate == rounded(1e-3 * 2.0 * (4.0 if routes else 1.0)), name
+    assert len(set(found.values())) == 2
+
+
 def test_rates_are_those_of_the_stage_its_warm_up_and_the_decay(assembly):
     optimizers = assembly.optimizers  # built with 1e-3 for dense parameters, 0.05 for tables
     stage = Stage(name="s", lr_scale=0.5, expert_lr_scale=3.0, warmup_steps=4)

@@ -145,18 +145,19 @@ def test_a_driver_with_one_stage_is_a_plain_loop():
 
 
 def test_rates_are_the_hosts_times_the_stages_factors():
-    stage = Stage(name="all", lr_scale=0.5, expert_lr_scale=4.0, warmup_steps=2)
+    stage = Stage(name="all", lr_scale=0.5, expert_lr_scale=4.0, key_lr_scale=3.0, warmup_steps=2)
     timeline = StageTimeline(
         StageSchedule(stages=(stage,)), total_steps=4, decay=Decay(kind="linear")
     )
     driver = StageDriver(site(), timeline, adam)
     seen = []
     for _ in steps(driver, 4):
-        base, experts = driver.optimizer.param_groups
-        assert [base["experts"], experts["experts"]] == [False, True]
-        seen.append((base["lr"], experts["lr"]))
+        base, experts, keys = driver.optimizer.param_groups
+        assert [it["experts"] for it in (base, experts, keys)] == [False, True, True]
+        seen.append((base["lr"], experts["lr"], keys["lr"]))
     factors = [0.5, 0.75, 0.5, 0.25]  # of warm-up times decay
-    assert seen == [(0.01 * (0.5 * f), 0.01 * (4.0 * f)) for f in factors]
+    wanted = [(0.01 * (0.5 * f), 0.01 * (4.0 * f), 0.01 * (4.0 * f * 3.0)) for f in factors]
+    assert seen == wanted
 
 
 def test_groups_of_the_host_keep_their_options_and_experts_get_groups_apart():
@@ -171,8 +172,9 @@ def test_groups_of_the_host_keep_their_options_and_experts_get_groups_apart():
         (group["experts"], group["lr"], group["weight_decay"], len(group["params"]))
         for group in driver.optimizer.param_groups
     ]
-    # Two layers of expert_in, expert_out and expert_keys.
-    assert shown == [(False, 0.1, 0.1, 2), (False, 0.01, 0, 2), (True, 0.01, 0, 6)]
+    # Two layers of expert_in and expert_out, and of expert_keys.
+    assert shown[:2] == [(False, 0.1, 0.1, 2), (False, 0.01, 0, 2)]
+    assert shown[2:] == [(True, 0.01, 0, 4), (True, 0.01, 0, 2)]
 
 
 def test_what_the_host_has_frozen_learns_in_no_stage():

@@ -46,7 +46,7 @@ def refusals() -> Iterator[tuple[str, Callable[[], Any]]]:
         ),
     )
     yield (
-        "optimizer has built Adam of other groups than the 2",
+        "optimizer has built Adam of other groups than the 3",
         lambda: StageDriver(
             site(), ONE, lambda _: torch.optim.Adam(tower().parameters()), total_steps=1
         ),

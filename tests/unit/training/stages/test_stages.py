@@ -137,12 +137,13 @@ def test_rates_rise_linearly_over_the_warm_up_of_the_stage():
         ({"learning_layers": (0,)}, "learning_layers = (0,) names layer 0"),
         (
             {"lr_scale": -0.5},
-            "lr_scale = -0.5, expert_lr_scale = 5.0 and warmup_steps = 0 must not be negative",
+            "lr_scale = -0.5, expert_lr_scale = 5.0, key_lr_scale = 1.0 and warmup_steps = 0 must",
         ),
         (
             {"expert_lr_scale": -2.0},
-            "expert_lr_scale = -2.0 and warmup_steps = 0 must not",
+            "expert_lr_scale = -2.0, key_lr_scale = 1.0 and warmup_steps = 0 must not",
         ),
+        ({"key_lr_scale": -2.0}, "key_lr_scale = -2.0 and warmup_steps = 0 must not"),
         ({"warmup_steps": -3}, "warmup_steps = -3 must not be negative"),
         (
             {"train_backbone": False, "train_tables": False, "active_layers": 0},
