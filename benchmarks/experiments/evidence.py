@@ -49,6 +49,7 @@ from torchrec_hilomoe.hilomoe.probe.advice import LASTING_GAIN
 RESULTS = ROOT / "benchmarks/results/evidence.jsonl"
 PROBES = ROOT / "benchmarks/results/probes.jsonl"
 LEARNING_RATES = ("0.002", "0.004", "0.008")
+DECAYS = ({}, {"train.decay.kind": "constant"})  # the first is the recipes': cosine
 TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
 EXPERT_RATES = ("1.0", "5.0")
 FROZEN_SHARES = ("0.0", "0.03")
@@ -56,10 +57,10 @@ TUNED_VARIANT = "head rank 4"
 
 
 def tuning_cases(lines: list[Line], data: str, backbone: str, given: Mapping) -> Iterator[Case]:
-    """The plain model at every rate; then, its rate being known, experts at theirs."""
+    """The plain model at every rate and decay; then, these being known, experts at theirs."""
     models = variants(DATA[data])
-    for rate in LEARNING_RATES:
-        options = {**given, **models["plain"], **rates(rate)}
+    for rate, decay in product(LEARNING_RATES, DECAYS):
+        options = {**given, **models["plain"], **rates(rate), **decay}
         yield Case(data=data, backbone=backbone, variant="plain", seed=TUNING_SEED, options=options)
     best = chosen(lines, data, backbone, "plain")
     if best is None:
@@ -68,7 +69,7 @@ def tuning_cases(lines: list[Line], data: str, backbone: str, given: Mapping) ->
         options = {
             **given,
             **models[TUNED_VARIANT],
-            **rates(best["train.learning_rate"]),
+            **best,
             "train.expert_lr_scale": expert_lr_scale,
             "train.frozen_share": frozen,
         }

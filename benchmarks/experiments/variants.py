@@ -15,6 +15,14 @@ WORLD_ROUTES = {
     "tree": "[[category], [category], [category]]",
     "smooth": "[[category], [hour], [category_history]]",
 }
+# Of real sets for backbones that were not tuned there, whatever their recipes have.
+UNTUNED = {
+    "train.learning_rate": "0.002",
+    "train.table_learning_rate": "0.1",
+    "train.decay.kind": "cosine",
+    "train.expert_lr_scale": "5.0",
+    "train.frozen_share": "0.06",
+}
 PREPARED = {
     "ml-1m": ("bst-movielens", "[[genre_set], [age], [history_genre_set]]"),
     "beauty": ("bst-amazon-beauty", "[[category], [attributes], [history_category]]"),
@@ -68,7 +76,14 @@ DATA = {
         for world in WORLD_ROUTES
     },
     **{
-        name: Data(recipe=recipe, head=(256, 128), route_by=route_by, prepared=True, tuned_on=name)
+        name: Data(
+            recipe=recipe,
+            options=UNTUNED,
+            head=(256, 128),
+            route_by=route_by,
+            prepared=True,
+            tuned_on=name,
+        )
         for name, (recipe, route_by) in PREPARED.items()
     },
     # Thinned by `streams`: few clicks, and an hour that hardly varies.
