@@ -9,6 +9,7 @@ import torch
 from tests.helpers.rounding import assert_same, assert_within, float64_rounding, rounding_of
 from torchrec_hilomoe.hilomoe.probe.interactions import (
     bucket_sums,
+    BucketOrder,
     BucketRows,
     FitSums,
     HeldOutSums,
@@ -262,7 +263,8 @@ def test_sums_of_sorted_rows_are_those_of_one_hot_rows(units, experts, rows, wid
         weight_N=whole(1, rows),
         bucket_KN=bucket_KN,
     )
-    sums = bucket_sums(found, experts)
+    order = BucketOrder(bucket_KN, experts)
+    sums = bucket_sums(found, order)
     for unit in range(units):
         for bucket in {*bucket_KN[unit].tolist(), 0, experts - 1}:
             own = bucket_KN[unit] == bucket
@@ -272,7 +274,7 @@ def test_sums_of_sorted_rows_are_those_of_one_hot_rows(units, experts, rows, wid
                 assert torch.equal(tensor[unit, bucket], wanted)
     if experts > 4:
         return  # joint weights of so many buckets do not fit into memory
-    joint_CC = joint_weights(found, experts)
+    joint_CC = joint_weights(found, order)
     for one, other in product(range(units * experts), repeat=2):
         both = bucket_KN[one // experts] == one % experts
         both &= bucket_KN[other // experts] == other % experts

@@ -130,7 +130,8 @@ class FitSums:
 
     def add(self, rows: BucketRows) -> None:
         """Add the rows of a pass."""
-        for total, part in zip(self.tensors, sums_of(rows, self.weight_KE.shape[1]), strict=True):
+        order = BucketOrder(rows.bucket_KN, self.weight_KE.shape[1])
+        for total, part in zip(self.tensors, sums_of(rows, order), strict=True):
             total += part
 
     def directions(self, rank: int) -> Directions:
@@ -209,9 +210,10 @@ class HeldOutSums:
         dtype, (K, E, R, width) = rows.x_ND.dtype, self.directions.left_KERO.shape
         left_KERO, right_KERD = self._left_KERO.to(dtype), self._right_KERD.to(dtype)
         if width * right_KERD.shape[3] <= SMALL:
-            weight_KE, x_KED, delta_KEO, product_KEOD = bucket_sums(rows, E)
+            order = BucketOrder(rows.bucket_KN, E)
+            weight_KE, x_KED, delta_KEO, product_KEOD = bucket_sums(rows, order)
             self.weight_SKE[block] += weight_KE
-            self.joint_JJ += joint_weights(rows, E)
+            self.joint_JJ += joint_weights(rows, order)
             self.rows += len(rows.x_ND)
             step_KEOD = left_KERO.transpose(2, 3) @ right_KERD
             self.value_SKEE[block] += product_KEOD.flatten(2) @ step_KEOD.flatten(2).mT
@@ -282,21 +284,21 @@ def add_over_ranks(tensors: Sequence[Tensor], group: RankGroup | None) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def sums_of(rows: BucketRows, experts: int) -> tuple[Tensor, ...]:
+def sums_of(rows: BucketRows, order: "BucketOrder") -> tuple[Tensor, ...]:
     """What the rows of a pass add to `FitSums.tensors`."""
     x_ND, delta_NO, weight_N1 = rows.x_ND, rows.delta_NO, rows.weight_N[:, None]
     return (
-        *bucket_sums(rows, experts),
+        *bucket_sums(rows, order),
         (x_ND * weight_N1).t() @ x_ND,
         delta_NO.t() @ (delta_NO / weight_N1),
         x_ND.new_tensor([len(x_ND)]),
     )
 
 
-def bucket_sums(rows: BucketRows, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bucket_sums(rows: BucketRows, order: "BucketOrder") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By bucket, ``(K, E, ...)``: weights, sums of ``x``, of ``delta``, and of ``delta x^T``."""
     x_ND, delta_NO, weight_N1 = rows.x_ND, rows.delta_NO, rows.weight_N[:, None]
-    order, D, width = BucketOrder(rows.bucket_KN, experts), x_ND.shape[1], delta_NO.shape[1]
+    D, width = x_ND.shape[1], delta_NO.shape[1]
     sums_KEW = order.sums(torch.cat([weight_N1, x_ND * weight_N1, delta_NO], dim=1))
     weight_KE1, x_KED, delta_KEO = sums_KEW.split([1, D, width], dim=2)
     if width * D <= SMALL:
@@ -307,11 +309,11 @@ def bucket_sums(rows: BucketRows, experts: int) -> tuple[Tensor, Tensor, Tensor,
     return weight_KE1.squeeze(2), x_KED, delta_KEO, product_KEOD
 
 
-def joint_weights(rows: BucketRows, experts: int) -> Tensor:
+def joint_weights(rows: BucketRows, order: "BucketOrder") -> Tensor:
     """``(C, C)``, the weight of the rows that two buckets have in common."""
-    hot_KEN = one_hot(rows.bucket_KN, experts, rows.x_ND.dtype)
+    hot_KEN = one_hot(rows.bucket_KN, order.experts, rows.x_ND.dtype)
     heavy_NC = (hot_KEN * rows.weight_N).flatten(0, 1).t()
-    return BucketOrder(rows.bucket_KN, experts).sums(heavy_NC.contiguous()).flatten(0, 1)
+    return order.sums(heavy_NC.contiguous()).flatten(0, 1)
 
 
 class BucketOrder:
@@ -322,10 +324,13 @@ class BucketOrder:
     Args:
         bucket_KN: Where each unit puts each row.
         experts: ``E``.
+
+    Attributes:
+        experts: As given.
     """
 
     def __init__(self, bucket_KN: Tensor, experts: int) -> None:
-        self._units, self._experts = len(bucket_KN), experts
+        self._units, self.experts = len(bucket_KN), experts
         first_K1 = torch.arange(0, self._units * experts, experts, device=bucket_KN.device)[:, None]
         bucket_M = (bucket_KN + first_K1).flatten()
         fits = self._units * experts <= torch.iinfo(torch.int16).max
@@ -338,7 +343,7 @@ class BucketOrder:
     def sums(self, values_NW: Tensor) -> Tensor:
         """``(K, E, W)``, by bucket."""
         sums_CW = nn.functional.embedding_bag(self._row_M, values_NW, self._start_C, mode="sum")
-        return sums_CW.unflatten(0, (self._units, self._experts))
+        return sums_CW.unflatten(0, (self._units, self.experts))
 
     def products(self, left_NO: Tensor, right_ND: Tensor) -> Tensor:
         """``(K, E, O, D)``, by bucket, where outer products of all rows would be too many."""
@@ -350,7 +355,7 @@ class BucketOrder:
         product_COD = left_NO.new_empty(len(sizes), left_NO.shape[1], right_ND.shape[1])
         for left_nO, right_nD, product_OD in zip(lefts, rights, product_COD.unbind(), strict=True):
             torch.mm(left_nO.t(), right_nD, out=product_OD)
-        return product_COD.unflatten(0, (self._units, self._experts))
+        return product_COD.unflatten(0, (self._units, self.experts))
 
 
 def one_hot(bucket_KN: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
