@@ -1,7 +1,6 @@
-"""Anyone's Parquet: every kind of column and vocabulary, splits, and mistakes by their message."""
+"""Anyone's Parquet: every kind of column and vocabulary, and splits."""
 
 import json
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,99 +8,18 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from tests.helpers.own_tables import DESCRIPTION, prepare, read, ROWS, table, TAGS, write_raw
 from tests.helpers.raw_logs import write_vectors
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.hashing import hash_ids
 from torchrec_hilomoe.data.loader import Loader
 from torchrec_hilomoe.data.parquet import load_schema, ParquetSource
 from torchrec_hilomoe.data.prepare.check import check_prepared
-from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
-
-ROWS = 300
-DESCRIPTION: dict[str, Any] = {
-    "dataset": "shop",
-    "tables": {"user": 50, "age": 8},
-    "candidate": [{"name": "item", "table": "item"}, {"name": "cover", "table": "cover"}],
-    "sequences": [
-        {
-            "name": "clicks",
-            "fields": [
-                {"name": "clicked", "table": "item"},
-                {"name": "clicked_cover", "table": "cover"},
-            ],
-            "max_length": 4,
-            "time": "clicked_at",
-        }
-    ],
-    "pooled": [
-        {"name": "user", "table": "user"},
-        {"name": "age", "table": "age"},
-        {"name": "tags", "table": "tag", "max_length": 3},
-    ],
-    "dense": ["price"],
-    "label": "label",
-    "group": "user",
-    "time": "at",
-    "weight": "weight",
-    "frozen": {"cover": {"width": 8, "file": "covers.h5"}},
-    "vocabularies": {
-        "item": {"kind": "counted", "min_count": 4},
-        "user": {"kind": "hashed"},
-        "tag": {"kind": "given", "file": "tags.txt", "unknown": "last"},
-        "cover": {"kind": "given", "unknown": "last"},
-    },
-    "columns": {"cover": "item_number", "clicked_cover": "clicked_numbers"},
-}
-TAGS = ["red", "green", "blue"]
-
-
-def table(rows: int = ROWS, seed: int = 0) -> pa.Table:
-    rng = np.random.default_rng(seed)
-    numbers = (rng.zipf(1.5, size=rows) % 40).tolist()
-    clicked = [(rng.zipf(1.5, size=n) % 40).tolist() for n in rng.integers(0, 7, size=rows)]
-    at = (10_000 + rng.permutation(rows)).tolist()
-    return pa.table(
-        {
-            "item": pa.array([f"i{n}" for n in numbers]).dictionary_encode(),
-            "item_number": pa.array(numbers, pa.int32()),
-            "clicked": [[f"i{n}" for n in ids] for ids in clicked],
-            "clicked_numbers": pa.array(clicked, pa.list_(pa.int16())),
-            "clicked_at": [
-                [t - 5 + k for k in range(len(ids))] for t, ids in zip(at, clicked, strict=True)
-            ],
-            "user": [f"u{n}" for n in rng.integers(0, 9, size=rows)],
-            "age": pa.array(rng.integers(0, 8, size=rows), pa.int8()),
-            "tags": [
-                "^".join(rng.choice([*TAGS, "odd"], size=n)) for n in rng.integers(0, 5, rows)
-            ],
-            "price": rng.normal(size=rows),
-            "label": pa.array(rng.random(rows) < 0.3),
-            "at": at,
-            "weight": rng.random(rows),
-        }
-    )
 
 
 @pytest.fixture
 def raw(tmp_path):
-    folder = tmp_path / "raw"
-    (folder / "train").mkdir(parents=True)
-    whole = table()
-    for part in range(3):
-        pq.write_table(whole.slice(part * 100, 100), folder / "train" / f"{part}.parquet")
-    (folder / "tags.txt").write_text("\n".join(TAGS) + "\n")
-    write_vectors(folder / "covers.h5", range(40))
-    (folder / "schema.yaml").write_text(yaml.safe_dump(DESCRIPTION))
-    return folder
-
-
-def prepare(raw, out, **options):
-    settings = {"raw": str(raw), "schema": str(raw / "schema.yaml"), **options}
-    return prepare_parquet(out=str(out), **settings)
-
-
-def read(out, split):
-    return pq.read_table(out / split).to_pylist()
+    return write_raw(tmp_path / "raw")
 
 
 def test_every_kind_of_column_is_encoded(raw, tmp_path):
@@ -309,121 +227,6 @@ def test_a_history_of_numbers_says_what_would_do(raw, tmp_path, kind):
     assert prepare(raw, tmp_path / "out").rows_kept == ROWS
 
 
-def spoil(column: str, row: int, value: object) -> pa.Table:
-    rows = table(100).to_pylist()
-    rows[row][column] = value
-    kind = table(100).schema
-    if column == "item":
-        kind = kind.set(kind.get_field_index("item"), pa.field("item", pa.string()))
-    return pa.Table.from_pylist(rows, schema=kind)
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "reason"),
-    [
-        ("label", None, "label is no finite number"),
-        ("age", 8, "age has an id outside its table's 0 to 7"),
-        ("age", -1, "age has an id outside its table's 0 to 7"),
-        ("price", float("nan"), "price is no finite number"),
-        ("price", None, "price is missing; --fill_dense NUMBER gives missing ones a value"),
-        ("weight", -1.0, "weight is below 0"),
-        ("at", None, "at is no whole number"),
-        ("clicked_at", [1] * 9, "clicked and clicked_at have unequal numbers of events"),
-        ("clicked", ["i1", None], "clicked has an entry that is no text"),
-        ("user", None, "user is missing"),
-    ],
-)
-def test_bad_rows_are_reported_and_skipped(raw, tmp_path, caplog, column, value, reason):
-    pq.write_table(spoil(column, 17, value), raw / "train" / "1.parquet")
-    report = prepare(raw, tmp_path / "out")
-    assert f"{raw}/train/1.parquet row 17: malformed: '{reason}'" in caplog.text.replace('"', "'")
-    assert report.rows_bad == {"1.parquet": 1}
-    assert (report.rows_read, report.rows_kept) == (ROWS, ROWS - 1)
-    with pytest.raises(DataError, match=r"more than max_bad_rows 0 .*1\.parquet row 17"):
-        prepare(raw, tmp_path / "other", max_bad_rows=0)
-    assert not (tmp_path / "other").exists()
-
-
-def test_a_missing_number_may_be_filled(raw, tmp_path):
-    pq.write_table(spoil("price", 3, None), raw / "train" / "0.parquet")
-    report = prepare(raw, tmp_path / "out", fill_dense=-2.0)
-    assert report.rows_kept == ROWS
-    rows = [row for split in ("train", "valid", "test") for row in read(tmp_path / "out", split)]
-    assert [row["price"] for row in rows].count(-2.0) == 1
-    assert report.options["fill_dense"] == -2.0
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"lable": "label"}, r"schema\.yaml is not a schema: Schema has no 'lable'.*'label'"),
-        ({"candidate": []}, r"is not a schema: Schema\.candidate is empty"),
-        (
-            {"columns": {**DESCRIPTION["columns"], "item": "itm"}},
-            r"0\.parquet lacks the columns itm; it has item, ",
-        ),
-        ({"tables": {"user": 50}}, r"feature 'age' wants table 'age'"),
-        (
-            {"vocabularies": {"user": {"kind": "hashed"}}, "tables": {"tag": 9, "cover": 42}},
-            r"feature 'item' wants table 'item'",
-        ),
-        ({"frozen": {"cover": {"width": 16, "file": "covers.h5"}}}, r"vectors of width 8.*says 16"),
-        (
-            {"vocabularies": {**DESCRIPTION["vocabularies"], "tag": {"kind": "given"}}},
-            r"vocabulary of table 'tag' is given, but names no file",
-        ),
-        (
-            {"columns": {"cover": "item_number", "clicked_cover": "clicked"}},
-            r"table 'cover' is indexed by clicked, which holds texts, and by item_number",
-        ),
-        (
-            {
-                "tables": {**DESCRIPTION["tables"], "item": 9},
-                "vocabularies": {
-                    name: rule
-                    for name, rule in DESCRIPTION["vocabularies"].items()
-                    if name != "item"
-                },
-            },
-            r"column \w+ holds texts, but table 'item' has no vocabulary",
-        ),
-        *(
-            (
-                {"vocabularies": {**DESCRIPTION["vocabularies"], "colour": rule}},
-                r"is not a schema: vocabularies names table 'colour', which no feature has",
-            )
-            for rule in ({"kind": "counted"}, {"kind": "bucketed", "buckets": 3})
-        ),
-        *(
-            (
-                {
-                    "tables": {**DESCRIPTION["tables"], "cover": 50},
-                    "vocabularies": {
-                        table: rule
-                        for table, rule in (DESCRIPTION["vocabularies"] | {"cover": rule}).items()
-                        if rule is not None
-                    },
-                },
-                r"covers\.h5 has its vectors in another order than table 'cover' has ids",
-            )
-            for rule in (
-                {"kind": "counted"},
-                {"kind": "bucketed", "buckets": 3},
-                {"kind": "hashed"},
-                {"kind": "given", "file": "numbers.txt"},
-                None,
-            )
-        ),
-    ],
-)
-def test_mistakes_in_the_description_are_named(raw, tmp_path, change, message):
-    (raw / "schema.yaml").write_text(json.dumps({**DESCRIPTION, **change}))
-    (raw / "numbers.txt").write_text("\n".join(map(str, [*range(1, 40), 0])))
-    with pytest.raises(ValueError, match=message):
-        prepare(raw, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("keys", "rule"),
     [(range(1, 8), None), (range(40), {"kind": "given", "file": "numbers.txt"})],
@@ -441,31 +244,3 @@ def test_vectors_may_have_the_order_of_other_ids(raw, tmp_path, keys, rule):
     assert check_prepared(str(tmp_path / "out")).faults == ()
     assert vectors[1 : 1 + len(keys)].any(axis=1).all()
     assert not vectors[1 + len(keys) :].any()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"schema": "nowhere.yaml"}, r"no schema file nowhere\.yaml"),
-        ({"raw": "nowhere"}, r"nowhere has neither a folder train with \.parquet files nor"),
-        ({"valid_percent": 60}, r"--valid_percent must be from 0 to 45, got 60"),
-        ({"workers": 0}, r"--workers must be at least 1, got 0"),
-    ],
-)
-def test_wrong_options_are_named(raw, tmp_path, options, message):
-    given: dict[str, Any] = {
-        "raw": str(raw),
-        "schema": str(raw / "schema.yaml"),
-        "out": str(tmp_path),
-    }
-    given |= options
-    with pytest.raises(ValueError, match=message):
-        prepare_parquet(**given)
-
-
-def test_time_is_needed_to_split_by_it(raw, tmp_path):
-    timeless = {name: value for name, value in DESCRIPTION.items() if name != "time"}
-    (raw / "schema.yaml").write_text(yaml.safe_dump(timeless))
-    with pytest.raises(ValueError, match="--valid_by is 'time', but the schema names no time"):
-        prepare(raw, tmp_path / "out", valid_by="time")
-    assert prepare(raw, tmp_path / "out").options["held_out_by"] == "rows"
