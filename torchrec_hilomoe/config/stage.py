@@ -125,7 +125,7 @@ class Stage:
         lr_scale: Factor on the learning rates of tables and backbone.
         expert_lr_scale: Factor on the backbone's learning rate for experts.
         key_lr_scale: Factor on the experts' learning rate for the keys, and the projection, that
-            route.
+            route; tied keys (``tie_keys``) learn as the down-vectors that they are.
         warmup_steps: Number of steps over which the rates rise linearly from zero.
         decay: Decay of the learning rates within the stage, in place of the run's.
 
@@ -202,11 +202,12 @@ class Stage:
                 )
 
     def _check_rates(self, where: str) -> None:
-        if min(self.lr_scale, self.expert_lr_scale, self.key_lr_scale, self.warmup_steps) < 0:
+        factors = (self.lr_scale, self.expert_lr_scale, self.key_lr_scale, self.warmup_steps)
+        if not all(0 <= factor < math.inf for factor in factors):
             raise ValueError(
                 f"{where}: lr_scale = {self.lr_scale}, expert_lr_scale = {self.expert_lr_scale}, "
                 f"key_lr_scale = {self.key_lr_scale} and warmup_steps = {self.warmup_steps} must "
-                "not be negative."
+                "not be negative, nor infinite or nan."
             )
         if self.weight_decay is not None and not self.weight_decay >= 0:
             raise ValueError(

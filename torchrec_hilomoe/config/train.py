@@ -48,7 +48,7 @@ class TrainConfig:
         frozen_share: Share of the run's steps in all stages ``expert_warmup`` together.
         expert_lr_scale: Factor on ``learning_rate`` for experts.
         key_lr_scale: Factor on the experts' learning rate for the keys, and the projection of the
-            query, that route.
+            query, that route; tied keys (``tie_keys``) learn as the down-vectors that they are.
         stages: Schedule of stages; replaces ``warmup_steps``, ``backbone_share``,
             ``frozen_share``, ``expert_lr_scale`` and ``key_lr_scale``.
         init_optimizer: Whether ``init_from`` takes over optimizer states too.

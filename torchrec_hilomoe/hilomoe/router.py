@@ -308,7 +308,14 @@ def _books_of(hook: RemovableHandle) -> list[Any]:
 def query_of(output: Any, entry: str | int | None) -> Tensor:
     """``(samples, D)``, the query in a module's output: a tensor, or pooled embeddings."""
     if entry is not None:
-        output = output[entry]
+        try:
+            output = output[entry]
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"query_entry is {entry!r}, which the output of the query module, a "
+                f"{type(output).__name__}, has not. Name one of its keys or indices, or leave "
+                "query_entry out."
+            ) from error
     sparse = sys.modules.get("torchrec.sparse.jagged_tensor")  # costly to import, if not there
     if sparse is not None:
         lazy = sys.modules.get("torchrec.distributed.types")

@@ -111,6 +111,10 @@ def test_a_query_may_be_an_entry_of_what_its_module_returns():
         probe_of(model).fit(),
     ):
         steps(model, [0])
+    for entry in (5, "query"):
+        missing = rf"query_entry is {entry!r}, which the output .* a tuple, has not"
+        with pytest.raises(ValueError, match=missing), probe_of(model, query_entry=entry).fit():
+            steps(model, [0])
 
 
 def test_rows_without_weight_are_left_out(monkeypatch):

@@ -189,3 +189,15 @@ def test_a_paired_probe_goes_on_from_what_it_has_saved(stop):
     assert again.report() == probe.report()
     assert again.report().fit_rows == FIT * 256
     assert again.report().held_out_rows == (JUDGE - FIT) * 256
+
+
+def test_a_state_may_come_back_sorted_by_name():
+    """With more than ten numbers names and numbers have different orders."""
+    columns = {f"column {at}": range(at % 9, at % 9 + 1) for at in range(12)}
+    model = build()
+    probe = probe_of(model, features=columns)
+    listen(probe, model, 0, FIT)
+    again = probe_of(model, features=columns)
+    again.load_state_dict(dict(sorted(probe.state_dict().items())))
+    for name, tensor in probe.state_dict().items():
+        assert_same(again.state_dict()[name], tensor)

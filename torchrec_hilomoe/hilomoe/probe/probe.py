@@ -430,8 +430,8 @@ class InteractionProbe:
         self._buckets = self._start(device)
         passes, settled = state_dict["shared.passes"].tolist()
         self._passes, self._settled = passes, bool(settled)
-        edges = [it for name, it in state_dict.items() if name.startswith("shared.edges.")]
-        self._buckets.take_edges([it.to(device) for it in edges])
+        edges = _below("shared.edges.", state_dict)  # whoever kept them may have sorted names
+        self._buckets.take_edges([edges[str(at)].to(device) for at in range(len(edges))])
         for at, site in enumerate(self._sites):
             site.take(_below(f"shared.{at}.", state_dict), _below(f"sums.{at}.", state_dict))
 

@@ -143,6 +143,8 @@ def test_rates_rise_linearly_over_the_warm_up_of_the_stage():
             {"expert_lr_scale": -2.0},
             "expert_lr_scale = -2.0, key_lr_scale = 1.0 and warmup_steps = 0 must not",
         ),
+        ({"key_lr_scale": float("nan")}, "key_lr_scale = nan and warmup_steps = 0 must not"),
+        ({"lr_scale": float("inf")}, "lr_scale = inf"),
         ({"key_lr_scale": -2.0}, "key_lr_scale = -2.0 and warmup_steps = 0 must not"),
         ({"warmup_steps": -3}, "warmup_steps = -3 must not be negative"),
         (
