@@ -34,10 +34,16 @@ AUTO = (
     "--train.device=cpu",
 )
 BEGIN, STEPS = 10, 18
+HISTORIES = ("clicks_item", "clicks_kind", "views_item")
 
 
-def make_data(folder, *, decided: bool, train: int = 6144, valid: int = 2048):
-    """Clicks that go by price and age, with some kinds up, with others down; or by a coin."""
+def make_data(
+    folder, *, decided: bool, train: int = 6144, valid: int = 2048, with_history: int | None = None
+):
+    """Clicks that go by price and age, with some kinds up, with others down; or by a coin.
+
+    Only the first ``with_history`` rows of a split have a history; None: all may have one.
+    """
     splits = {}
     for seed, (split, rows) in enumerate({"train": train, "valid": valid, "test": 512}.items()):
         table, rng = toy_table(rows, seed=seed), np.random.default_rng(seed + 10)
@@ -57,6 +63,9 @@ def make_data(folder, *, decided: bool, train: int = 6144, valid: int = 2048):
                 table = table.set_column(table.column_names.index(name), name, [values])
             else:
                 table = replace_column(table, name, values.tolist())
+        for name in HISTORIES if with_history is not None else ():
+            kept = table[name].to_pylist()[:with_history]
+            table = replace_column(table, name, kept + [[]] * (rows - len(kept)))
         splits[split] = [table]
     return write_folder(folder, splits)
 
@@ -269,6 +278,19 @@ def test_a_validation_split_too_short_to_judge_leaves_the_model_plain(tmp_path):
     assert "found: cannot judge: the validation split has 100 rows" in ended.shown
     assert "4 experts need 128" in " ".join(ended.shown.split())
     found = decision_of(out)
+    assert found is not None
+    assert (found.step, found.route_by) == (BEGIN, None)
+
+
+def test_a_site_that_sees_too_few_events_to_judge_leaves_the_model_plain(tmp_path):
+    """What is known only at the boundary does not cost the run its steps before."""
+    data = make_data(tmp_path / "data", decided=True, with_history=20)
+    options = (f"--data.path={data}", "--model.hilomoe.sites=[all]")
+    (ended,) = run_app(f"--out_dir={tmp_path / 'out'}", *AUTO, *options)
+    assert ended.code == 0, ended.shown
+    shown = " ".join(ended.shown.split())
+    assert "found: cannot judge: site 'model.backbone." in shown
+    found = decision_of(tmp_path / "out")
     assert found is not None
     assert (found.step, found.route_by) == (BEGIN, None)
 

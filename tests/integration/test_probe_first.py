@@ -86,6 +86,16 @@ def test_where_nothing_decides_the_run_is_plain(tmp_path):
     assert_same_model(tmp_path / "auto", tmp_path / "plain")
 
 
+@pytest.mark.slow
+def test_a_site_that_sees_too_few_events_to_judge_leaves_the_run_plain(tmp_path):
+    data = make_data(tmp_path / "data", decided=True, with_history=20)
+    train(tmp_path / "out", *FIRST, f"--data.path={data}", "--model.hilomoe.sites=[all]")
+    found = decision_of(tmp_path / "out", STEPS)
+    assert found is not None
+    assert (found.step, found.route_by) == (0, None)
+    assert found.verdict.startswith("cannot judge: site 'model.backbone.")
+
+
 @pytest.mark.parametrize("later", [60, 40], ids=["looks again", "is old enough"])
 def test_what_pays_early_must_pay_later(deciding, later, tmp_path):
     report = tmp_path / "probe.json"

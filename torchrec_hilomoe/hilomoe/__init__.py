@@ -27,6 +27,7 @@ from torchrec_hilomoe.hilomoe.inject import (
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.monitor import CollapseWatch, LayerLoad, RoutingLog
 from torchrec_hilomoe.hilomoe.probe import (
+    CannotJudgeError,
     draw_probe,
     Gain,
     InteractionProbe,
@@ -50,6 +51,7 @@ from torchrec_hilomoe.hilomoe.router import SampleRouter
 from torchrec_hilomoe.hilomoe.scalars import routing_scalars, write_routing
 
 __all__ = [
+    "CannotJudgeError",
     "CollapseWatch",
     "Flops",
     "Gain",

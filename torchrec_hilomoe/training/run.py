@@ -36,7 +36,7 @@ from torchrec_hilomoe.training.auto_routing import (
     Window,
     window_of,
 )
-from torchrec_hilomoe.training.auto_routing.probing import probe_run, ProbeOptions
+from torchrec_hilomoe.training.auto_routing.probing import probe_aside
 from torchrec_hilomoe.training.checkpoint.storage import Folder
 from torchrec_hilomoe.training.inputs import (
     best_auc_of,
@@ -143,7 +143,7 @@ def _run_in(
                 "trained aside" if config.init_from is None else f"taken from {config.init_from}"
             )
             logger.info("route_by auto: a plain model is %s and probed first", aside)
-            report = probe_run(config, ProbeOptions(checkpoint=config.init_from), context)
+            report = probe_aside(config, context)
             decision = decision_of(report, step=0)
         torch.manual_seed(config.seed)
         task = build_task(decided_model(config.model, decision), schema)

@@ -6,6 +6,7 @@ host's loop), `verdict` (what it means: ranking, intervals, views), `advice` (wh
 that pays, in words), `report`, `picture`.
 """
 
+from torchrec_hilomoe.hilomoe.probe.checks import CannotJudgeError
 from torchrec_hilomoe.hilomoe.probe.heard import LossTerms
 from torchrec_hilomoe.hilomoe.probe.picture import draw_probe
 from torchrec_hilomoe.hilomoe.probe.probe import InteractionProbe
@@ -18,6 +19,7 @@ from torchrec_hilomoe.hilomoe.probe.report import (
 )
 
 __all__ = [
+    "CannotJudgeError",
     "Gain",
     "InteractionProbe",
     "LaterLook",

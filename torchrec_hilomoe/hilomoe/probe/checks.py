@@ -1,4 +1,4 @@
-"""What a probe is told, refused where it means nothing."""
+"""What a probe is told, refused where it means nothing; and rows that tell too little."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,28 @@ from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
 from torchrec_hilomoe.hilomoe.probe.buckets import ALL, RANDOM, WIDER
 from torchrec_hilomoe.hilomoe.selectors import matcher, Selector, shown
 
-__all__ = ["check_columns", "check_experts", "check_features", "match_sites"]
+__all__ = ["CannotJudgeError", "check_columns", "check_experts", "check_features", "match_sites"]
+
+
+class CannotJudgeError(ValueError):
+    """The rows tell too little of what is asked; the same on every rank.
+
+    Args:
+        option: Whose the rows are, for the message.
+        reason: What they lack.
+        remedy: What a host's author can do, in a sentence.
+
+    Attributes:
+        reason: As given; a run whose loop is not the user's has another remedy.
+
+    Example:
+        >>> CannotJudgeError("probe", "1 row fits, but 2 are needed", "Give more rows.").reason
+        '1 row fits, but 2 are needed'
+    """
+
+    def __init__(self, option: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{option}: {reason}. {remedy}")
+        self.reason = reason
 
 
 def check_experts(num_experts: int) -> None:

@@ -10,6 +10,7 @@ from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.probe.checks import CannotJudgeError
 from torchrec_hilomoe.hilomoe.probe.interactions import (
     add_over_ranks,
     BucketRows,
@@ -117,7 +118,7 @@ class SiteSums:
         """Refuse too few rows that judge, and add up nothing yet; a collective call.
 
         Raises:
-            ValueError: The same on every rank.
+            CannotJudgeError: The same on every rank.
         """
         judged = self.held_out if self.pairs is None else self.pairs
         assert judged is not None
@@ -160,10 +161,11 @@ class SiteSums:
         least = ROWS_OF_A_BUCKET * self._config.num_experts
         if rows < least:
             where = "probe.fit()" if kind == "fit" else "probe.judge()"
-            raise ValueError(
-                f"InteractionProbe: site {self.name!r} saw {int(rows)} {kind} rows, and "
-                f"{self._config.num_experts} buckets need {least}: {ROWS_OF_A_BUCKET} each. Run "
-                f"more batches inside {where}, or lower num_experts."
+            raise CannotJudgeError(
+                "InteractionProbe",
+                f"site {self.name!r} saw {int(rows)} {kind} rows, and {self._config.num_experts} "
+                f"buckets need {least}: {ROWS_OF_A_BUCKET} each",
+                f"Run more batches inside {where}, or lower num_experts.",
             )
 
     def sums(self) -> dict[str, Tensor]:

@@ -220,7 +220,7 @@ class InteractionProbe:
             steps: Optimizer steps that the model was trained for.
 
         Raises:
-            ValueError: If too few rows have judged.
+            CannotJudgeError: A ``ValueError``, if too few rows have judged, or no feature varies.
         """
         if self._report is not None:
             return self._report

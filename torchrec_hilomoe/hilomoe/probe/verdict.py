@@ -21,6 +21,7 @@ from torchrec_hilomoe.hilomoe.probe.advice import (
     PlainModel,
 )
 from torchrec_hilomoe.hilomoe.probe.buckets import ALL, RANDOM, WIDER
+from torchrec_hilomoe.hilomoe.probe.checks import CannotJudgeError
 from torchrec_hilomoe.hilomoe.probe.interactions import HeldOutSums, signed_gain, Statistics
 from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
 from torchrec_hilomoe.hilomoe.probe.report import (
@@ -65,7 +66,7 @@ def conclude(
     """Rank the features, choose the layers' views, and judge whether they pay.
 
     Raises:
-        ValueError: If nothing can be said of any feature.
+        CannotJudgeError: If nothing can be said of any feature.
     """
     not_judged = {
         name: "all rows are in one bucket, so it has one value, or no spread"
@@ -74,9 +75,11 @@ def conclude(
     }
     judged = [name for name in names if name not in (ALL, RANDOM, *not_judged)]
     if not judged:
-        raise ValueError(
-            f"InteractionProbe.features: none of {list(not_judged)} can be judged, because each "
-            "has 1 value in all rows that were heard, and 2 are the least. Name features that vary."
+        raise CannotJudgeError(
+            "InteractionProbe.features",
+            f"none of {list(not_judged)} can be judged, because each has 1 value in all rows that "
+            "were heard, and 2 are the least",
+            "Name features that vary.",
         )
     known = (*names, WIDER) if all(site.wider for site in evidence) else names
     gains: dict[str, list[Gain]] = {name: [] for name in known}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torchrec_hilomoe.command_line import Recorded
 from torchrec_hilomoe.config import InjectionConfig, ModelConfig, RunConfig
-from torchrec_hilomoe.hilomoe import ProbeReport
+from torchrec_hilomoe.hilomoe import CannotJudgeError, ProbeReport
 from torchrec_hilomoe.training.checkpoint import Brought, RoutingDecision
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "decided_model",
     "decision_of",
     "found_and_brought",
+    "nothing_judged",
 ]
 
 
@@ -36,6 +37,24 @@ def decided_experts(experts: InjectionConfig, decision: RoutingDecision | None) 
     if decision is None or decision.route_by is None:
         return replace(experts, enabled=False)
     return replace(experts, route_by=decision.route_by)
+
+
+def nothing_judged(why: str | CannotJudgeError) -> ProbeReport:
+    """The report where rows tell too little: no feature, and ``why`` in words."""
+    if isinstance(why, CannotJudgeError):
+        why = f"cannot judge: {why.reason}. Choose other sites, or name the features."
+    return ProbeReport(
+        features=(),
+        controls={},
+        layers=(),
+        route_by=(),
+        pays=False,
+        verdict=why,
+        costs=(),
+        not_judged={},
+        fit_rows=0,
+        held_out_rows=0,
+    )
 
 
 def decision_of(report: ProbeReport, step: int) -> RoutingDecision:

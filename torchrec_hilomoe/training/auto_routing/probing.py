@@ -26,7 +26,7 @@ from tqdm import tqdm
 from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
-from torchrec_hilomoe.hilomoe import InteractionProbe, ProbeReport
+from torchrec_hilomoe.hilomoe import CannotJudgeError, InteractionProbe, ProbeReport
 from torchrec_hilomoe.hilomoe.probe.gathered import ROWS_OF_A_BUCKET
 from torchrec_hilomoe.hilomoe.probe.verdict import look_again
 from torchrec_hilomoe.models.build import build_task
@@ -35,7 +35,7 @@ from torchrec_hilomoe.runtime.distributed import DistributedContext
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
-from torchrec_hilomoe.training.auto_routing.decision import decided_model
+from torchrec_hilomoe.training.auto_routing.decision import decided_model, nothing_judged
 from torchrec_hilomoe.training.auto_routing.listening import probe_of, run_unchanged
 from torchrec_hilomoe.training.checkpoint.state import flatten
 from torchrec_hilomoe.training.inputs import (
@@ -51,7 +51,7 @@ from torchrec_hilomoe.training.stages import Stage, StageTimeline
 from torchrec_hilomoe.training.stages.staging import check_stages, enter_stage
 from torchrec_hilomoe.training.trainer import training_state
 
-__all__ = ["ProbeOptions", "probe_run", "route_flags"]
+__all__ = ["ProbeOptions", "probe_aside", "probe_run", "route_flags"]
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,19 @@ def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedCont
             return report
         model = train(model, range(steps, later))
         return look_again(report, look(again, model, later), later)
+
+
+def probe_aside(config: RunConfig, context: DistributedContext) -> ProbeReport:
+    """Probe a plain model before a run that asks for it, which stays plain if nothing can be said.
+
+    Args:
+        config: The run; ``init_from`` is the plain model, if there is one.
+        context: This process among the ranks.
+    """
+    try:
+        return probe_run(config, ProbeOptions(checkpoint=config.init_from), context)
+    except CannotJudgeError as error:
+        return nothing_judged(error)
 
 
 class _Watched:

@@ -11,7 +11,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
-from torchrec_hilomoe.hilomoe import ProbeReport, remove_hilomoe, sites_of
+from torchrec_hilomoe.hilomoe import CannotJudgeError, ProbeReport, remove_hilomoe, sites_of
 from torchrec_hilomoe.hilomoe.inject import set_auxiliary_loss_scale
 from torchrec_hilomoe.hilomoe.probe.gathered import ROWS_OF_A_BUCKET
 from torchrec_hilomoe.models.build import inject_experts
@@ -21,6 +21,7 @@ from torchrec_hilomoe.training.auto_routing.decision import (
     confirmed,
     decided_experts,
     decision_of,
+    nothing_judged,
 )
 from torchrec_hilomoe.training.auto_routing.listening import probe_of, run_unchanged
 from torchrec_hilomoe.training.auto_routing.window import WANTED_ROWS, Window
@@ -110,18 +111,11 @@ class AutoRouting:
             model: The sharded model, in no pipeline; to be wrapped anew afterwards.
             step: Steps done.
             validation: Judges where the rows of training cannot.
-
-        Raises:
-            ValueError: If no feature varies.
         """
         shortage = self._window.shortage
         if not shortage and not self._window.held_out:
             shortage = self._judge_by(model, validation)
-        if shortage:
-            report = _no_report(shortage)
-        else:
-            assert self._probe is not None
-            report = self._probe.report()
+        report = nothing_judged(shortage) if shortage else self._report()
         self.decision = decision_of(report, step)
         self._probe = None
         if report.pays:
@@ -155,6 +149,14 @@ class AutoRouting:
             remove_hilomoe(self._task.model.backbone)
             self._task.model.backbone.include_history_mean = False
         return self.decision
+
+    def _report(self) -> ProbeReport:
+        """What the rows that were heard say, if anything."""
+        assert self._probe is not None
+        try:
+            return self._probe.report()
+        except CannotJudgeError as error:  # on every rank; no reason to lose the steps before
+            return nothing_judged(error)
 
     def _judge_by(self, model: DistributedModelParallel, rows: Iterable[CTRBatch]) -> str:
         """Let rows judge, and say why they are too few; empty if they are not."""
@@ -193,22 +195,6 @@ class AutoRouting:
         """Go on from what :meth:`state_dict` gave."""
         if self._probe is not None:
             self._probe.load_state_dict(state_dict)
-
-
-def _no_report(verdict: str) -> ProbeReport:
-    """The report of a probe that has heard nothing."""
-    return ProbeReport(
-        features=(),
-        controls={},
-        layers=(),
-        route_by=(),
-        pays=False,
-        verdict=verdict,
-        costs=(),
-        not_judged={},
-        fit_rows=0,
-        held_out_rows=0,
-    )
 
 
 def _gpus(model: DistributedModelParallel) -> list[torch.device]:
