@@ -48,7 +48,7 @@ from torchrec_hilomoe.hilomoe.probe.advice import LASTING_GAIN
 
 RESULTS = ROOT / "benchmarks/results/evidence.jsonl"
 PROBES = ROOT / "benchmarks/results/probes.jsonl"
-LEARNING_RATES = ("0.002", "0.004", "0.008")
+LEARNING_RATES = ("0.002", "0.004", "0.008", "0.016")
 DECAYS = ({}, {"train.decay.kind": "constant"})  # the first is the recipes': cosine
 TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
 EXPERT_RATES = ("1.0", "5.0")

@@ -4,7 +4,7 @@
     python -m benchmarks.experiments.grids report --plot grids.png
 
 One option at a time leaves its default (``model.hilomoe`` of a recipe: balance weight .01, no
-gradient stopped, 3 layers of 8 experts of rank 4; ``train.decay`` cosine after a warm-up; experts
+gradient stopped, 3 layers of 8 experts of rank 4; rates and their decay as ``tune`` found; experts
 join a backbone that was trained for a tenth of the steps, or a fifth on real data). Every value
 shares seeds, rows and order with the default and with the plain model. Choose by validation AUC;
 the test AUC is beside it.
@@ -38,6 +38,7 @@ AXES: dict[str, dict[str, dict[str, str]]] = {
     },
     "decay": {
         "constant": {"train.decay.kind": "constant"},
+        "cosine": {"train.decay.kind": "cosine"},
         "linear": {"train.decay.kind": "linear"},
         "step": {"train.decay.kind": "step", "train.decay.every": "300"},
     },
@@ -53,7 +54,7 @@ AXES: dict[str, dict[str, dict[str, str]]] = {
 DEFAULTS = {
     "balance weight": "0.01",
     "stop gradient": "none",
-    "decay": "cosine",
+    "decay": "as tuned",
     "backbone's age": "0.1",
     "keys' rate": "1",
     "layers": "3",
