@@ -116,6 +116,7 @@ PROBED = {"model.hilomoe.route_by": "probed"}
 RANKED_LAST = {"model.hilomoe.route_by": "ranked last"}
 PROBED_VARIANT = "head rank 4, probed"
 LAYERS = 3
+HALVED_ATTENTION = "[32]"  # all recipes of DIN that are compared have 64 units
 
 # Side by side in the table of all data sets and backbones.
 COMPARED = (
@@ -157,6 +158,11 @@ def variants(data: Data) -> dict[str, dict[str, str]]:
         return {"model.hilomoe": "null", "model.head": f"[{', '.join(map(str, widths))}]"}
 
     by_feature = {"model.hilomoe.route_by": data.route_by}
+    # Of DIN, whose attention takes most of its FLOPs; other backbones have no such widths.
+    halved = {
+        "model.head": f"[{', '.join(str(width // 2) for width in head)}]",
+        "model.din.attention_units": HALVED_ATTENTION,
+    }
     own = {"model.head": f"[{', '.join(map(str, head))}]"}
     return {
         "plain": dense(head),
@@ -179,6 +185,9 @@ def variants(data: Data) -> dict[str, dict[str, str]]:
         "head rank 4, probed, random": own | experts("head", 4, "random") | PROBED,
         "head rank 4, probed, ranked last": own | experts("head", 4, "sample") | RANKED_LAST,
         "all rank 4, probed": own | experts("all", 4, "sample") | PROBED,
+        "halved": dense(head) | halved,
+        "halved, head rank 4, probed": halved | experts("head", 4, "sample") | PROBED,
+        "halved, all rank 4, probed": halved | experts("all", 4, "sample") | PROBED,
         "narrower, head rank 4, probed": {
             "model.head": f"[{', '.join(str(width // 2) for width in head)}]",
             **experts("head", 4, "sample"),
