@@ -119,6 +119,7 @@ class HiLoMoELinear(nn.Module):
         self._given = () if router is None else (router,)  # a tuple, so that it is not registered
         self._record: RoutingRecord | None = None
         self._active_layers = L
+        self._count = None if router is None else router.count(L)  # the router holds it weakly
         self.reset_parameters()
 
     @classmethod
@@ -157,8 +158,8 @@ class HiLoMoELinear(nn.Module):
             )
         self._active_layers = layers
         self._record = None
-        if self.router is not None:
-            self.router.active_layers = layers
+        if self.router is not None:  # which computes what the other sites need, too
+            self._count = self.router.count(layers)
 
     @property
     def router(self) -> SampleRouter | None:

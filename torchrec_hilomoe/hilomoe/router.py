@@ -18,7 +18,9 @@ Shape legend:
 
 import math
 import sys
+import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -43,6 +45,46 @@ torch.fx.wrap("_route")
 torch.fx.wrap("query_of")
 
 
+@dataclass(frozen=True, eq=False)
+class LayerCount:
+    """How many expert layers a site computes; the site keeps it, its router only hears of it."""
+
+    layers: int
+
+
+class LayerCounts:
+    """The counts of a router's sites, weakly held: a site that is gone asks for no layers.
+
+    A copy that has the sites has their copies' counts; one without them computes as many as this.
+
+    Attributes:
+        most: The largest count; as it was, when the last site is gone.
+    """
+
+    def __init__(self, most: int, counts: Iterable[LayerCount] = ()) -> None:
+        self.most = most  # a number, and not found anew in each pass: a compiler reads it, too
+        self._kept: list[weakref.ref[LayerCount]] = []
+        for count in counts:
+            self.add(count)
+
+    def add(self, count: LayerCount) -> LayerCount:
+        """Hear of a site's count, until nothing holds it any longer."""
+        self._kept = [*self._kept, weakref.ref(count, self._update)]
+        self._update()
+        return count
+
+    def _update(self, gone: weakref.ref[LayerCount] | None = None) -> None:
+        self._kept = [kept for kept in self._kept if kept() is not None]
+        self.most = max((count.layers for count in self._alive()), default=self.most)
+
+    def _alive(self) -> list[LayerCount]:
+        return [count for kept in self._kept if (count := kept()) is not None]
+
+    def __reduce__(self) -> tuple:
+        """Weak references can neither be pickled nor copied."""
+        return LayerCounts, (self.most, self._alive())
+
+
 class SampleRouter(nn.Module):
     """Routes samples by a tensor of the model.
 
@@ -61,7 +103,7 @@ class SampleRouter(nn.Module):
 
     Attributes:
         query_width: ``Q``.
-        active_layers: As for a site; the sites set it.
+        active_layers: The most that one of its sites computes; each site says how many those are.
         auxiliary_scale: As for a site, for all sites that share this router together.
         group: As for a site.
         query_entry: Which entry of the query module's output is the query; None where it is one.
@@ -114,7 +156,7 @@ class SampleRouter(nn.Module):
         self.expert_keys = nn.Parameter(torch.empty(L, E, V, device=device, dtype=dtype))
         if config.query_dim is not None:
             self.query_proj = nn.Parameter(torch.empty(V, width, device=device, dtype=dtype))
-        self.active_layers = L
+        self._counts = LayerCounts(L)
         self.auxiliary_scale = 1.0
         self.group: RankGroup | None = None
         self.query_entry: str | int | None = None
@@ -138,6 +180,16 @@ class SampleRouter(nn.Module):
                 self.expert_keys -= self.expert_keys.mean(dim=1, keepdim=True)
         if self.config.query_dim is not None:
             nn.init.normal_(self.query_proj, std=1 / math.sqrt(self.width), generator=generator)
+
+    @property
+    def active_layers(self) -> int:
+        """The most that one of its sites computes; all of them, if there has been no site."""
+        return self._counts.most
+
+    def count(self, layers: int) -> LayerCount:
+        """Route the layers that a site computes, as long as it keeps what is returned."""
+        self._record = None
+        return self._counts.add(LayerCount(layers))
 
     def routing(self) -> Routing:
         """How the samples of the pass under way are routed; gates are differentiable.
