@@ -10,8 +10,7 @@ from torch import nn, Tensor
 from torch.nn.parameter import is_lazy
 
 from torchrec_hilomoe.hilomoe.host_checks import refuse_wrapped
-from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear, is_of_experts
-from torchrec_hilomoe.hilomoe.router import SampleRouter
+from torchrec_hilomoe.hilomoe.inject import expert_names
 
 __all__ = ["load_base_checkpoint"]
 
@@ -48,7 +47,7 @@ def load_base_checkpoint(model: nn.Module, state: Mapping[str, Any]) -> None:
     refuse_wrapped(model)
     _refuse_no_state(state)
     own = model.state_dict()
-    experts = _expert_names(model)
+    experts = expert_names(model)
     carried = sorted(experts & state.keys())
     if carried:
         raise ValueError(
@@ -173,20 +172,6 @@ def _kind(tensor: Tensor) -> str:
     return (
         "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else "integer"
     )
-
-
-def _expert_names(model: nn.Module) -> set[str]:
-    """Names in the state of what injection brought, parameters and fixed routers' buffers."""
-    names = set()
-    for module_name, module in model.named_modules():
-        if isinstance(module, HiLoMoELinear):
-            own = [name for name in module.state_dict() if is_of_experts(name)]
-        elif isinstance(module, SampleRouter):
-            own = module.state_dict().keys()
-        else:
-            continue
-        names |= {f"{module_name}.{name}" if module_name else name for name in own}
-    return names
 
 
 def _renamed(missing: list[str], unexpected: list[str]) -> str:

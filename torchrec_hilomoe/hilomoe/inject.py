@@ -19,7 +19,7 @@ from torchrec_hilomoe.hilomoe.host_checks import (
     say_passed_over,
 )
 from torchrec_hilomoe.hilomoe.host_watch import HostWatch
-from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear, is_of_experts
 from torchrec_hilomoe.hilomoe.losses import attached_losses
 from torchrec_hilomoe.hilomoe.module_names import check_module
 from torchrec_hilomoe.hilomoe.random_stream import own_random_numbers
@@ -29,6 +29,7 @@ from torchrec_hilomoe.hilomoe.selectors import names_match, Selector
 
 __all__ = [
     "auxiliary_loss",
+    "expert_names",
     "expert_parameters",
     "group_of",
     "inject_hilomoe",
@@ -274,6 +275,32 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             continue
         found |= {f"{module_name}.{name}" if module_name else name: p for name, p in own.items()}
     return found
+
+
+def expert_names(model: nn.Module) -> set[str]:
+    """Names in the model's state of all that the experts brought, which a plain model has not.
+
+    They are those of `expert_parameters` and of the buffers in which `fix_random_routing` keeps
+    keys and query projections.
+
+    Example:
+        >>> from torchrec_hilomoe.hilomoe import fix_random_routing
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = inject_hilomoe(model, HiLoMoEConfig(), sites=["0"])
+        >>> fix_random_routing(model, seed=0)
+        >>> sorted(expert_names(model))
+        ['0.expert_in', '0.expert_keys', '0.expert_out']
+    """
+    names = set()
+    for module_name, module in model.named_modules():
+        if isinstance(module, HiLoMoELinear):
+            own = [name for name in module.state_dict() if is_of_experts(name)]
+        elif isinstance(module, SampleRouter):
+            own = module.state_dict().keys()
+        else:
+            continue
+        names |= {f"{module_name}.{name}" if module_name else name for name in own}
+    return names
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:

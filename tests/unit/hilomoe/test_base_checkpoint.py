@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 from torchrec_hilomoe.hilomoe import (
-    expert_parameters,
     fix_random_routing,
     HiLoMoEConfig,
     inject_hilomoe,
     inject_shared_router,
     load_base_checkpoint,
 )
+from torchrec_hilomoe.hilomoe.inject import expert_names
 
 CONFIG = HiLoMoEConfig(num_layers=2, num_experts=4)
 
@@ -46,7 +46,8 @@ def test_the_base_is_the_checkpoint_s_and_the_experts_stay(shared, fixed):
         buffer.add_(1)
     if fixed:
         fix_random_routing(model, seed=0)
-    experts = {name: p.clone() for name, p in expert_parameters(model).items()}
+    assert expert_names(model) == model.state_dict().keys() - old.state_dict().keys()
+    experts = {name: model.state_dict()[name].clone() for name in expert_names(model)}
     load_base_checkpoint(model, old.state_dict())
     state = model.state_dict()
     for name, value in {**old.state_dict(), **experts}.items():
