@@ -73,6 +73,14 @@ def test_a_plain_model_gets_experts(tmp_path):
     shown, _ = run(tmp_path / "warm", f"--init_from={path}", "--train.max_steps=20")
     assert "started from" not in shown
     assert "resumed" in shown
+    # Keys that nothing learns are no parameters; and what else differs can be named.
+    options = (f"--init_from={path}", "--model.hilomoe.routing=random", "--model.head=[8, 4]")
+    (refused,) = run_app(f"--out_dir={tmp_path / 'other'}", *options)
+    assert refused.code == 2
+    assert "name what may differ with --allow_missing" in refused.shown
+    named = "--allow_missing=[model.*.head.*, optimizer.*.head.*]"
+    shown, _ = run(tmp_path / "other", *options, named)
+    assert re.search(r"fresh: .*head\.hidden\.0\.expert_keys, .*head\.hidden\.0\.weight", shown)
 
 
 @pytest.mark.slow

@@ -100,8 +100,8 @@ class RunConfig:
         seed: Seed of every random number.
         resume: Checkpoint to resume: ``auto`` is the newest in ``out_dir`` if there is one,
             ``never`` starts afresh in an empty folder, a path is that checkpoint.
-        init_from: Checkpoint of a plain model to start from: without stage ``backbone_warmup``,
-            and with fresh experts. A run that is resumed has started already.
+        init_from: Checkpoint of a model to start from: without stage ``backbone_warmup``, and with
+            fresh experts, unless it has the same ones. A run that is resumed has started already.
         allow_missing: Patterns of tensors' names, such as ``optimizer.*``, that a checkpoint may
             lack, or have besides, or in another size; they keep their fresh values.
         stall_seconds: Seconds without a finished step after which the run is ended, with the

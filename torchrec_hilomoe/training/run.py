@@ -187,7 +187,11 @@ def _run_in(
         elif config.init_from is not None:
             with_optimizer = config.train.init_optimizer
             began = warm_start(
-                config.init_from, assembly.model, assembly.optimizers, with_optimizer=with_optimizer
+                config.init_from,
+                assembly.model,
+                assembly.optimizers,
+                with_optimizer=with_optimizer,
+                allow_missing=config.allow_missing,
             )
             log.say(began.text())
         if trainer.is_complete and _is_tested(folder):

@@ -153,14 +153,21 @@ class Checkpoint:
         except ValueError as error:
             raise self._damaged(f"{self.path}/{SCHEMA}: {error}".rstrip(".")) from error
 
+    def schema_differences(self, schema: Schema) -> tuple[str, ...]:
+        """Say where its columns ("here") and others ("there") differ, whatever their data set.
+
+        Raises:
+            CheckpointError: If its own are missing or damaged.
+        """
+        return replace(self.schema, dataset=schema.dataset).differences(schema)
+
     def check_schema(self, schema: Schema) -> None:
         """Refuse a checkpoint of other columns.
 
         Raises:
             CheckpointError: Listing what differs.
         """
-        differences = replace(self.schema, dataset=schema.dataset).differences(schema)
-        if differences:
+        if differences := self.schema_differences(schema):
             shown = "\n  ".join(differences)
             raise CheckpointError(
                 f"checkpoint {self.path} (here) and the data (there) have different schemas: "
