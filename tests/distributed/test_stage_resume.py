@@ -145,7 +145,7 @@ class WatchingTrainer:
                 for layer, piece in pieces.items():
                     digest = hashlib.sha256(piece.numpy().tobytes()).hexdigest()
                     digests[f"{name}.{layer}" if stacked else name] = digest
-        return Seen(digests, self.timeline.state_dict())
+        return Seen(digests, self.timeline.state_dict(STEPS))
 
 
 class _Log(RunLog):

@@ -11,7 +11,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from torchrec_hilomoe.data.batch import CTRBatch, LoaderState
 from torchrec_hilomoe.data.loader import Loader
-from torchrec_hilomoe.hilomoe.inject import expert_parameters
+from torchrec_hilomoe.hilomoe.inject import expert_names
 from torchrec_hilomoe.models.train_task import TrainTask
 from torchrec_hilomoe.runtime.documents import misfit
 from torchrec_hilomoe.runtime.stopping import StopSignal
@@ -108,6 +108,8 @@ class Trainer:
         self._intervals = intervals
         self._log = log
         self._saver = saver
+        self._folders = [saver.folder]  # where checkpoints of this run may be
+        self._allow_missing: Sequence[str] = ()
         self._watchdog = watchdog or Watchdog(None)
         self._best = MetricTracker(intervals.best)
         self._stopping = MetricTracker(intervals.early_stopping)
@@ -141,6 +143,15 @@ class Trainer:
         """Whether there is nothing left to train."""
         return self.step >= self._timeline.total_steps or self._stopping.exhausted
 
+    def how_to_train_longer(self) -> str:
+        """Say what lets a run that is complete go on, to follow "is complete"."""
+        if self._timeline.spans[-1].stage.name in self._timeline.state.ended:
+            return ", since a plateau ended its last stage; give another --out_dir"
+        why, option = "", "train.max_steps"
+        if self._stopping.exhausted:
+            why, option = ", since validations got no better", "train.early_stopping.patience"
+        return f"{why}; raise {option}, or give another --out_dir"
+
     @property
     def decision(self) -> RoutingDecision | None:
         """What was found to route experts, where that is found by the run."""
@@ -149,6 +160,8 @@ class Trainer:
     def load(self, saved: Checkpoint, allow_missing: Sequence[str] = ()) -> None:
         """Go on from a checkpoint, but for tensors whose names may differ; a collective call."""
         progress = saved.progress
+        self._folders.append(saved.path.rpartition("/")[0] or ".")
+        self._allow_missing = allow_missing
         state = training_state(self.model, self._optimizers)
         loaded = saved.load(state, allow_missing=allow_missing)
         self._optimizers.load_state_dict(state)
@@ -167,20 +180,38 @@ class Trainer:
         self._best.load_state_dict({"best": progress.best})
         self._stopping.load_state_dict({"best": progress.stopping})
 
-    def load_best(self) -> None:
-        """Go back to the weights of the best validation, to test them; a collective call."""
+    def load_best(self) -> RoutingDecision | None:
+        """Go back to the weights of the best validation, to test them; a collective call.
+
+        Returns:
+            What had been found to route experts when they were saved.
+        """
         best = self._best.best
         if best is None or best.step == self.step:
-            return
-        path = self._saver.path_of(best.step)
-        state, saved = training_state(self.model, self._optimizers), checkpoint.open(path)
-        late: list[str] = []
+            return self.decision
+        saved = self._checkpoint_of(best.step)
+        if saved is None:
+            self._log.say(
+                f"the best validation, {best.metric} {best.value:.4f} after step {best.step}, was "
+                f"not kept; step {self.step} is tested"
+            )
+            return self.decision
+        state, late = training_state(self.model, self._optimizers), list(self._allow_missing)
         if _has_experts(self.decision) and not _has_experts(saved.progress.decision):
-            late = [f"model.{name}" for name in expert_parameters(self.model.module)]
+            late += [f"model.{name}" for name in expert_names(self.model.module)]
             late.append("optimizer.state.experts*")
         saved.load(state, allow_missing=late, restore_random=False)
         self._driver.compute_as_after(best.step)
-        self._log.say(f"testing {path}: {best.metric} {best.value:.4f}, the best validation")
+        self._log.say(f"testing {saved.path}: {best.metric} {best.value:.4f}, the best validation")
+        return saved.progress.decision
+
+    def _checkpoint_of(self, step: int) -> Checkpoint | None:
+        """Open the checkpoint of a step, which may be of the run that was gone on with."""
+        for folder in self._folders:
+            path = checkpoint.find(folder, step)
+            if path is not None:
+                return checkpoint.open(path)
+        return None
 
     def fit(self, loader: Loader, validation: Loader, teacher: Teacher | None = None) -> bool:
         """Train to the end of the last stage.
@@ -221,8 +252,7 @@ class Trainer:
                 self._train()
                 if self._due(self._intervals.log_every) or self.step == self._driver.span.stop:
                     self._log_step()
-                if self._confirms and self._timeline.ends_expert_warmup(self.step):
-                    self._confirm(validation)
+                self._confirm_at_end_of_warmup(validation)
                 self._evaluate_save(validation)
         except _Stopped:
             return False
@@ -268,8 +298,10 @@ class Trainer:
         """Whether it is yet to be asked what experts bring."""
         return self._auto is not None and self._auto.may_confirm
 
-    def _confirm(self, validation: Loader) -> None:
+    def _confirm_at_end_of_warmup(self, validation: Loader) -> None:
         """Ask what experts brought in their warm-up, and go on without them if it is a loss."""
+        if not (self._confirms and self._timeline.ends_expert_warmup(self.step)):
+            return
         assert self._auto is not None
         self._detach()
         share_statistics(self.model.module)
@@ -311,6 +343,7 @@ class Trainer:
                 self._log_step(
                     f"stage {self._driver.stage.name}: a plateau, it ends at step {self.step}"
                 )
+                self._confirm_at_end_of_warmup(validation)
             self._track_best(metrics)
         if self._due(self._intervals.save_every) or self.is_complete:
             self.save()
@@ -351,7 +384,7 @@ class Trainer:
             total_steps=self._timeline.total_steps,
             best=self._best.best,
             stopping=self._stopping.best,
-            schedule=self._timeline.state_dict(),
+            schedule=self._timeline.state_dict(self.step),
             decision=self.decision,
             to_validate=self._to_validate,
         )

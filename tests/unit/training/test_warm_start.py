@@ -61,7 +61,7 @@ def save(assembly: Assembly, folder: Path, schema: Schema = SCHEMA) -> str:
     )
     saver = Saver(folder, documents={"schema.json": schema.to_json()})
     saver.save(training_state(assembly.model, assembly.optimizers), progress)
-    return saver.path_of(2)
+    return f"{saver.folder}/step_2"
 
 
 def held(assembly: Assembly) -> dict[str, Tensor]:

@@ -14,14 +14,14 @@ plain model aside first (`probing`), and then begins with what was found.
 
     window.py     to which steps it listens       decision.py   what was found, and what it makes
     listening.py  a probe of the run's model      confirming.py what experts have brought
-    routing.py    all of it, in a run             probing.py    a plain model, trained aside
+    beginning.py  what is known before a step     probing.py    a plain model, trained aside
+    routing.py    all of it, in a run
 """
 
 from torchrec_hilomoe.training.auto_routing.decision import (
     chooses_routing,
     confirmed,
     decided_model,
-    decision_of,
     found_and_brought,
 )
 from torchrec_hilomoe.training.auto_routing.routing import AutoRouting
@@ -33,7 +33,6 @@ __all__ = [
     "chooses_routing",
     "confirmed",
     "decided_model",
-    "decision_of",
     "found_and_brought",
     "window_of",
 ]

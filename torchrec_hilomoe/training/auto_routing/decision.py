@@ -16,7 +16,11 @@ __all__ = [
     "decision_of",
     "found_and_brought",
     "nothing_judged",
+    "was_judged",
 ]
+
+
+CANNOT_JUDGE = "cannot judge"  # so begins what is said where rows tell too little
 
 
 def chooses_routing(config: RunConfig) -> bool:
@@ -42,7 +46,7 @@ def decided_experts(experts: InjectionConfig, decision: RoutingDecision | None) 
 def nothing_judged(why: str | CannotJudgeError) -> ProbeReport:
     """The report where rows tell too little: no feature, and ``why`` in words."""
     if isinstance(why, CannotJudgeError):
-        why = f"cannot judge: {why.reason}. Choose other sites, or name the features."
+        why = f"{CANNOT_JUDGE}: {why.reason}. Choose other sites, or name the features."
     return ProbeReport(
         features=(),
         controls={},
@@ -55,6 +59,11 @@ def nothing_judged(why: str | CannotJudgeError) -> ProbeReport:
         fit_rows=0,
         held_out_rows=0,
     )
+
+
+def was_judged(decision: RoutingDecision) -> bool:
+    """Whether a decision was made by what rows tell, and not for want of rows."""
+    return not decision.verdict.startswith(CANNOT_JUDGE)
 
 
 def decision_of(report: ProbeReport, step: int) -> RoutingDecision:
@@ -88,7 +97,11 @@ def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDeci
 
 
 def found_and_brought(
-    decision: RoutingDecision, test_auc: float, plain: Recorded | None
+    decision: RoutingDecision,
+    test_auc: float,
+    plain: Recorded | None,
+    *,
+    tested: RoutingDecision | None,
 ) -> Iterator[str]:
     """Say at the end of a run what was found, and what experts brought.
 
@@ -96,13 +109,16 @@ def found_and_brought(
         decision: What was found.
         test_auc: Of the run.
         plain: What is known of the same run without experts.
+        tested: What had been found when the model that was tested was saved.
     """
     if decision.route_by is None:
         yield f"found: {decision.verdict} The model {_stays_plain(decision)}."
         return
     features = _named(decision.route_by)
     yield f"found: experts routed by {features}, predicted to gain {sum(decision.gains):.4f} nats"
-    if plain is None:
+    if tested is None or tested.route_by is None:
+        yield "brought: nothing to the test, since the best validation was before experts began"
+    elif plain is None:
         yield "brought: train the same without experts, and compare: --model.hilomoe null"
     else:
         yield (

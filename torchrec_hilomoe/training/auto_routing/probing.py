@@ -32,6 +32,7 @@ from torchrec_hilomoe.hilomoe.probe.verdict import look_again
 from torchrec_hilomoe.models.build import build_task
 from torchrec_hilomoe.models.train_task import TaskOutput
 from torchrec_hilomoe.runtime.distributed import DistributedContext
+from torchrec_hilomoe.runtime.stopping import StopSignal
 from torchrec_hilomoe.runtime.watchdog import Watchdog
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.assemble import assemble, Assembly
@@ -96,13 +97,19 @@ class ProbeOptions:
                 )
 
 
-def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedContext) -> ProbeReport:
+def probe_run(
+    config: RunConfig,
+    options: ProbeOptions,
+    context: DistributedContext,
+    stop: StopSignal | None = None,
+) -> ProbeReport:
     """Train a plain model briefly, or load one, and probe it; a collective call.
 
     Args:
         config: The run; its experts are only thought of.
         options: How to probe.
         context: This process among the ranks.
+        stop: Ends it by an error where the ranks are to stop; None lets signals act as they do.
 
     Raises:
         ValueError: If the configuration, the data or the checkpoint does not fit.
@@ -131,7 +138,7 @@ def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedCont
     timeline.leave_out_experts()
     steps, later = (min(it, timeline.total_steps) for it in (options.steps, options.later_steps))
     watchdog = Watchdog(config.stall_seconds, f"rank {context.world.rank}")
-    watched = _Watched(watchdog, shown=context.is_main and sys.stderr.isatty())
+    watched = _Watched(watchdog, stop, shown=context.is_main and sys.stderr.isatty())
     with closing(iter(loader)) as batches, watchdog:
 
         def train(model: DistributedModelParallel, steps: range) -> DistributedModelParallel:
@@ -158,34 +165,49 @@ def probe_run(config: RunConfig, options: ProbeOptions, context: DistributedCont
         return look_again(report, look(again, model, later), later)
 
 
-def probe_aside(config: RunConfig, context: DistributedContext) -> ProbeReport:
+def probe_aside(config: RunConfig, context: DistributedContext) -> ProbeReport | None:
     """Probe a plain model before a run that asks for it, which stays plain if nothing can be said.
 
     Args:
         config: The run; ``init_from`` is the plain model, if there is one.
         context: This process among the ranks.
+
+    Returns:
+        What was found; None if a signal asked the run to stop.
     """
-    try:
-        return probe_run(config, ProbeOptions(checkpoint=config.init_from), context)
-    except CannotJudgeError as error:
-        return nothing_judged(error)
+    options = ProbeOptions(checkpoint=config.init_from)
+    with StopSignal() as stop:
+        try:
+            return probe_run(config, options, context, stop)
+        except CannotJudgeError as error:
+            return nothing_judged(error)
+        except _Stopped:
+            return None
+
+
+class _Stopped(Exception):
+    """A signal has asked the ranks to stop."""
 
 
 class _Watched:
-    """Loops whose steps keep a watchdog quiet, and move a bar.
+    """Loops whose steps keep a watchdog quiet, ask whether to stop, and move a bar.
 
     Args:
         watchdog: Of the process.
+        stop: Whether the ranks are to stop; None is not asked.
         shown: Whether there is a bar.
     """
 
-    def __init__(self, watchdog: Watchdog, *, shown: bool) -> None:
-        self._watchdog, self._shown = watchdog, shown
+    def __init__(self, watchdog: Watchdog, stop: StopSignal | None, *, shown: bool) -> None:
+        self._watchdog, self._stop, self._shown = watchdog, stop, shown
 
     def __call__(self, steps: Iterable[T], what: str, total: int) -> Iterator[T]:
-        """Pass steps on."""
+        """Pass steps on; a collective call for each."""
         bar = tqdm(steps, desc=what, total=total, leave=False, disable=not self._shown)
-        return self._watchdog.over(bar)
+        for step in self._watchdog.over(bar):
+            if self._stop is not None and self._stop.requested():
+                raise _Stopped
+            yield step
 
 
 def route_flags(config: RunConfig, report: ProbeReport) -> str:

@@ -17,7 +17,7 @@ from torchrec_hilomoe.training.checkpoint.manifest import (
     RoutingDecision,
 )
 from torchrec_hilomoe.training.checkpoint.saver import Saved, Saver
-from torchrec_hilomoe.training.checkpoint.storage import latest
+from torchrec_hilomoe.training.checkpoint.storage import find, latest
 
 __all__ = [
     "Best",
@@ -29,6 +29,7 @@ __all__ = [
     "RoutingDecision",
     "Saved",
     "Saver",
+    "find",
     "latest",
     "newest_sound",
     "open",

@@ -68,6 +68,9 @@ class Saver:
             memory only, or, if the one before is not finished, for that one first.
         documents: Texts that are kept in each checkpoint, by file name.
         on_saved: Told of each one, on the first rank; maybe from another thread.
+
+    Attributes:
+        folder: Path of the folder.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Saver:
         on_saved: Callable[[Saved], None] | None = None,
     ) -> None:
         self._folder = Folder(folder)
+        self.folder = self._folder.path
         self._keep = keep
         self._documents = dict(documents or {})
         self._on_saved = on_saved
@@ -96,10 +100,6 @@ class Saver:
         """Whether a save in the background has failed, which :meth:`wait` will raise."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
-
-    def path_of(self, step: int) -> str:
-        """Return where the checkpoint of a step is, if it was kept."""
-        return self._folder.at(step)
 
     def save(
         self,

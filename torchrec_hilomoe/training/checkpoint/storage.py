@@ -39,6 +39,7 @@ __all__ = [
     "IndexUnpickler",
     "Reader",
     "Store",
+    "find",
     "find_difference",
     "latest",
     "verify_checksums",
@@ -53,6 +54,11 @@ def latest(folder: str | Path) -> str | None:
     """Return the newest whole checkpoint in ``folder``, if there is one."""
     found = Folder(folder).checkpoints()
     return found[max(found)] if found else None
+
+
+def find(folder: str | Path, step: int) -> str | None:
+    """Return the whole checkpoint of a step in ``folder``, if it is there."""
+    return Folder(folder).checkpoints().get(step)
 
 
 class Folder:

@@ -58,6 +58,11 @@ class StageSchedule:
                     f"only the last one, {names[-1]!r}, may take what is left."
                 )
 
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether it takes the length of an epoch to place it."""
+        return any(stage.epochs is not None for stage in self.stages)
+
     @classmethod
     def plain(cls, *, warmup_steps: int = 100) -> "StageSchedule":
         """One stage in which everything learns: a model without experts."""
@@ -125,6 +130,9 @@ class StageSchedule:
         )
         return cls(stages=(*stages, finetune))
 
+    def _position(self, name: str) -> int:
+        return self.stages.index(self.named(name))
+
     def named(self, name: str) -> Stage:
         """The stage of that name.
 
@@ -146,6 +154,8 @@ class StageSchedule:
         *,
         steps_per_epoch: int | None = None,
         ended: Mapping[str, int] = MappingProxyType({}),
+        begun: Mapping[str, int] = MappingProxyType({}),
+        done: int = 0,
     ) -> tuple[StageSpan, ...]:
         """Lay the stages over a run; stages without a step are left out.
 
@@ -153,15 +163,24 @@ class StageSchedule:
             total_steps: Length of the run, of which shares are taken.
             steps_per_epoch: Optimizer steps of one pass over the training split.
             ended: Stages that a plateau has ended, and at which step.
+            begun: Stages that have begun, and at which step, though it were a run of another
+                length: they stay there, those that were passed over had no step, and what is
+                left of the run is laid out from the last of them on.
+            done: Steps done, the last one in the last stage that has begun.
 
         Raises:
             ValueError: If the stages need more steps than the run has, or leave some over
                 though none has ended early.
         """
         # Borders are rounded, not lengths: many small shares then add up to their sum.
-        border, exact = 0, 0.0
-        spans = []
-        for stage in self.stages:
+        border, exact, moved = 0, 0.0, False
+        current = max((self._position(name) for name in begun), default=-1)
+        spans: list[StageSpan] = []
+        for at, stage in enumerate(self.stages):
+            start = begun.get(stage.name, border)
+            if start != border:
+                border, exact, moved = start, float(start), True
+                spans[-1:] = [replace(span, stop=start) for span in spans[-1:]]
             if stage.steps is not None:
                 exact += stage.steps
             elif stage.epochs is not None:
@@ -170,12 +189,18 @@ class StageSchedule:
                 exact += stage.share * total_steps
             else:
                 exact = max(exact, total_steps)
-            start = border
             if stage.name in ended:
                 exact = float(ended[stage.name])
             border = math.floor(exact + 0.5)
-            if border > start:
+            if at == current and border < done:
+                border, exact, moved = done, float(done), True
+            if moved:
+                border = min(border, total_steps)
+            if border > start and (at >= current or stage.name in begun):
                 spans.append(StageSpan(stage=stage, start=start, stop=border))
+        if moved and not ended and border < total_steps:
+            border = total_steps
+            spans[-1] = replace(spans[-1], stop=border)
         if border > total_steps or (border < total_steps and not ended):
             raise ValueError(
                 f"StageSchedule: the stages cover {border} steps, but the run has {total_steps}. "
@@ -202,12 +227,16 @@ class StageTimelineState:
         stage: The stage that the two others are about.
         best: Best value of its metric.
         waited: Number of validations since that value.
+        begun: Stages that had begun when the run was saved, and at which step.
+        done: Steps done then.
     """
 
     ended: Mapping[str, int] = field(default_factory=dict)
     stage: str | None = None
     best: float | None = None
     waited: int = 0
+    begun: Mapping[str, int] = field(default_factory=dict)
+    done: int = 0
 
 
 class StageTimeline:
@@ -328,14 +357,22 @@ class StageTimeline:
             waited += 1
         ends = waited >= plateau.patience
         ended = {**state.ended, stage.name: step} if ends else state.ended
-        self.state = StageTimelineState(ended=ended, stage=stage.name, best=best, waited=waited)
+        self.state = replace(state, ended=ended, stage=stage.name, best=best, waited=waited)
         if ends:
             self.spans = self._place()
         return ends
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state as JSON; its numbers come back to the bit."""
-        return asdict(self.state)
+    def state_dict(self, done: int | None = None) -> dict[str, Any]:
+        """The state as JSON; its numbers come back to the bit.
+
+        Args:
+            done: Steps done, for a run that may go on with another length; None for one that
+                does not.
+        """
+        if done is None:
+            return asdict(self.state)
+        begun = {span.stage.name: span.start for span in self.spans if span.start < done}
+        return asdict(replace(self.state, begun=begun, done=done))
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave.
@@ -348,12 +385,24 @@ class StageTimeline:
             self.schedule.named(name)
         if state.best is not None and not math.isfinite(state.best):
             raise ValueError(f"the schedule's state is damaged: best is {state.best}.")
+        if not self._knows_in_order(state.begun):
+            state = replace(state, begun={}, done=0)
         self.state = state
         self.spans = self._place()
 
+    def _knows_in_order(self, begun: Mapping[str, int]) -> bool:
+        """Whether stages have begun in this schedule, and not in one that was changed since."""
+        names = [stage.name for stage in self.schedule.stages]
+        order = sorted(begun, key=lambda name: begun[name])
+        return order == [name for name in names if name in begun]
+
     def _place(self) -> tuple[StageSpan, ...]:
         spans = self.schedule.place(
-            self._nominal_steps, steps_per_epoch=self._steps_per_epoch, ended=self.state.ended
+            self._nominal_steps,
+            steps_per_epoch=self._steps_per_epoch,
+            ended=self.state.ended,
+            begun=self.state.begun,
+            done=self.state.done,
         )
         until = self._experts_until
         kept = [

@@ -16,16 +16,18 @@ FOUND = RoutingDecision(
 
 def test_the_end_says_what_was_found_and_what_it_brought():
     recorded = Recorded(command="python apps/train.py --seed 1", test_auc=0.8756)
-    found, brought = found_and_brought(FOUND, 0.8806, recorded)
+    found, brought = found_and_brought(FOUND, 0.8806, recorded, tested=FOUND)
     assert re.search(r"hour, category, .* 0\.0035 nats$", found)
     assert re.search(r"\+0\.0050 .* 0\.8756, .*: python apps/train\.py --seed 1$", brought)
-    _, brought = found_and_brought(FOUND, 0.8806, None)
+    _, brought = found_and_brought(FOUND, 0.8806, None, tested=FOUND)
     assert brought.endswith("--model.hilomoe null")
+    _, brought = found_and_brought(FOUND, 0.8806, recorded, tested=None)
+    assert brought.endswith("the best validation was before experts began")
 
 
 def test_it_says_so_where_the_model_stayed_plain():
     nothing = RoutingDecision(step=3, route_by=None, gains=(), verdict="nothing decides.")
-    assert list(found_and_brought(nothing, 0.8, None)) == [
+    assert list(found_and_brought(nothing, 0.8, None, tested=nothing)) == [
         "found: nothing decides. The model stayed plain."
     ]
 
@@ -49,7 +51,7 @@ def test_what_experts_brought_takes_them_out_only_where_it_is_a_loss():
         "by the end of their warm-up (-0.002 to -0.001, 5,000 rows of the validation split). They "
         "were predicted to gain 0.0035."
     )
-    assert list(found_and_brought(lost, 0.8, None)) == [
+    assert list(found_and_brought(lost, 0.8, None, tested=lost)) == [
         f"found: {lost.verdict} The model is plain again."
     ]
     assert confirmed(FOUND, None) == FOUND
