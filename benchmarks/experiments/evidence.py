@@ -53,6 +53,7 @@ DECAYS = ({}, {"train.decay.kind": "constant"})  # the first is the recipes': co
 TABLE_RATE = 50  # times the learning rate, as in the shipped recipes
 EXPERT_RATES = ("1.0", "5.0")
 FROZEN_SHARES = ("0.0", "0.03")
+OF_EXPERTS = ("train.expert_lr_scale", "train.frozen_share")
 TUNED_VARIANT = "head rank 4"
 
 
@@ -70,8 +71,7 @@ def tuning_cases(lines: list[Line], data: str, backbone: str, given: Mapping) ->
             **given,
             **models[TUNED_VARIANT],
             **best,
-            "train.expert_lr_scale": expert_lr_scale,
-            "train.frozen_share": frozen,
+            **dict(zip(OF_EXPERTS, (expert_lr_scale, frozen), strict=True)),
         }
         yield Case(
             data=data, backbone=backbone, variant=TUNED_VARIANT, seed=TUNING_SEED, options=options
@@ -95,7 +95,25 @@ def chosen(lines: list[Line], data: str, backbone: str, variant: str) -> dict[st
     if not runs:
         return None
     best = max(runs, key=lambda line: line["valid"]["auc"])
-    return {name: value for name, value in best["options"].items() if name.startswith("train.")}
+    return _training(best)
+
+
+def _training(line: Line) -> dict[str, str]:
+    return {name: value for name, value in line["options"].items() if name.startswith("train.")}
+
+
+def tuned(lines: list[Line], data: str, backbone: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The plain model's options as they were chosen, and experts' beside these; the recipe's: none.
+
+    Experts were tuned at whatever the plain model's best was by then: a later one leaves them out.
+    """
+    plain = chosen(lines, data, backbone, "plain") or {}
+    beside = [
+        line
+        for line in lines
+        if plain == {k: v for k, v in _training(line).items() if k not in OF_EXPERTS}
+    ]
+    return plain, chosen(beside, data, backbone, TUNED_VARIANT) or plain
 
 
 def advised(found: Line) -> bool:
@@ -123,14 +141,12 @@ def with_auto(lines: Sequence[Line], probes: Sequence[Line]) -> list[Line]:
 def grid(lines: list[Line], args: argparse.Namespace) -> Iterator[Case]:
     """The runs to compare, seed by seed, so that a stopped grid has whole pairs."""
     for seed, data, backbone in product(args.seeds, args.data, args.backbones):
-        source = DATA[data].tuned_on
-        plain = chosen(lines, source, backbone, "plain") or {}
-        tuned = chosen(lines, source, backbone, TUNED_VARIANT) or plain
+        plain, experts = tuned(lines, DATA[data].tuned_on, backbone)
         for variant, model in variants(DATA[data]).items():
             if args.variants and variant not in args.variants:
                 continue
             dense = "model.hilomoe" in model
-            options = {**(plain if dense else tuned), **args.options, **model}
+            options = {**(plain if dense else experts), **args.options, **model}
             yield Case(data=data, backbone=backbone, variant=variant, seed=seed, options=options)
 
 

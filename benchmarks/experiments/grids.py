@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.experiments.evidence import chosen, TUNED_VARIANT
+from benchmarks.experiments.evidence import tuned
 from benchmarks.experiments.report import difference, Line
 from benchmarks.experiments.runs import Case, read, ROOT, train
 from benchmarks.experiments.variants import DATA, variants
@@ -76,12 +76,11 @@ class Cell:
         return (line["axis"], line["value"]) == (self.axis, self.value) and self.case.same_as(line)
 
 
-def cells(args: argparse.Namespace, tuned: list[Line]) -> Iterator[Cell]:
+def cells(args: argparse.Namespace, tuning: list[Line]) -> Iterator[Cell]:
     """Of every axis that is asked for; the default and the plain model belong to all of them."""
     for seed, data, backbone in product(args.seeds, args.data, args.backbones):
         models = variants(DATA[data])
-        plain = chosen(tuned, DATA[data].tuned_on, backbone, PLAIN) or {}
-        experts = chosen(tuned, DATA[data].tuned_on, backbone, TUNED_VARIANT) or plain
+        plain, experts = tuned(tuning, DATA[data].tuned_on, backbone)
 
         def cell(axis: str, value: str, **options: str) -> Cell:
             case = Case(

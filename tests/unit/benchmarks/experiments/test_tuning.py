@@ -9,6 +9,7 @@ from benchmarks.experiments.evidence import (
     chosen,
     grid,
     probe_one,
+    tuned,
     TUNED_VARIANT,
     tuning_cases,
 )
@@ -43,6 +44,19 @@ def test_every_option_that_was_tuned_is_chosen():
         assert found == tuned
         assert "train.expert_lr_scale" in tuned
     assert chosen(lines, "composed", "din", TUNED_VARIANT) is None
+
+
+def test_experts_are_those_that_were_tuned_beside_the_plain_models_best():
+    late, early, *_ = tuning_cases([], "composed", "din", {})
+    lines = [line_of(early, 0.8)]
+    beside = [it for it in tuning_cases(lines, "composed", "din", {}) if it.variant != "plain"]
+    lines += [line_of(case, 0.9) for case in beside]
+    plain, experts = tuned(lines, "composed", "din")
+    assert plain.items() <= experts.items()
+    assert "train.expert_lr_scale" in experts
+    lines.append(line_of(late, 0.85))
+    plain, experts = tuned(lines, "composed", "din")
+    assert plain == experts == {k: v for k, v in late.options.items() if k.startswith("train.")}
 
 
 def asked(**options) -> Namespace:
