@@ -299,7 +299,7 @@ class Trainer:
         return self._auto is not None and self._auto.may_confirm
 
     def _confirm_at_end_of_warmup(self, validation: Loader) -> None:
-        """Ask what experts brought in their warm-up, and go on without them if it is a loss."""
+        """Ask what experts brought in their warm-up, and go on without them if it is nothing."""
         if not (self._confirms and self._timeline.ends_expert_warmup(self.step)):
             return
         assert self._auto is not None

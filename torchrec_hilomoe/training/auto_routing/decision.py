@@ -77,7 +77,7 @@ def decision_of(report: ProbeReport, step: int) -> RoutingDecision:
 
 
 def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDecision:
-    """A decision once it is known what experts brought: a loss takes them out again."""
+    """A decision once it is known what experts brought: none stay that brought nothing."""
     if brought is None:
         return decision
     assert decision.route_by is not None
@@ -85,7 +85,7 @@ def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDeci
         f"brought {brought.gain:.3g} nats a row by the end of their warm-up ({brought.low:.3g} to "
         f"{brought.high:.3g}, {brought.rows:,} rows of the validation split)"
     )
-    if brought.high >= 0:
+    if brought.gain > 0:
         verdict = f"{decision.verdict} Experts {measured}."
         return replace(decision, verdict=verdict, brought=brought)
     features = _named(decision.route_by)

@@ -131,7 +131,7 @@ class AutoRouting:
     def confirm(
         self, model: DistributedModelParallel, step: int, validation: Iterable[CTRBatch]
     ) -> RoutingDecision:
-        """Ask what experts have brought, and take them out if it is a loss; a collective call.
+        """Ask what experts have brought, and take them out if it is nothing; a collective call.
 
         Args:
             model: The sharded model, in no pipeline, its experts warmed up and nothing else

@@ -32,16 +32,17 @@ def test_it_says_so_where_the_model_stayed_plain():
     ]
 
 
-def test_what_experts_brought_takes_them_out_only_where_it_is_a_loss():
+def test_experts_that_brought_nothing_are_taken_out():
     def after(low: float, high: float) -> RoutingDecision:
         brought = Brought(step=360, gain=(low + high) / 2, low=low, high=high, rows=5000)
         decided = confirmed(FOUND, brought)
         assert decided.brought == brought
         return decided
 
-    assert after(0.001, 0.002).route_by == after(-0.002, 0.001).route_by == FOUND.route_by
-    assert after(-0.002, 0.001).verdict.endswith(
-        "Experts brought -0.0005 nats a row by the end of their warm-up (-0.002 to 0.001, "
+    assert after(0.001, 0.002).route_by == after(-0.001, 0.002).route_by == FOUND.route_by
+    assert after(0.0, 0.0).route_by is after(-0.002, 0.001).route_by is None
+    assert after(-0.001, 0.002).verdict.endswith(
+        "Experts brought 0.0005 nats a row by the end of their warm-up (-0.001 to 0.002, "
         "5,000 rows of the validation split)."
     )
     lost = after(-0.002, -0.001)
