@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
             trials=arguments.trials,
             metric=arguments.metric,
             seed=arguments.sweep_seed,
+            options=options,
+            ranks=arguments.ranks,
         )
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,10 +3,13 @@
 import json
 import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
+from torchrec_hilomoe.runtime.documents import parse_json, read_text
+from torchrec_hilomoe.runtime.ownership import owned
 from torchrec_hilomoe.runtime.paths import to_json, write_text
 from torchrec_hilomoe.sweep.space import Dimension
 from torchrec_hilomoe.sweep.trials import Outcome, RISING
@@ -20,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 JOURNAL = "sweep.journal"
 RESULT = "sweep.json"
+ASKED = "asked.json"  # what all trials have in common
+OWNER = ".owner"
 FOLDER = "folder"
 GIVE_UP = 3  # trials in a row that fail
 
@@ -32,6 +37,8 @@ def search(
     trials: int,
     metric: str,
     seed: int = 0,
+    options: Sequence[str] = (),
+    ranks: int = 1,
 ) -> Mapping[str, Any] | None:
     """Try options until so many trials are done in all, and write ``sweep.json`` after each.
 
@@ -44,14 +51,64 @@ def search(
         trials: How many are to be done in all.
         metric: What is looked for.
         seed: Of the search.
+        options: What ``run`` gives to every trial besides, as on a command line.
+        ranks: Processes of a trial.
 
     Returns:
         The best trial so far; None if a trial was asked to stop, and the search with it.
 
     Raises:
         ImportError: If Optuna is not installed.
-        ValueError: If trials fail one after the other, or none has a value.
+        ValueError: If trials fail one after the other, another search uses the folder, or it was
+            begun with another space, metric, options or ranks, so that values do not compare.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = {
+        "metric": metric,
+        "space": [asdict(it) for it in space],
+        "options": sorted(f"--{name}={value}" for name, value in _options(options)),
+        "ranks": ranks,
+    }
+    with owned(folder / OWNER, f"out_dir {folder}"):
+        _keep(asked, folder)
+        return _search(space, folder, run, trials=trials, metric=metric, seed=seed)
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names and values, however they were written."""
+    left = iter(words)
+    for word in left:
+        name, is_given, value = word.removeprefix("--").partition("=")
+        yield name, value if is_given else next(left, "")
+
+
+def _keep(asked: Mapping[str, Any], folder: Path) -> None:
+    """Keep what a search is of, or refuse another one in its folder."""
+    file = folder / ASKED
+    asked = json.loads(to_json(asked))
+    if not file.exists():
+        write_text(str(file), to_json(asked) + "\n")
+        return
+    before = parse_json(read_text(file), file)
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"sweep: {folder} was begun with {name} {before.get(name)!r}, and now {value!r} is "
+                "asked for: values of its trials would not compare. Give another --out_dir, or ask "
+                "for the same."
+            )
+
+
+def _search(
+    space: Sequence[Dimension],
+    folder: Path,
+    run: Callable[[Sequence[str], Path], Outcome],
+    *,
+    trials: int,
+    metric: str,
+    seed: int,
+) -> Mapping[str, Any] | None:
+    """Search in a folder that nobody else uses."""
     study = _open(folder, metric, seed)
     _requeue(study)
     failed = 0
@@ -68,11 +125,12 @@ def search(
         if outcome.value is None:
             study.tell(trial, state=_state("FAIL"))
             failed += 1
-            logger.warning("%s failed: %s", place, outcome.error or f"no validation has {metric}")
+            why = outcome.error or f"no validation has {metric}"
+            logger.warning("%s failed: %s", place, why)
             if failed == GIVE_UP:
                 raise ValueError(
                     f"sweep: {GIVE_UP} trials in a row have failed, the last with: "
-                    f"{outcome.error}. See {place / 'log.txt'}."
+                    f"{why}. See {place / 'log.txt'}."
                 )
             continue
         failed = 0
@@ -89,7 +147,6 @@ def _open(folder: Path, metric: str, seed: int) -> "Study":
     except ImportError as error:
         raise ImportError("a sweep needs Optuna: pip install 'optuna>=4,<6'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
     study = optuna.create_study(
         storage=storage,

@@ -47,6 +47,13 @@ class Dimension:
             raise ValueError(
                 f"space: {self.option} wants low below high, got {self.low} and {self.high}."
             )
+        if self.step is not None and self.step <= 0:
+            raise ValueError(f"space: {self.option}: step must be above 0, got {self.step}.")
+        if self.is_integer and self.step is not None and self.step != int(self.step):
+            raise ValueError(
+                f"space: {self.option} is searched in whole numbers, which need a whole step, got "
+                f"{self.step}. Write low or high with a decimal point for others."
+            )
         if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError(
                 f"space: {self.option} is searched by orders of magnitude, so low must be above 0 "

@@ -76,6 +76,48 @@ def test_an_interrupted_trial_is_gone_on_with_in_its_folder(tmp_path, end):
     assert third.seen == []
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"metric": "logloss"}, "metric 'auc', and now 'logloss'"),
+        ({"space": SPACE[1:]}, "space "),
+        ({"space": (Dimension(option=RATE, low=0.01, high=1.0, log=True), *SPACE[1:])}, "space "),
+        ({"options": ["--train.max_steps", "9"]}, r"options \['--train.max_steps=7'\], and now"),
+        ({"ranks": 2}, "ranks 1, and now 2"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_what_trials_were_asked_for_stays(tmp_path, other, message):
+    asked = {"space": SPACE, "metric": "auc", "options": ["--train.max_steps=7"], "ranks": 1}
+
+    def go(trials, **changed):
+        given = {**asked, **changed}
+        runs = Runs()
+        search(given.pop("space"), tmp_path, runs, trials=trials, **given)
+        return len(runs.seen)
+
+    assert go(1) == 1
+    with pytest.raises(ValueError, match=f"was begun with {message}.*another --out_dir"):
+        go(2, **other)
+    assert go(2) == 1
+    assert go(3, options=["--train.max_steps", "7"]) == 1  # the same, written otherwise
+
+
+def test_a_folder_has_one_search_at_a_time(tmp_path):
+    def run(options, folder):
+        with pytest.raises(ValueError, match=r"in use|another process|owns"):
+            search(SPACE, tmp_path, Runs(), trials=2, metric="auc")
+        return Outcome(value=1.0)
+
+    assert search(SPACE, tmp_path, run, trials=1, metric="auc") is not None
+
+
+def test_trials_without_the_metric_say_so(tmp_path):
+    nothing = Outcome(value=None)
+    with pytest.raises(ValueError, match="the last with: no validation has gauc"):
+        search(SPACE, tmp_path, Runs([nothing] * 3), trials=9, metric="gauc")
+
+
 def test_a_failed_trial_is_left_behind_and_three_end_the_search(tmp_path, caplog):
     bad = Outcome(value=None, error="error: the disk is full")
     runs = Runs([bad, None, bad, bad])

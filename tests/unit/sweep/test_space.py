@@ -36,6 +36,8 @@ def test_lists_and_ranges(tmp_path):
         ("train.learning_rate: {low: 1}", "must be a list of values"),
         ("train.learning_rate: {low: 1e-4, high: 1}", "YAML reads 1e-3 as a text; write 1.0e-3"),
         ("train.learning_rate: {low: 1, high: 1}", "wants low below high, got 1 and 1"),
+        ("train.warmup_steps: {low: 8, high: 17, step: 0.5}", "whole numbers.*whole step.*got 0.5"),
+        ("train.warmup_steps: {low: 8, high: 17, step: 0}", "step must be above 0, got 0"),
         ("train.learning_rate: {low: 0, high: 1, log: true}", "low must be above 0.*got low 0"),
     ],
 )
