@@ -127,7 +127,7 @@ def _fault(kind: pa.DataType, use: str) -> str | None:
     if is_list and use not in (MANY, MOMENTS, NUMBERS):
         more = ", or describe it as a pooled feature with max_length above 1" if use == ONE else ""
         return f"store one value a row{more}"
-    if use in (MANY, MOMENTS) and pt.is_floating(value):
+    if use in (MANY, MOMENTS) and _has_places(value):
         return "store whole numbers, without missing entries" + (
             ", or texts; or give its table a bucketed vocabulary, for numbers"
             if use == MANY
@@ -138,6 +138,11 @@ def _fault(kind: pa.DataType, use: str) -> str | None:
     if use in (MOMENT, MOMENTS) and pt.is_boolean(value):
         return "store whole seconds, dates or timestamps"
     return None
+
+
+def _has_places(kind: pa.DataType) -> bool:
+    """Say whether numbers may have digits after the point."""
+    return pt.is_floating(kind) or (pt.is_decimal(kind) and kind.scale != 0)
 
 
 def _is_moment(kind: pa.DataType) -> bool:

@@ -73,7 +73,7 @@ class ColumnMapping:
             here; it gets its own once it is known.
         raw: The raw column that a column of the schema is made of, if it has another name.
         text: Tables whose raw values are texts; those of others are whole numbers.
-        numeric_group: Whether groups are whole numbers where all columns are read as text.
+        numeric_group: Whether groups are whole numbers in all files; else their texts are hashed.
         separator: Between entries of a list that is stored as text.
         align: Whether parallel lists of unequal lengths are made equal: last entries stand
             together, what lacks is missing in front; else such a row is bad.

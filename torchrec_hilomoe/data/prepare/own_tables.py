@@ -15,7 +15,12 @@ import pyarrow.parquet as pq
 import yaml
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.column_kinds import is_text, refuse_types, stored_type
+from torchrec_hilomoe.data.prepare.column_kinds import (
+    is_text,
+    read_type,
+    refuse_types,
+    stored_type,
+)
 from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, HoldOut, Inputs
 from torchrec_hilomoe.data.prepare.folder import Report, vectors_file, vocabulary_file
 from torchrec_hilomoe.data.prepare.options import Common
@@ -85,7 +90,7 @@ def prepare_parquet(
         schema=_finished(description.schema, vectors),
         raw=description.raw,
         text=text,
-        numeric_group=False,
+        numeric_group=not _is_text_group(description, kinds),
         separator=separator,
         missing_dense=fill_dense,
         missing_remedy="; --fill_dense NUMBER gives missing ones a value",
@@ -215,6 +220,18 @@ def _text_tables(description: Description, kinds: Sequence[pa.Schema]) -> frozen
     return frozenset(table for table, columns in found.items() if True in columns)
 
 
+def _is_text_group(description: Description, kinds: Sequence[pa.Schema]) -> bool:
+    """Say whether any file has groups that are read as texts: then those of all files are."""
+    group = description.schema.group
+    raw = description.columns.get(group, group)
+    stored = [stored_type(file.field(raw).type) for file in kinds if file.names.count(raw) == 1]
+    return any(
+        read_type(kind, moment=False) == pa.large_string()
+        for kind in stored
+        if not pa.types.is_null(kind)  # no value to tell by
+    )
+
+
 def _is_unsigned(kind: pa.DataType) -> bool:
     kind = stored_type(kind)
     return pa.types.is_uint64(kind.value_type if pa.types.is_large_list(kind) else kind)
@@ -236,7 +253,7 @@ def _given(
                 "value a line, or Parquet with a column value."
             )
         else:
-            found[table] = _values(f"{raw}/{rule.file}")
+            found[table] = _values(f"{raw}/{rule.file}", text=table in text)
             if len(found[table].unique()) != len(found[table]):
                 raise DataError(f"{raw}/{rule.file} has a value twice; keep each once.")
         if table in text:
@@ -268,7 +285,8 @@ def _check_order(
             )
 
 
-def _values(path: str) -> pa.Array:
+def _values(path: str, *, text: bool) -> pa.Array:
+    """Return the values of a file; lines are numbers where all are, unless ``text``."""
     try:
         if path.endswith(".parquet"):
             with open_binary(path) as source:
@@ -281,6 +299,8 @@ def _values(path: str) -> pa.Array:
         reason = " ".join(str(error).split())
         raise DataError(f"the vocabulary {path} cannot be read ({reason}).") from error
     texts = pa.array([line for line in lines if line], pa.string())
+    if text:
+        return texts  # 02139 and 2139 are two
     try:
         return texts.cast(pa.int64())
     except pa.ArrowInvalid:

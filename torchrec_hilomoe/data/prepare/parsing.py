@@ -126,12 +126,14 @@ class _Parsing:
             self.columns[schema.time] = self._whole(mapping.source(schema.time))
         if schema.group not in self.columns:
             raw = mapping.source(schema.group)
-            if self.kinds[raw] == pl.String and not mapping.numeric_group:
-                text = pl.col(raw)
+            if mapping.numeric_group:
+                self.columns[schema.group] = self._whole(raw)
+            else:
+                is_text = self.kinds[raw] == pl.String
+                # The number of one file is the text of another.
+                text = pl.col(raw) if is_text else self._whole(raw).cast(pl.String)
                 self.faults.append((text.is_null(), f"{raw} is missing"))
                 self.columns[schema.group] = text.map_batches(hashed_text, pl.Int64)
-            else:
-                self.columns[schema.group] = self._whole(raw)
 
     def _fault(
         self, column: pl.Expr, many: bool, wrong: Callable[[pl.Expr], pl.Expr], reason: str

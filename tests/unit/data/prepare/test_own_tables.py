@@ -244,3 +244,81 @@ def test_vectors_may_have_the_order_of_other_ids(raw, tmp_path, keys, rule):
     assert check_prepared(str(tmp_path / "out")).faults == ()
     assert vectors[1 : 1 + len(keys)].any(axis=1).all()
     assert not vectors[1 + len(keys) :].any()
+
+
+ZIPS = ["02139", "00501", "10001"]
+
+
+def with_zip_codes(raw, codes, lines):
+    """Give rows a zip code each, and its table a vocabulary of these lines."""
+    for part in range(3):
+        rows = table().slice(part * 100, 100)
+        zips = pa.array([codes[place % len(codes)] for place in range(100)])
+        pq.write_table(rows.append_column("zip", zips), raw / "train" / f"{part}.parquet")
+    (raw / "zips.txt").write_text("\n".join(lines) + "\n")
+    described = DESCRIPTION | {
+        "pooled": [*DESCRIPTION["pooled"], {"name": "zip", "table": "zip"}],
+        "vocabularies": DESCRIPTION["vocabularies"]
+        | {"zip": {"kind": "given", "file": "zips.txt"}},
+    }
+    (raw / "schema.yaml").write_text(yaml.safe_dump(described))
+
+
+def test_given_texts_keep_their_leading_zeros(raw, tmp_path):
+    with_zip_codes(raw, ZIPS, ZIPS)
+    report = prepare(raw, tmp_path / "out")
+    vocabulary = pq.read_table(tmp_path / "out" / "vocabularies" / "zip.parquet")
+    assert vocabulary.to_pydict() == {"value": ZIPS, "id": [1, 2, 3]}
+    assert all(found["zip"]["unknown_ids"] == 0 for found in report.unknown.values())
+
+
+def test_given_lines_are_numbers_where_columns_hold_numbers(raw, tmp_path):
+    with_zip_codes(raw, [2139, 501, 10001], ZIPS)
+    report = prepare(raw, tmp_path / "out")
+    vocabulary = pq.read_table(tmp_path / "out" / "vocabularies" / "zip.parquet")
+    assert vocabulary.to_pydict() == {"value": [2139, 501, 10001], "id": [1, 2, 3]}
+    assert all(found["zip"]["unknown_ids"] == 0 for found in report.unknown.values())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.int64(), pa.string()),
+        (pa.uint64(), pa.int64()),
+        (pa.decimal128(20, 0), pa.int32()),
+        (pa.float64(), pa.large_string()),
+        (pa.int16(), pa.null()),
+    ],
+    ids=str,
+)
+def test_a_group_is_the_same_in_files_of_different_types(raw, tmp_path, first, second):
+    users = pa.array([place % 40 for place in range(100)])
+    for part, kind in enumerate((first, second, first)):
+        rows = table().slice(part * 100, 100)
+        if pa.types.is_decimal(kind):
+            typed = users.cast(pa.decimal128(19, 0)).cast(kind)
+        else:
+            typed = pa.nulls(100) if pa.types.is_null(kind) else users.cast(kind)
+        rows = rows.append_column("visitor", typed)
+        pq.write_table(rows, raw / "train" / f"{part}.parquet")
+    (raw / "schema.yaml").write_text(yaml.safe_dump(DESCRIPTION | {"group": "visitor"}))
+    prepare(raw, tmp_path / "out", valid_by="group", valid_percent=20, test_percent=20)
+    splits = [read(tmp_path / "out", split) for split in ("train", "valid", "test")]
+    groups = [{row["visitor"] for row in rows} for rows in splits]
+    assert len(set.union(*groups)) == sum(map(len, groups)) == 40
+
+
+def test_a_number_and_its_text_are_one_group(raw, tmp_path):
+    """Hashes do not depend on which file held the text."""
+    found = []
+    for kinds in ((pa.int64(), pa.string(), pa.string()), (pa.string(),) * 3):
+        for part, kind in enumerate(kinds):
+            rows = table().slice(part * 100, 100)
+            visitors = pa.array([place % 40 for place in range(100)]).cast(kind)
+            rows = rows.append_column("visitor", visitors)
+            pq.write_table(rows, raw / "train" / f"{part}.parquet")
+        (raw / "schema.yaml").write_text(yaml.safe_dump(DESCRIPTION | {"group": "visitor"}))
+        out = tmp_path / f"out{len(found)}"
+        prepare(raw, out, valid_by="group", valid_percent=20, test_percent=20)
+        found.append([read(out, split) for split in ("train", "valid", "test")])
+    assert found[0] == found[1]

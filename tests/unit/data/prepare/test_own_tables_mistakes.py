@@ -1,6 +1,7 @@
 """Mistakes in anyone's Parquet, in its description and in options, by their message."""
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -159,3 +160,24 @@ def test_time_is_needed_to_split_by_it(raw, tmp_path):
     with pytest.raises(ValueError, match="--valid_by is 'time', but the schema names no time"):
         prepare(raw, tmp_path / "out", valid_by="time")
     assert prepare(raw, tmp_path / "out").options["held_out_by"] == "rows"
+
+
+@pytest.mark.parametrize(
+    ("column", "remedy"),
+    [
+        ("clicked_numbers", "or texts; or give its table a bucketed vocabulary, for numbers"),
+        ("clicked_at", "store whole numbers, without missing entries"),
+    ],
+)
+def test_lists_of_decimals_with_places_are_refused_before_a_row_is_read(
+    raw, tmp_path, column, remedy
+):
+    rows = table(100)
+    parts = [[Decimal(f"{number}.25") for number in row] for row in rows[column].to_pylist()]
+    kind = pa.list_(pa.decimal128(10, 2))
+    place = rows.column_names.index(column)
+    rows = rows.set_column(place, column, pa.array(parts, kind))
+    pq.write_table(rows, raw / "train" / "1.parquet")
+    with pytest.raises(DataError, match=rf"1\.parquet: column '{column}' is .*decimal.*{remedy}"):
+        prepare(raw, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
