@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.lib import format as npy
 
@@ -31,7 +32,8 @@ class Vectors:
         path: Ends in ``.h5``, ``.npz`` or ``.parquet``.
 
     Raises:
-        DataError: If it is unreadable, keys repeat, or there are not as many as vectors.
+        DataError: If it is unreadable, keys repeat, there are not as many as vectors, or vectors
+            are missing or of several widths.
     """
 
     def __init__(self, path: str) -> None:
@@ -76,13 +78,15 @@ class Vectors:
             else:
                 with open_binary(self.path) as raw:
                     table = pq.read_table(raw, columns=["key", "value"])
-                    values = table["value"].combine_chunks()
-                    width = len(values[0]) if len(values) else 0
+                    keys, values = (table[name].combine_chunks() for name in table.column_names)
+                    width = _width(self.path, keys, values)
                     flat = values.flatten().to_numpy(zero_copy_only=False)
                     yield {
-                        "key": table["key"].to_numpy(),
+                        "key": keys.to_numpy(zero_copy_only=False),
                         "value": flat.reshape(len(values), width),
                     }
+        except DataError:  # which is a ValueError, and says what is wrong
+            raise
         except ModuleNotFoundError as error:
             raise DataError(f'{self.path} wants h5py: pip install "h5py>=3.10,<4".') from error
         except errors as error:
@@ -111,6 +115,26 @@ def write_vectors(folder: PreparedFolder, table: str, vectors: Vectors, rows: in
         for block_NW in vectors.blocks():
             sink.write(np.ascontiguousarray(block_NW).tobytes())
         sink.write(zeros_1W.tobytes() * (rows - 1 - len(vectors.keys)))
+
+
+def _width(path: str, keys: pa.Array, values: pa.Array) -> int:
+    """Return the width that all lists have; flattened, others would be those of other keys."""
+    if keys.null_count:
+        place = keys.is_null().index(True).as_py()
+        raise DataError(f"{path}: key {place + 1} of {len(keys)} is missing; give it, or drop it.")
+    widths = pc.call_function("list_value_length", [values])
+    if widths.null_count:
+        key = keys[widths.is_null().index(True).as_py()]
+        raise DataError(f"{path}: the vector of {key} is missing; give it, or drop the key.")
+    widths_N = widths.to_numpy(zero_copy_only=False)
+    other_N = np.flatnonzero(widths_N != widths_N[:1])
+    if len(other_N):
+        at = int(other_N[0])
+        raise DataError(
+            f"{path}: the vector of {keys[at]} has width {widths_N[at]}, the first {widths_N[0]}; "
+            "give all the same."
+        )
+    return int(widths_N[0]) if len(widths_N) else 0
 
 
 def _keys(stored: Any) -> pa.Array:

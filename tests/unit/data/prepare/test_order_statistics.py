@@ -1,5 +1,8 @@
 """Order statistics against sorting, also when memory holds only a few numbers."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -59,3 +62,21 @@ def test_there_is_a_bucket_whatever_the_numbers(tmp_path):
     same = Buckets(str(tmp_path), "same")
     same.add(np.full(9, -2.5))
     assert same.least(4).tolist() == [-np.inf]
+
+
+def test_threads_may_add_at_the_same_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(order_statistics, "PENDING", 50)
+    numbers = np.random.default_rng(0).integers(-(2**40), 2**40, size=4000)
+    parts = np.array_split(numbers, 400)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        found = OrderStatistics(str(tmp_path), "n")
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(found.add, parts))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found.count == len(numbers)
+    wanted = np.sort(numbers).tolist()
+    assert [found.at(rank) for rank in range(0, 4000, 37)] == wanted[::37]
+    assert found.below(wanted[-1]) == len(numbers) - 1

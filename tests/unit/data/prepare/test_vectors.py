@@ -61,3 +61,35 @@ def test_a_file_of_another_shape_is_named(tmp_path, content, message):
     np.savez(tmp_path / "v.npz", **content)
     with pytest.raises(DataError, match=message):
         Vectors(str(tmp_path / "v.npz"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"value": [[2.0] * 4, [3.0] * 6, [4.0] * 2]}, "the vector of 2 has width 6, the first 4"),
+        ({"value": [[2.0] * 4, None, [4.0] * 4]}, "the vector of 2 is missing"),
+        ({"value": [None, [3.0] * 4, [4.0] * 4]}, "the vector of 1 is missing"),
+        ({"key": [1, None, 3]}, "key 2 of 3 is missing"),
+    ],
+    ids=["unequal", "null", "null first", "key"],
+)
+def test_every_key_of_parquet_has_a_vector_of_one_width(tmp_path, columns, message):
+    whole = {"key": [1, 2, 3], "value": [[2.0] * 4, [3.0] * 4, [4.0] * 4], **columns}
+    for kind in (pa.list_(pa.float32()), pa.large_list(pa.float32())):
+        types = pa.schema([("key", pa.int64()), ("value", kind)])
+        pq.write_table(pa.table(whole, types), tmp_path / "v.parquet")
+        with pytest.raises(DataError, match=rf"v\.parquet: {message}; "):
+            Vectors(str(tmp_path / "v.parquet"))
+
+
+def test_missing_vectors_of_a_fixed_width_are_named(tmp_path):
+    values = pa.array([[2.0] * 4, None], pa.list_(pa.float32(), 4))
+    pq.write_table(pa.table({"key": [1, 2], "value": values}), tmp_path / "v.parquet")
+    with pytest.raises(DataError, match=r"v\.parquet: the vector of 2 is missing; "):
+        Vectors(str(tmp_path / "v.parquet"))
+
+
+def test_a_vector_that_is_not_finite_is_named_alone(tmp_path):
+    np.savez(tmp_path / "v.npz", key=np.arange(2), value=np.array([[0.0], [np.nan]]))
+    with pytest.raises(DataError, match=r"v\.npz: the vector of 1 is not finite; mend it\.$"):
+        list(Vectors(str(tmp_path / "v.npz")).blocks())
