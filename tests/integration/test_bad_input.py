@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.helpers.datasets import SCHEMA
+from tests.helpers.datasets import SCHEMA, toy_table, write_folder
 from tests.helpers.processes import RankFailed, run_command
 from tests.helpers.runs import run_app, SMALL, train
 from torchrec_hilomoe.data.schema import SCHEMA_FILE
@@ -91,6 +91,15 @@ def test_a_half_prepared_folder(tmp_path):
     (ended,) = run_app(f"--out_dir={tmp_path / 'out'}", f"--data.path={data}")
     assert ended.code == 2
     assert re.search(r"data.*torchrec_hilomoe prepare", told(ended.shown))
+
+
+def test_no_rows_to_test_by_are_told_before_training(tmp_path):
+    splits = {"train": [toy_table(300)], "valid": [toy_table(64)], "test": [toy_table(0)]}
+    data = write_folder(tmp_path / "data", splits)
+    (ended,) = run_app(f"--out_dir={tmp_path / 'out'}", f"--data.path={data}")
+    assert ended.code == 2
+    assert re.search(r"/test has no rows.* a --test_percent above 0", told(ended.shown))
+    assert not list(tmp_path.glob("out/*.json*"))
 
 
 @pytest.mark.slow

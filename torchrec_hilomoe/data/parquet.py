@@ -35,6 +35,7 @@ BLOCK_BYTES = 4 << 20
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 AGAIN = "Copy the file again from a whole copy, or prepare the data again."
 REMEDY = how_to_prepare()
+DOES = {"valid": "validates", "test": "tests"}  # a run, by the rows of a split
 
 
 class ParquetSource(BlockSource):
@@ -72,7 +73,7 @@ class ParquetSource(BlockSource):
         self._firsts = (0, *accumulate(len(file.block_rows) for file in self._files))
         self._block_rows = tuple(rows for file in self._files for rows in file.block_rows)
         if not sum(self._block_rows):
-            raise DataError(f"{folder}/{split} has no rows. {REMEDY}")
+            raise DataError(f"{folder}/{split} has no rows{_remedy_of_empty(split)}")
 
     @property
     def schema(self) -> Schema:
@@ -109,6 +110,15 @@ class ParquetSource(BlockSource):
 
     def _file_of(self, block: int) -> int:
         return bisect_right(self._firsts, block) - 1
+
+
+def _remedy_of_empty(split: str) -> str:
+    if split not in DOES:
+        return f". {REMEDY}"
+    return (
+        f", and a run {DOES[split]} by some. Prepare again with a "
+        f"--{split}_percent above 0, or with files of that split."
+    )
 
 
 def check_folder(folder: str, dataset: str | None = None) -> None:

@@ -92,6 +92,13 @@ class Schema:
             raise ValueError("Schema.candidate is empty; name at least the candidate's id column.")
         self._check_names()
         check_tables(self.tables)
+        for table, rule in self.vocabularies.items():
+            if rule.kind == "hashed" and self.tables[table] < 2:
+                raise ValueError(
+                    f"Schema.tables[{table!r}] is {self.tables[table]}, but row 0 is padding, and "
+                    "values of a hashed vocabulary share the others; give it at least 2, better a "
+                    "few for each value."
+                )
 
     def _check_names(self) -> None:
         plain = [name for name in (self.time, self.weight) if name is not None]

@@ -204,6 +204,12 @@ class VocabularyRule:
                 f"Schema.vocabularies: min_count is {self.min_count} for a {self.kind} vocabulary; "
                 "it must be at least 1, and only counted ones may have more."
             )
+        if self.kind == "hashed" and self.unknown != "zero":
+            raise ValueError(
+                f"Schema.vocabularies: unknown is {self.unknown!r} for a hashed vocabulary, of "
+                "which every value has a row and only a missing one is unknown, with padding; "
+                "leave it out, or set it to 'zero'."
+            )
         if (self.buckets is None) == (self.kind == "bucketed"):
             raise ValueError(
                 f"Schema.vocabularies: buckets is {self.buckets} for a {self.kind} vocabulary; "

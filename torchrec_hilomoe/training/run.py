@@ -120,6 +120,9 @@ def _run_in(
     loader = loader_of(
         config, "train", context.world, start=progress.position if progress else None
     )
+    # Opened before the work, which a split without rows would end.
+    validation = loader_of(config, "valid", context.world)
+    test_rows = loader_of(config, "test", context.world)
     timeline = timeline_of(config, loader.steps_per_epoch)
     total = timeline.total_steps
     found, auto = Found(decision=progress.decision if progress else None), None
@@ -187,14 +190,14 @@ def _run_in(
             log.decided(decision, found.report)
         folder.write_config()
         folder.write_plan(assembly.plan)
-        if not trainer.fit(loader, loader_of(config, "valid", context.world), teacher):
+        if not trainer.fit(loader, validation, teacher):
             log.say(
                 f"stopped at step {trainer.step} of {total}; {how_to_go_on(config, folder.path)}"
             )
             return
         steps = trainer.step
         tested = trainer.load_best()
-        test = trainer.validate("test", loader_of(config, "test", context.world))
+        test = trainer.validate("test", test_rows)
     if trainer.decision is not None:
         chosen = decided_model(config.model, tested)
         cost = count_cost(build_task(chosen, schema), schema, config.model.embedding_dim)

@@ -82,9 +82,23 @@ def test_missing_folders_and_files_are_named(folder):
     (folder / "valid").mkdir()
     with pytest.raises(DataError, match=r"/valid has no \.parquet file"):
         ParquetSource(str(folder), "valid")
-    pq.write_table(toy_table(0), folder / "valid" / "part-00000.parquet")
-    with pytest.raises(DataError, match=r"/valid has no rows"):
-        ParquetSource(str(folder), "valid")
+
+
+@pytest.mark.parametrize(("split", "does"), [("valid", "validates"), ("test", "tests")])
+def test_a_split_without_rows_says_what_a_run_wants_them_for(folder, split, does):
+    (folder / split).mkdir()
+    pq.write_table(toy_table(0), folder / split / "part-00000.parquet")
+    message = (
+        rf"/{split} has no rows, and a run {does} by some\. .* a --{split}_percent above 0, or"
+    )
+    with pytest.raises(DataError, match=message):
+        ParquetSource(str(folder), split)
+
+
+def test_no_rows_to_train_on_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "set", {"train": [toy_table(0)]})
+    with pytest.raises(DataError, match=r"/train has no rows\. Make it with"):
+        ParquetSource(str(folder), "train")
 
 
 @pytest.mark.parametrize(

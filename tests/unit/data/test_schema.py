@@ -74,6 +74,13 @@ CLICKS = SCHEMA.sequences[0]
             {"vocabularies": {"usr": VocabularyRule(kind="hashed")}},
             r"vocabularies names table 'usr'.*Did you mean 'user'",
         ),
+        (
+            {
+                "tables": {**SCHEMA.tables, "kind": 1},
+                "vocabularies": {"kind": VocabularyRule(kind="hashed")},
+            },
+            r"tables\['kind'\] is 1, but row 0 is padding.* hashed vocabulary .* at least 2",
+        ),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
@@ -125,6 +132,11 @@ def a_rule(**change):
         (a_rule, {"buckets": 8}, r"buckets is 8 for a counted vocabulary"),
         (a_rule, {"kind": "bucketed", "buckets": 1}, r"buckets must be from 2 to 65536, got 1"),
         (a_rule, {"min_count": 0}, r"min_count is 0 for a counted vocabulary"),
+        (
+            a_rule,
+            {"kind": "hashed", "unknown": "last"},
+            r"unknown is 'last' for a hashed vocabulary.*leave it out",
+        ),
         (a_rule, {"kind": "hashed", "min_count": 2}, r"min_count is 2 for a hashed vocabulary"),
     ],
 )

@@ -16,6 +16,7 @@ import pyarrow as pa
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSource
 from torchrec_hilomoe.data.prepare.folder import REPORT_FILE
+from torchrec_hilomoe.data.prepare.sources import ParquetFile
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 from torchrec_hilomoe.runtime.documents import (
     DocumentError,
@@ -123,8 +124,10 @@ def describe(folder: str) -> Description:
 
 
 def _is_empty(folder: str, name: str) -> bool:
-    rows = _report(folder).get("splits", {}).get(name, {}).get("rows")
-    return rows == 0
+    """Say whether a split has files, of which none has a row by its footer."""
+    path = f"{folder}/{name}"
+    files = [ParquetFile(f"{path}/{it}") for it in path_manager.ls(path) if it.endswith(".parquet")]
+    return bool(files) and not any(file.rows() for file in files)
 
 
 def _options(folder: str) -> Mapping[str, Any]:
@@ -137,7 +140,7 @@ def _report(folder: str) -> Mapping[str, Any]:
         return {}  # a folder that another tool made
     try:
         found = parse_json(read_text(path), path)
-        parts = {"splits": Mapping[str, Mapping], "options": Mapping}
+        parts = {"options": Mapping}
         if problem := misfit_of_parts(found, parts):
             raise DocumentError(f"{path} is damaged: {problem}")
         return found

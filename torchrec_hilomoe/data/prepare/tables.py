@@ -146,6 +146,15 @@ def prepare_tables(
             notes=dict(rule.notes),
         )
         folder.write_report(report)
+        for name, split in splits.items():
+            if not split.rows:
+                logger.warning(
+                    "%s has no %s rows, which a run needs: to train on it, prepare again with "
+                    "--%s_percent above 0 or with files of that split.",
+                    options.out,
+                    name,
+                    name,
+                )
         return report
 
 

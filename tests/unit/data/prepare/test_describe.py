@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.helpers.datasets import SCHEMA, toy_table
+from tests.helpers.datasets import SCHEMA, toy_table, write_folder
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.describe import describe
 from torchrec_hilomoe.data.prepare.describe_plots import (
@@ -211,3 +211,17 @@ def test_what_is_no_prepared_folder_is_named(tmp_path):
     (tmp_path / "d" / "report.json").write_text("{")
     with pytest.raises(DataError, match=r"report\.json is not JSON"):
         describe(whole)
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_folder_of_another_engine_may_lack_rows_and_a_report(tmp_path, split):
+    splits = {"train": [toy_table(9)], "valid": [toy_table(4)], "test": [toy_table(4)]}
+    path = write_folder(tmp_path / "d", splits | {split: [toy_table(0)]})
+    assert split not in describe(str(path)).splits
+    assert len(describe(str(path)).splits) == 2
+
+
+def test_rows_are_those_of_files_whatever_the_report_says(tmp_path):
+    path = write_folder(tmp_path / "d", {"train": [toy_table(9)], "valid": [toy_table(4)]})
+    (path / "report.json").write_text(json.dumps({"splits": {"valid": {"rows": 0}}}))
+    assert describe(str(path)).splits["valid"].rows == 4

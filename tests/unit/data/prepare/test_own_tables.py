@@ -322,3 +322,12 @@ def test_a_number_and_its_text_are_one_group(raw, tmp_path):
         prepare(raw, out, valid_by="group", valid_percent=20, test_percent=20)
         found.append([read(out, split) for split in ("train", "valid", "test")])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_split_without_rows_is_told_at_the_end(raw, tmp_path, caplog, split):
+    prepare(raw, tmp_path / "whole")
+    assert "a run" not in caplog.text
+    prepare(raw, tmp_path / "out", **{f"{split}_percent": 0})
+    assert f"no {split} rows, which a run needs: " in caplog.text
+    assert f"prepare again with --{split}_percent above 0" in caplog.text
