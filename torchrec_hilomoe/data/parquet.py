@@ -24,6 +24,7 @@ __all__ = [
     "check_columns",
     "check_folder",
     "column_faults",
+    "count_rows",
     "is_list",
     "load_schema",
     "raw_values",
@@ -152,6 +153,15 @@ def load_schema(folder: str) -> Schema:
         raise DataError(f"{path} is not a schema ({_one_line(error)}). {REMEDY}") from error
 
 
+def count_rows(folder: str, split: str) -> int:
+    """Return how many rows the files of a split have, by their footers.
+
+    Raises:
+        DataError: If there is no file, or one is not whole.
+    """
+    return sum(_footer(path)[0].num_rows for path in _split_files(f"{folder}/{split}"))
+
+
 def raw_values(folder: str, schema: Schema, feature: str) -> dict[int, str]:
     """Return what a feature's ids stand for, where the vocabulary lies beside the schema.
 
@@ -183,6 +193,16 @@ def _split_files(folder: str) -> list[str]:
     return [f"{folder}/{name}" for name in names]
 
 
+def _footer(path: str) -> tuple[pq.FileMetaData, pa.Schema]:
+    try:
+        with open_binary(path) as source, pq.ParquetFile(source) as file:
+            return file.metadata, file.schema_arrow
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path} is not a whole Parquet file ({_one_line(error)}). {AGAIN}"
+        ) from error
+
+
 class _File:
     """One Parquet file: what its footer says of blocks, and reading by blocks.
 
@@ -194,13 +214,7 @@ class _File:
     def __init__(self, path: str, schema: Schema, block_bytes: int) -> None:
         self.path = path
         self._columns = list(schema.columns)
-        try:
-            with open_binary(path) as source, pq.ParquetFile(source) as file:
-                footer, columns = file.metadata, file.schema_arrow
-        except UNREADABLE as error:
-            raise DataError(
-                f"{path} is not a whole Parquet file ({_one_line(error)}). {AGAIN}"
-            ) from error
+        footer, columns = _footer(path)
         check_columns(columns, schema, path)
         groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
         begins = _begins([group.total_byte_size for group in groups], block_bytes)

@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.parquet import check_folder, load_schema, ParquetSource
+from torchrec_hilomoe.data.parquet import check_folder, count_rows, load_schema, ParquetSource
 from torchrec_hilomoe.data.prepare.folder import REPORT_FILE
-from torchrec_hilomoe.data.prepare.sources import ParquetFile
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 from torchrec_hilomoe.runtime.documents import (
     DocumentError,
@@ -105,7 +104,7 @@ def describe(folder: str) -> Description:
     splits: dict[str, SplitDescription] = {}
     groups: dict[str, np.ndarray] = {}
     for name in SPLITS:
-        if not path_manager.isdir(f"{folder}/{name}") or _is_empty(folder, name):
+        if not path_manager.isdir(f"{folder}/{name}") or not count_rows(folder, name):
             continue
         splits[name], groups[name] = _split(ParquetSource(folder, name, schema))
     shared = {
@@ -121,13 +120,6 @@ def describe(folder: str) -> Description:
         groups_may_be_shared=not by_group,
         warnings=(*_warnings(splits, shared, by_group), *_untrained(splits, schema)),
     )
-
-
-def _is_empty(folder: str, name: str) -> bool:
-    """Say whether a split has files, of which none has a row by its footer."""
-    path = f"{folder}/{name}"
-    files = [ParquetFile(f"{path}/{it}") for it in path_manager.ls(path) if it.endswith(".parquet")]
-    return bool(files) and not any(file.rows() for file in files)
 
 
 def _options(folder: str) -> Mapping[str, Any]:
