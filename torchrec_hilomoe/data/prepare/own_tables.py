@@ -28,6 +28,7 @@ from torchrec_hilomoe.data.prepare.sources import ParquetFile
 from torchrec_hilomoe.data.prepare.tables import prepare_tables
 from torchrec_hilomoe.data.prepare.vectors import Vectors
 from torchrec_hilomoe.data.schema import Schema
+from torchrec_hilomoe.runtime.documents import misfit
 from torchrec_hilomoe.runtime.paths import open_binary, open_text, path_manager
 
 __all__ = ["Description", "prepare_parquet"]
@@ -141,13 +142,17 @@ class Description:
             if not isinstance(found, dict):
                 raise ValueError("it is no mapping of names to values")
             columns = found.pop("columns", None) or {}
+            if problem := misfit(columns, Mapping[str, str], "columns"):
+                raise ValueError(f"{problem}; map a column to its raw one: {{item: sku}}")
             found.pop("version", None)
-            counted = {
-                table: 2
-                for table, rule in (found.get("vocabularies") or {}).items()
-                if isinstance(rule, dict) and rule.get("kind") != "hashed"
-            }
-            found["tables"] = counted | (found.get("tables") or {})
+            rules, sizes = (found.get(part) or {} for part in ("vocabularies", "tables"))
+            if isinstance(rules, dict) and isinstance(sizes, dict):  # else the schema refuses them
+                counted = {
+                    table: 2
+                    for table, rule in rules.items()
+                    if isinstance(rule, dict) and rule.get("kind") != "hashed"
+                }
+                found["tables"] = counted | sizes
             schema = Schema.from_dict(found)
             used = {feature.table for feature in schema.id_features}
             if idle := [table for table in schema.vocabularies if table not in used]:

@@ -180,6 +180,7 @@ class _Parsing:
     def _whole(self, raw: str) -> pl.Expr:
         """Return a column of whole numbers, Int64; a missing one is bad."""
         whole = _integers(pl.col(raw), self.kinds[raw])
+        self.faults.append((pl.col(raw).is_null(), f"{raw} is missing"))
         self.faults.append((whole.is_null(), f"{raw} is no whole number"))
         return whole
 
@@ -189,8 +190,9 @@ class _Parsing:
         found = column.cast(pl.Float64, strict=False)
         if missing is not None:
             found = pl.when(column.is_null()).then(missing).otherwise(found)
-        elif raw in map(self.mapping.source, self.mapping.schema.dense):
-            reason = f"{raw} is missing{self.mapping.missing_remedy}"
+        else:
+            is_dense = raw in map(self.mapping.source, self.mapping.schema.dense)
+            reason = f"{raw} is missing{self.mapping.missing_remedy if is_dense else ''}"
             self.faults.append((column.is_null(), reason))
         found = found.cast(pl.Float32)
         self.faults.append((~found.is_finite().fill_null(False), f"{raw} is no finite number"))

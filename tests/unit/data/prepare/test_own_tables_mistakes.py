@@ -31,13 +31,14 @@ def spoil(column: str, row: int, value: object) -> pa.Table:
 @pytest.mark.parametrize(
     ("column", "value", "reason"),
     [
-        ("label", None, "label is no finite number"),
+        ("label", None, "label is missing"),
+        ("weight", None, "weight is missing"),
         ("age", 8, "age has an id outside its table's 0 to 7"),
         ("age", -1, "age has an id outside its table's 0 to 7"),
         ("price", float("nan"), "price is no finite number"),
         ("price", None, "price is missing; --fill_dense NUMBER gives missing ones a value"),
         ("weight", -1.0, "weight is below 0"),
-        ("at", None, "at is no whole number"),
+        ("at", None, "at is missing"),
         ("clicked_at", [1] * 9, "clicked and clicked_at have unequal numbers of events"),
         ("clicked", ["i1", None], "clicked has an entry that is no text"),
         ("user", None, "user is missing"),
@@ -54,6 +55,13 @@ def test_bad_rows_are_reported_and_skipped(raw, tmp_path, caplog, column, value,
     assert not (tmp_path / "other").exists()
 
 
+def test_a_missing_weight_is_not_filled(raw, tmp_path, caplog):
+    pq.write_table(spoil("weight", 17, None), raw / "train" / "1.parquet")
+    report = prepare(raw, tmp_path / "out", fill_dense=0.0)
+    assert report.rows_bad == {"1.parquet": 1}
+    assert "1.parquet row 17: malformed: 'weight is missing'" in caplog.text
+
+
 def test_a_missing_number_may_be_filled(raw, tmp_path):
     pq.write_table(spoil("price", 3, None), raw / "train" / "0.parquet")
     report = prepare(raw, tmp_path / "out", fill_dense=-2.0)
@@ -67,6 +75,14 @@ def test_a_missing_number_may_be_filled(raw, tmp_path):
     ("change", "message"),
     [
         ({"lable": "label"}, r"schema\.yaml is not a schema: Schema has no 'lable'.*'label'"),
+        (
+            {"columns": ["a"]},
+            r"schema\.yaml is not a schema: columns is a list, and must .*mapping",
+        ),
+        ({"columns": {"item": 3}}, r"is not a schema: columns\.item is 3, and must be text"),
+        ({"columns": "a"}, r"is not a schema: columns is 'a', .*mapping"),
+        ({"vocabularies": ["item"]}, r"is not a schema: Schema\.vocabularies is a list"),
+        ({"tables": ["item"]}, r"is not a schema: Schema\.tables is a list"),
         ({"candidate": []}, r"is not a schema: Schema\.candidate is empty"),
         (
             {"columns": {**DESCRIPTION["columns"], "item": "itm"}},
