@@ -106,6 +106,8 @@ BAD = [
     (GOOD | {"candidates": {"item": 3}}, "body.candidates.item: Input should be a valid list"),
     (GOOD | {"user": {}}, "column 'clicks_item' is missing"),
     (GOOD | {"candidates": {**GOOD["candidates"], "item": [3]}}, "of equal length"),
+    (GOOD | {"user": {**GOOD["user"], "item": 3}}, "column 'item' is given of the user and of the"),
+    (GOOD | {"candidates": {}}, "no column is given of the candidates"),
     (GOOD | {"candidates": {**GOOD["candidates"], "item": [3, 999]}}, "row 1: item has id 999"),
     (GOOD | {"candidates": {**GOOD["candidates"], "price": [1, None]}}, "price is null"),
     (request(0, MOST + 1), f"has {MOST + 1} candidates, and {MOST} are the most"),

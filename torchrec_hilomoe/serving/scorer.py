@@ -21,7 +21,7 @@ from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE, REQUEST_FI
 from torchrec_hilomoe.serving.inputs import RequestLayout
 from torchrec_hilomoe.serving.package import load_package
 from torchrec_hilomoe.serving.program import load_program, load_request
-from torchrec_hilomoe.serving.requests import Requests, Rows, Values
+from torchrec_hilomoe.serving.requests import names_of, Requests, Rows, Values
 
 __all__ = ["Scorer"]
 
@@ -125,10 +125,21 @@ class Scorer:
             values: As in :meth:`score`.
 
         Raises:
-            ValueError: As in :meth:`score`.
+            ValueError: As in :meth:`score`; or if a column is given of both, or none of the
+                candidates.
         """
         _check_values(values)
         names = self._requests.columns
+        given = names_of(candidates)
+        if both := [name for name in names if name in user and name in given]:
+            raise ValueError(
+                f"column {both[0]!r} is given of the user and of the candidates; leave one out."
+            )
+        if not any(name in given for name in names):
+            raise ValueError(
+                "no column is given of the candidates, so that it is not known how many there are; "
+                f"give at least one of {', '.join(names)} for each candidate."
+            )
         shared = [name for name in names if name in user]
         own = [name for name in names if name not in user]
         one = self._requests.table_of({name: [user[name]] for name in shared}, shared)

@@ -99,6 +99,46 @@ def test_a_request_is_its_rows(scorer, rows):
     assert scorer.score_request(user, candidates.slice(0, 0)).shape == (0,)
 
 
+def test_a_column_of_the_user_and_of_the_candidates_is_refused(scorer, rows):
+    one = rows.slice(5, 1).to_pylist()[0]
+    user = {name: value for name, value in one.items() if name != "item"}
+    told = "column 'item' is given of the user and of the candidates; leave one out"
+    for candidates in ({"item": [1, 2, 3]}, pa.table({"item": [1, 2, 3]})):
+        assert scorer.score_request(user | {"unused": 1}, candidates).shape == (3,)
+        with pytest.raises(ValueError, match=told):
+            scorer.score_request(user | {"item": 5}, candidates)
+    with pytest.raises(ValueError, match="no column is given of the candidates"):
+        scorer.score_request(user | {"item": 5}, {"other": [1]})
+    with pytest.raises(ValueError, match="the rows are a list; give an Arrow table"):
+        scorer.score_request(user, [1, 2, 3])
+
+
+@pytest.mark.parametrize("values", ["raw", "ids"])
+def test_a_user_without_a_history_has_an_empty_one(scorer, rows, values):
+    """Preparing makes null lists empty ones; a prepared folder has none."""
+    names = ("clicks_item", "clicks_kind", "views_item", "tags")
+    columns = rows.to_pydict()
+    empty = columns | {name: [[], *columns[name][1:]] for name in names}
+    null = columns | {name: [None, *columns[name][1:]] for name in names}
+    none = columns | dict.fromkeys(names, [None] * ROWS)
+    one = {name: value for name, value in rows.slice(5, 1).to_pylist()[0].items() if name != "item"}
+    user = one | dict.fromkeys(names)
+    if values == "ids":
+        for told, wrong in (("row 0: .* is null", null), ("is null, the schema wants a", none)):
+            with pytest.raises(ValueError, match=told):
+                scorer.score(wrong, values=values)
+        with pytest.raises(ValueError, match="is null, the schema wants a list"):
+            scorer.score_request(user, {"item": [1, 2]}, values=values)
+        return
+    want = torch.from_numpy(scorer.score(empty))
+    assert_same(torch.from_numpy(scorer.score(null)), want)
+    want = torch.from_numpy(scorer.score(columns | dict.fromkeys(names, [[]] * ROWS)))
+    assert_same(torch.from_numpy(scorer.score(none)), want)
+    want = scorer.score_request(one | {name: [] for name in names}, {"item": [1, 2]})
+    got = scorer.score_request(user, {"item": [1, 2]})
+    assert_same(torch.from_numpy(got), torch.from_numpy(want))
+
+
 def test_threads_share_a_scorer(scorer, rows):
     want, found = scorer.score(rows), {}
     scorer.warm_up()
@@ -163,8 +203,36 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(scorer, rows, change, told)
 
 
 def test_columns_of_unequal_length_are_told(scorer, rows):
-    with pytest.raises(ValueError, match="no columns of equal length"):
-        scorer.score(rows.to_pydict() | {"item": [1]})
+    told = f"no columns of equal length: 'item' has {ROWS}, 'place' has 1;"
+    with pytest.raises(ValueError, match=told):
+        scorer.score(rows.to_pydict() | {"place": [1]})
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([1, "a"] * (ROWS // 2), "is a list of int and str, which is no column of one type"),
+        ("1" * ROWS, "is a str; give an array or a list"),
+        (b"1" * ROWS, "is a bytes; give an array or a list"),
+        (dict.fromkeys(range(ROWS)), "is a dict; give an array or a list"),
+        (set(range(ROWS)), "is a set; give an array or a list"),
+        (torch.zeros(ROWS, dtype=torch.int64), "is a Tensor, which is no column"),
+        ([pa.array([1])] * ROWS, "is a list of Int64Array, which is no column"),
+        (["\ud800"] * ROWS, "is a list of str, which is no column"),
+        (7, "is a int, which is no column"),
+    ],
+    ids=["mixed", "text", "bytes", "mapping", "set", "tensor", "arrays", "surrogates", "number"],
+)
+@pytest.mark.parametrize("column", ["item", "clicks_item"])
+def test_what_is_no_column_is_told_by_name(scorer, rows, column, values, found):
+    with pytest.raises(ValueError, match=f"column '{column}' ") as error:
+        scorer.score(rows.to_pydict() | {column: values})
+    assert found in str(error.value)
+
+
+def test_a_history_of_mixed_types_is_told_by_name(scorer, rows):
+    with pytest.raises(ValueError, match="column 'views_item' is a list of int and str, which"):
+        scorer.score(rows.to_pydict() | {"views_item": [[1, "2"]] * ROWS})
 
 
 VOCABULARY = pa.table({"value": ["red", "green", "blue"], "id": [1, 2, 3]})
