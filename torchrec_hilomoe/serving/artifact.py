@@ -58,6 +58,8 @@ class Origin:
         split: Split that the metrics are of; null if none was evaluated.
         metrics: Metrics of the exported program on that split, by name.
         fp32_metrics: The same with tables in fp32, where the artifact's are of another type.
+        data_seed: Seed of the generated data that it was trained on; null for a prepared folder,
+            and where it is not known.
     """
 
     checkpoint: str
@@ -70,6 +72,7 @@ class Origin:
     split: str | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     fp32_metrics: Mapping[str, float | None] = field(default_factory=dict)
+    data_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ from torchrec_hilomoe.serving.requests import vocabulary_of
 from torchrec_hilomoe.serving.tables import Precision
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.auto_routing import decided_model
-from torchrec_hilomoe.training.inputs import loader_of, schedule_of
+from torchrec_hilomoe.training.inputs import loader_of, schedule_of, schema_of
 from torchrec_hilomoe.training.metrics import Predictions
 from torchrec_hilomoe.training.stages.staging import activate_layers
 
@@ -110,7 +110,8 @@ def export_checkpoint(
 
     Raises:
         ValueError: If the checkpoint is damaged or from before the experts' first stage, the
-            vocabularies are missing or do not fit its tables, or ``out`` is taken.
+            vocabularies are missing or do not fit its tables, the data of ``options.split`` has
+            other columns, or ``out`` is taken.
     """
     options = options or ExportOptions()
     loaded = load_checkpoint(path, overrides, plain=options.plain)
@@ -118,6 +119,7 @@ def export_checkpoint(
     vocabularies = _vocabularies(model.sparse.schema, loaded.config.data.path)
     batches = None
     if options.split is not None:
+        checkpoint.open(path.rstrip("/")).check_schema(schema_of(loaded.config))
         batches = partial(loader_of, loaded.config, options.split, World(rank=0, size=1))
     return export_model(
         model,
@@ -249,6 +251,9 @@ def load_checkpoint(path: str, overrides: tuple[str, ...] = (), *, plain: bool =
     activate_layers(task, stage)
     progress = saved.progress
     origin = origin_of(task.model, checkpoint=path, step=progress.step, stage=progress.stage)
+    trained = parse_saved(text, (), where=where).config  # whatever is overridden here
+    if trained.data.path is None:
+        origin = replace(origin, data_seed=trained.seed)
     if not begun or experts_never_vary(task):
         remove_hilomoe(task)
     return Loaded(task=task.eval(), config=config, origin=origin)

@@ -34,20 +34,26 @@ class Teacher:
         path: A folder that ``export`` has written.
         schema: Columns of the data that the other model trains on.
         data: The prepared folder of that data; None for generated data.
+        seed: Of generated data: it draws the population and the map.
 
     Raises:
         ArtifactError: If the artifact is missing, damaged or of another release.
-        ValueError: If it was trained on other columns, or its ids mean other values.
+        ValueError: If it was trained on other columns, its ids mean other values, or its data was
+            generated in another way.
     """
 
-    def __init__(self, path: str, schema: Schema, data: str | None) -> None:
+    def __init__(
+        self, path: str, schema: Schema, data: str | None, seed: int | None = None
+    ) -> None:
         try:
             self._artifact = Artifact(path)
         except ArtifactError as error:
             raise ArtifactError(f"train.teacher: {error}") from error
         self._layout = InputLayout(schema)
         self._program: nn.Module | None = None
-        taught = replace(self._artifact.schema, dataset=schema.dataset)
+        taught = self._artifact.schema
+        if data is not None:  # another folder may have the same columns and values
+            taught = replace(taught, dataset=schema.dataset)
         if differences := InputLayout(taught).schema.differences(self._layout.schema):
             shown = "\n  ".join(differences)
             raise ValueError(
@@ -57,8 +63,13 @@ class Teacher:
             )
         if data is not None:
             self._check_vocabularies(schema, data)
-
         origin = self._artifact.origin
+        if data is None and None not in (seed, origin.data_seed) and seed != origin.data_seed:
+            raise ValueError(
+                f"train.teacher {path} was trained on data that was generated with seed "
+                f"{origin.data_seed}, and this data with seed {seed} is of other users and another "
+                f"map. Name a teacher of seed {seed}, or train with --seed {origin.data_seed}."
+            )
         auc = f"{origin.split} AUC {origin.metrics['auc']:.4f}" if origin.split else "not evaluated"
         logger.info("teacher %s: %s of step %d, %s", path, origin.backbone, origin.step, auc)
 

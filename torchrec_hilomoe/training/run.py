@@ -82,7 +82,7 @@ def run_training(
     teacher = None
     if config.train.teacher is not None:
         assert open_teacher is not None
-        teacher = open_teacher(config.train.teacher, schema, config.data.path)
+        teacher = open_teacher(config.train.teacher, schema, config.data.path, config.seed)
     if config.dry_run and config.out_dir is None:
         logger.info("%s", cost_table(cost))
         _tell_of_auto(config)

@@ -34,8 +34,9 @@ class Teacher(Protocol):
         ...
 
 
-# From train.teacher, the columns of the data and its folder; None where the data is generated.
-OpenTeacher = Callable[[str, Schema, str | None], Teacher]
+# From train.teacher, the columns of the data, its folder, and the run's seed; without a folder the
+# data is generated.
+OpenTeacher = Callable[[str, Schema, str | None, int], Teacher]
 
 
 def documents_of(teacher: Teacher | None) -> dict[str, str]:

@@ -140,6 +140,26 @@ def test_metrics_of_a_split_go_into_the_manifest_with_those_of_whole_tables(tmp_
         export_checkpoint(path, str(tmp_path / "out"))
 
 
+def test_data_of_another_schema_is_not_measured(tmp_path):
+    """Dense columns that change places are the same shapes, and other numbers."""
+    torch.manual_seed(0)
+    data = write_folder(tmp_path / "data", {"valid": [toy_table(5)]})
+    path = save_ranker(tmp_path / "run", ranker("din", "row"), *OPTIONS, f"--data.path={data}")
+    replace(SCHEMA, dense=SCHEMA.dense[::-1]).save(str(data / "schema.json"))
+    with pytest.raises(CheckpointError, match=r"different schemas: [\s\S]*dense[\s\S]*data\.path"):
+        export_checkpoint(path, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("overrides", [(), ("--seed=4",)], ids=["as it was", "another seed"])
+def test_the_seed_of_generated_data_is_kept(tmp_path, overrides):
+    task = ranker("din", "row")
+    path = save_ranker(tmp_path / "generated", task, *OPTIONS, "--seed=3")
+    assert load_checkpoint(path, overrides).origin.data_seed == 3
+    path = save_ranker(tmp_path / "prepared", task, *OPTIONS, "--seed=3", "--data.path=data")
+    assert load_checkpoint(path, overrides).origin.data_seed is None
+
+
 def test_a_vocabulary_that_is_not_there_is_told_with_the_remedy(tmp_path):
     torch.manual_seed(0)
     rule = VocabularyRule(kind="given", file="vocabularies/kind.parquet")

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from tests.helpers.rounding import assert_same
 from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.serving.artifact import Artifact
@@ -190,9 +191,7 @@ def test_numbers_are_those_of_preparing(requests, both):
     raw, want = both
     dense = requests.decode(requests.encode(requests.table_of(raw))).rows.dense
     wanted = np.stack([want[name].to_numpy() for name in DENSE], axis=1)
-    torch.testing.assert_close(
-        torch.from_numpy(dense.copy()), torch.from_numpy(wanted), rtol=0, atol=0
-    )
+    assert_same(torch.from_numpy(dense.copy()), torch.from_numpy(wanted))
 
 
 @pytest.mark.parametrize("kind", [pa.float64(), pa.decimal128(10, 2)], ids=str)

@@ -1,6 +1,7 @@
 """What an exported model says of the batches that another one learns from."""
 
 import inspect
+import json
 import re
 from collections.abc import Generator
 from dataclasses import replace
@@ -19,7 +20,9 @@ from torchrec_hilomoe.data.schema import VocabularyRule
 from torchrec_hilomoe.embeddings.features import ModelInputs
 from torchrec_hilomoe.serving import export_model
 from torchrec_hilomoe.serving.archive import ArtifactError
+from torchrec_hilomoe.serving.export import origin_of
 from torchrec_hilomoe.serving.teacher import Teacher
+from torchrec_hilomoe.training.checkpoint.manifest import own_checksum
 
 CPU = torch.device("cpu")
 COUNTED = replace(
@@ -79,6 +82,39 @@ def test_other_columns_are_refused_by_name(artifact):
     tables = {**SCHEMA.tables, "item": SCHEMA.tables["item"] + 1}
     with pytest.raises(ValueError, match=r"train\.teacher .* different schemas: 1 diff[\s\S]*item"):
         Teacher(str(artifact), replace(SCHEMA, tables=tables), None)
+
+
+def test_generated_data_of_another_world_is_refused(artifact):
+    """Its columns are the same, and its map is another."""
+    world = replace(SCHEMA, dataset="another world")
+    with pytest.raises(
+        ValueError, match=r"train\.teacher .*different schemas: 1 diff[\s\S]*dataset"
+    ):
+        Teacher(str(artifact), world, None, 0)
+    Teacher(str(artifact), world, "a folder, which may have another name")
+
+
+@pytest.mark.parametrize(("taught_on", "refused"), [(None, False), (7, False), (8, True)])
+def test_generated_data_of_another_seed_is_refused(tmp_path, taught_on, refused):
+    task = ranker("din", "plain")
+    origin = origin_of(task.model, checkpoint="none", step=0, stage="none")
+    origin = replace(origin, data_seed=taught_on)
+    export_model(task.model, tmp_path / "teacher", origin=origin)
+    if refused:
+        with pytest.raises(ValueError, match=r"generated with seed 8, and this data with seed 7"):
+            Teacher(str(tmp_path / "teacher"), SCHEMA, None, 7)
+    else:
+        Teacher(str(tmp_path / "teacher"), SCHEMA, None, 7)
+    Teacher(str(tmp_path / "teacher"), SCHEMA, "a folder, whose seed shuffles rows", 7)
+
+
+def test_an_artifact_that_says_no_seed_teaches(artifact):
+    """One of before there was a seed in its manifest."""
+    path = artifact / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["origin"]["data_seed"], manifest["crc32"]
+    path.write_text(json.dumps({**manifest, "crc32": own_checksum(manifest)}))
+    assert Teacher(str(artifact), SCHEMA, None, 7).description["data_seed"] is None
 
 
 @pytest.mark.parametrize(("here", "refused"), [(("a", "b"), False), (("b", "a"), True)])
