@@ -8,10 +8,11 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -38,6 +39,9 @@ __all__ = [
 REPORT_FILE = "report.json"
 ROW_GROUP_ROWS = 8192
 ROWS_PER_FILE = 32 * ROW_GROUP_ROWS
+# Beside a folder, for as long as it takes to make it: what is written, and what it replaces. They
+# are names that nobody else gives, because what a killed process leaves is removed by name.
+PARTIAL, OLD = "prepare-partial", "prepare-old"
 
 logger = logging.getLogger(__name__)
 
@@ -186,11 +190,13 @@ class PreparedFolder:
 def prepared_folder(out: str, *, overwrite: bool) -> Iterator[PreparedFolder]:
     """Give a folder to write in; on leaving without an error it appears as ``out``, whole.
 
-    A process that is killed leaves ``out`` as it was, and a folder ``out.partial-PID`` that
-    nothing takes for data and that the next one removes; an error leaves not even that.
+    A process that is killed leaves ``out`` as it was, and a folder ``out.prepare-partial-PID``
+    that nothing takes for data and that the next one removes; an error leaves not even that. One
+    that is killed while it replaces ``out`` may leave it as ``out.prepare-old-PID``; the next one
+    renames that back first.
 
     Args:
-        out: Its place.
+        out: Its place; of a link, the folder that it points to.
         overwrite: Whether a prepared folder that is there already may be replaced.
 
     Yields:
@@ -201,41 +207,40 @@ def prepared_folder(out: str, *, overwrite: bool) -> Iterator[PreparedFolder]:
             if another process is writing it.
     """
     out = out.rstrip("/")
+    if out and "://" not in out:
+        out = os.path.realpath(out)  # renamed itself, a link would leave its folder where it is
     _check_place(out, overwrite)
-    partial = f"{out}.partial-{os.getpid()}"
-    path_manager.mkdirs(os.path.dirname(out) or ".")
-    with _claimed(out, partial):
+    partial = f"{out}.{PARTIAL}-{os.getpid()}"
+    path_manager.mkdirs(os.path.dirname(out))
+    with _claimed(out, partial, overwrite):
         try:
             yield PreparedFolder(partial)
             with open_text(f"{partial}/{SUCCESS_FILE}", "w"):
                 pass
-            _replace(partial, out)
+            _replace(partial, out, overwrite)
         finally:
             if path_manager.isdir(partial):
                 remove_tree(partial)
 
 
 @contextmanager
-def _claimed(out: str, partial: str) -> Iterator[None]:
+def _claimed(out: str, partial: str, overwrite: bool) -> Iterator[None]:
     """Make ``partial`` this process's own, after removing what killed ones left.
 
     A local folder is locked while its process lives; the system ends the lock with the process. A
     remote store has no such locks, and there nobody is refused and nothing removed.
     """
-    parent, name = os.path.split(out)
-    parent = parent or "."
+    parent = os.path.dirname(out)
     if not os.path.isdir(parent):
         path_manager.mkdirs(partial)
         yield
         return
     with _locked(parent):  # for as long as it takes to look: nobody else looks meanwhile
-        for left in sorted(os.listdir(parent)):
-            if left.startswith(f"{name}.partial-"):
-                _remove_left(out, os.path.join(parent, left))
-            elif left.startswith(f"{name}.old-"):
-                old = os.path.join(parent, left)
-                # Killed between two renames, a process has left the old data under this name.
-                remove_tree(old) if os.path.isdir(out) else rename(old, out)
+        for left in _left(out, PARTIAL):
+            _remove_left(out, left)
+        _take_back(out)
+        # The data that came back, or that another process has made meanwhile, are data, too.
+        _check_place(out, overwrite)
         os.mkdir(partial)
         mine = os.open(partial, os.O_RDONLY)
         fcntl.flock(mine, fcntl.LOCK_EX)
@@ -243,6 +248,30 @@ def _claimed(out: str, partial: str) -> Iterator[None]:
         yield
     finally:
         os.close(mine)
+
+
+def _left(out: str, kind: str) -> list[str]:
+    """Return the folders beside ``out`` that have a name which only this module gives."""
+    parent, name = os.path.split(out)
+    ours = re.compile(rf"{re.escape(name)}\.{kind}-[0-9]+")
+    names = sorted(name for name in os.listdir(parent) if ours.fullmatch(name))
+    paths = [os.path.join(parent, name) for name in names]
+    return [path for path in paths if os.path.isdir(path) and not os.path.islink(path)]
+
+
+def _take_back(out: str) -> None:
+    """Rename the old data to ``out``, if a process was killed before the new ones came there."""
+    for old in _left(out, OLD):
+        if not any(os.path.isfile(f"{old}/{name}") for name in (SCHEMA_FILE, SUCCESS_FILE)):
+            continue  # no data of ours
+        if os.path.isdir(out) and os.listdir(out):
+            logger.info("removed %s, the data that %s had replaced", old, out)
+            _discard(old, f"{out}.{PARTIAL}-{os.getpid()}")
+            continue
+        logger.warning("%s are the data of %s: renamed back", old, out)
+        if os.path.isdir(out):
+            os.rmdir(out)
+        rename(old, out)
 
 
 @contextmanager
@@ -291,14 +320,29 @@ def _check_place(out: str, overwrite: bool) -> None:
         )
 
 
-def _replace(partial: str, out: str) -> None:
-    if not path_manager.isdir(out):
-        rename(partial, out)
-        return
-    # Two renames, so that no moment sees a mixture of the old and the new.
-    old = f"{out}.old-{os.getpid()}"
-    rename(out, old)
-    rename(partial, out)
+def _replace(partial: str, out: str, overwrite: bool) -> None:
+    parent = os.path.dirname(out)
+    # Locked, so that nobody takes the old data for those of a process that is gone.
+    with _locked(parent) if os.path.isdir(parent) else nullcontext():
+        _check_place(out, overwrite)  # anything may have appeared there meanwhile
+        if not path_manager.isdir(out):
+            rename(partial, out)
+        elif not path_manager.ls(out):
+            remove_tree(out)
+            rename(partial, out)
+        else:
+            # Two renames, so that no moment sees a mixture of the old and the new.
+            old = f"{out}.{OLD}-{os.getpid()}"
+            rename(out, old)
+            rename(partial, out)
+            _discard(old, partial)
+
+
+def _discard(old: str, partial: str) -> None:
+    """Remove old data, under the name of what the next process removes if this one is killed."""
+    if os.path.isdir(old):  # a store of objects would copy them
+        rename(old, partial)
+        old = partial
     remove_tree(old)
 
 

@@ -110,14 +110,110 @@ def test_a_second_process_is_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
-def test_old_data_that_a_killed_process_had_set_aside_come_back(tmp_path):
-    """It died between two renames, of the old folder and of the new one."""
-    write(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "out.old-1")
+def set_aside(out):
+    """What a process leaves that died between two renames, of the old folder and of the new one."""
+    write(out)
+    out.rename(out.with_name(f"{out.name}.prepare-old-1"))
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_old_data_that_a_killed_process_had_set_aside_come_back(tmp_path, empty):
+    set_aside(tmp_path / "out")
+    if empty:
+        (tmp_path / "out").mkdir()
     with pytest.raises(RuntimeError, match="raw files are gone"):
-        write(tmp_path / "out", fail=True)
+        write(tmp_path / "out", overwrite=True, fail=True)
     assert ParquetSource(str(tmp_path / "out"), "train").block_rows == (50,)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_old_data_that_came_back_are_replaced_only_if_that_is_asked_for(tmp_path):
+    set_aside(tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    with pytest.raises(DataError, match=r"out holds prepared data already.*--overwrite"):
+        write(tmp_path / "out")
+    after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
+    assert sorted(after.values()) == sorted(before.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    write(tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_old_data_that_were_half_removed_do_not_stay(tmp_path, monkeypatch):
+    """A process was killed while it removed what it had replaced, and with it what tells data."""
+    write(tmp_path / "out")
+
+    def half(path):
+        (Path(path) / "schema.json").unlink()
+        (Path(path) / "_SUCCESS").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(folder_module, "remove_tree", half)
+        with pytest.raises((KeyboardInterrupt, FileNotFoundError)):
+            write(tmp_path / "out", overwrite=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    write(tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_neighbour_is_nobodys_leftover_whatever_its_name(tmp_path, there, kind):
+    """Folders of a user, files and links among them; a year may be the id of a process, too."""
+    names = ["out.old-2024", "out.old-x", "out.partial-7", "out.partial-notes", "out.prepare-old-7"]
+    names += ["out.prepare-partial-notes", "out.prepare-old-", "out.prepare-old-7.bak"]
+    names += ["other.prepare-partial-7", "XXout.prepare-partial-7"]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("years of work")
+    if kind != "folder":  # what this package leaves is a folder
+        names.append("out.prepare-partial-7")
+    for name in names:
+        if kind == "folder":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "thesis.tex").write_text("years of work")
+        elif kind == "file":
+            (tmp_path / name).write_text("years of work")
+        else:
+            (tmp_path / name).symlink_to(tmp_path / "theirs")
+    if there:
+        write(tmp_path / "out")
+    write(tmp_path / "out", overwrite=there)
+    assert ParquetSource(str(tmp_path / "out"), "train").block_rows == (50,)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "out", "theirs"])
+    for name in (*names, "theirs"):
+        path = tmp_path / name
+        path = path if path.is_file() else path / "thesis.tex"
+        assert path.read_text() == "years of work"
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path):
+    def write_slowly():
+        with prepared_folder(str(tmp_path / "out"), overwrite=True) as folder:
+            folder.write_schema(SCHEMA)
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.tex").touch()
+
+    with pytest.raises(DataError, match="holds files that are no prepared data"):
+        write_slowly()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_stays_a_link(tmp_path, there):
+    """What it points to is replaced, on whatever disk that is."""
+    (tmp_path / "disk").mkdir()
+    if there:
+        write(tmp_path / "disk" / "data")
+        (tmp_path / "disk" / "data" / "stale").touch()
+    (tmp_path / "out").symlink_to("disk/data")
+    write(tmp_path / "out", overwrite=there)
+    assert (tmp_path / "out").is_symlink()
+    assert ParquetSource(str(tmp_path / "out"), "train").block_rows == (50,)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["data"]
+    assert not (tmp_path / "disk" / "data" / "stale").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
 
 
 SLOW = """
@@ -140,7 +236,7 @@ def test_a_killed_process_leaves_nothing_that_looks_done(tmp_path):
         assert process.stdout.readline() == "written\n"
         process.send_signal(signal.SIGKILL)
     (left,) = tmp_path.iterdir()
-    assert left.name == f"out.partial-{process.pid}"
+    assert left.name == f"out.prepare-partial-{process.pid}"
     with pytest.raises(DataError, match=r"not a whole data folder: _SUCCESS is missing"):
         ParquetSource(str(left), "train")
     write(tmp_path / "out")
