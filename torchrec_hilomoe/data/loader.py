@@ -132,6 +132,15 @@ class Loader:
                 f"{window}, so rows would be read twice or never; resume with the values that it "
                 "was saved with, at least until the next epoch."
             )
+        inside = self.start.lane_rows % window if window else 0
+        if (window - inside) % self._rows_per_shard:
+            raise ValueError(
+                f"the position to resume is {inside} rows into a window of {window} rows of each "
+                f"canonical shard, and train.batch_size now takes {self._rows_per_shard} rows at "
+                "a time, which do not fill the rest of it, so rows would never be read; resume "
+                "with the train.batch_size and data.bucket_by_length that it was saved with, at "
+                "least until the next epoch."
+            )
 
     @property
     def rows(self) -> int:

@@ -164,6 +164,37 @@ def test_a_window_is_resumed_as_it_was_sorted_or_not_at_all():
     assert sorted(rows) == list(range(ROWS))
 
 
+@pytest.mark.parametrize("batch_size", [8, 16, 24, 32, 48, 64, 96])
+def test_every_position_of_a_window_loses_no_row_or_is_refused(batch_size):
+    """Batches may be larger where the window is as long; they must fill what is left of it."""
+    whole = list(loader(bucket_by_length=12))
+    before: list[CTRBatch] = []
+    refused: list[str] = []
+    for batch in whole:
+        before.append(batch)
+        changed = {"batch_size": batch_size, "bucket_by_length": 192 // batch_size}
+        try:
+            rest = loader(start=batch.position, **changed)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        if batch.position.epoch == 0:
+            rows = [row for part in (*before, *rest) for row in row_ids(part)]
+            assert sorted(rows) == list(range(ROWS))
+    assert all("train.batch_size" in message for message in refused)
+    assert bool(refused) == (batch_size > 16)
+    assert len(refused) < len(whole)
+
+
+def test_a_batch_size_that_does_not_fill_a_window_is_named():
+    first, *_ = loader(bucket_by_length=4)
+    with pytest.raises(
+        ValueError,
+        match=r"2 rows into a window of 8 rows.*train\.batch_size now takes 4 rows at a time",
+    ):
+        loader(start=first.position, bucket_by_length=2, batch_size=32)
+
+
 def test_sorting_keeps_times_with_their_events():
     schema = replace(
         SOURCE.schema, sequences=(replace(SOURCE.schema.sequences[0], time="clicks_time"),)
