@@ -10,6 +10,7 @@ import io
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import IO
 
 import numpy as np
@@ -25,11 +26,12 @@ from torchrec_hilomoe.runtime.paths import open_binary
 __all__ = ["MALFORMED", "PLACE", "ROW", "CsvFile", "LineFile", "ParquetFile", "RawFile", "unzipped"]
 
 # Columns beside those of a file: the number of a row; where a person finds it; the text of a line
-# that is no row, whose other columns are null.
+# that is no row, whose other columns are null, or what keeps a row of Parquet from being read.
 ROW, PLACE, MALFORMED = "__row", "__place", "__malformed"
 BLOCK_BYTES = 1 << 22
 BATCH_ROWS = 1 << 16  # at most; fewer of wide rows, for a batch to be as large as a block
 BUFFER_BYTES = 1 << 20  # of each column that is read
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, zlib.error)
 
 
@@ -272,12 +274,29 @@ class ParquetFile(RawFile):
                 for batch in file.iter_batches(
                     _rows_at_once(file.metadata, self._batch_rows), columns=columns.names
                 ):
-                    arrays = [_cast(batch.column(f.name), f.type) for f in columns]
+                    found = {f.name: self._cast(batch.column(f.name), f) for f in columns}
+                    table = pa.table({name: column.values for name, column in found.items()})
                     places = first + np.arange(batch.num_rows)
-                    yield _numbered(pa.table(arrays, names=columns.names), first, places)
+                    frame = _numbered(table, first, places)
+                    for name, column in found.items():
+                        if column.bad_N is not None:
+                            reason = pl.lit(f"{name} holds bytes that are no UTF-8")
+                            bad = pl.when(pl.Series(column.bad_N)).then(reason)
+                            frame = frame.with_columns(pl.coalesce(MALFORMED, bad).alias(MALFORMED))
+                    yield frame
                     first += batch.num_rows
         except UNREADABLE as error:
             raise self._unreadable(error) from error
+
+    def _cast(self, column: pa.Array, wanted: pa.Field) -> "_Cast":
+        try:
+            return _cast(column, wanted.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"{self.path}: column {wanted.name!r} is {column.type} and cannot be read as "
+                f"{wanted.type} ({reason}). Convert the column, or name another file."
+            ) from error
 
     def _unreadable(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split())
@@ -298,19 +317,30 @@ def _rows_at_once(footer: pq.FileMetaData, most: int) -> int:
     return max(1, min(most, BLOCK_BYTES * footer.num_rows // max(size, 1)))
 
 
-def _polars(table: pa.Table) -> pl.DataFrame:
-    return pl.DataFrame({name: pl.Series(name, table[name]) for name in table.column_names})
-
-
 def _numbered(table: pa.Table, first: int, places: np.ndarray) -> pl.DataFrame:
-    return _polars(table).with_columns(
-        pl.Series(ROW, first + np.arange(table.num_rows)),
-        pl.Series(PLACE, places),
-        pl.lit(None, pl.String).alias(MALFORMED),
+    columns = {name: pl.Series(name, table[name]) for name in table.column_names}
+    # Rows of a table without columns have numbers, too.
+    numbers = {ROW: first + np.arange(len(places)), PLACE: places}
+    return pl.DataFrame({**columns, **numbers}).with_columns(
+        pl.lit(None, pl.String).alias(MALFORMED)
     )
 
 
-def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
+@dataclass(frozen=True, kw_only=True)
+class _Cast:
+    """A column as it is wanted.
+
+    Attributes:
+        values: N of them.
+        bad_N: Whether a value, or an entry of a list, is null because it cannot be read; ``None``
+            where all can.
+    """
+
+    values: pa.Array
+    bad_N: np.ndarray | None = None
+
+
+def _cast(array: pa.Array, kind: pa.DataType) -> _Cast:
     """Cast what Arrow casts, and lists and dictionaries of all kinds, whose entries are cast."""
     stored = array.type
     if isinstance(stored, pa.BaseExtensionType):
@@ -323,5 +353,53 @@ def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
         offsets = pc.call_function("cumulative_sum", [pc.fill_null(lengths, 0).cast(pa.int64())])
         offsets = pa.concat_arrays([pa.array([0], pa.int64()), offsets])
         entries = _cast(pc.call_function("list_flatten", [array]), kind.value_type)
-        return pa.LargeListArray.from_arrays(offsets, entries, type=kind, mask=array.is_null())
-    return array.cast(kind)
+        lists = pa.LargeListArray.from_arrays(
+            offsets, entries.values, type=kind, mask=array.is_null()
+        )
+        if entries.bad_N is None:
+            return _Cast(values=lists)
+        bad_before = np.concatenate([[0], np.cumsum(entries.bad_N)])[offsets.to_numpy()]
+        return _Cast(values=lists, bad_N=np.diff(bad_before) > 0)
+    if pa.types.is_large_string(kind) and _holds_bytes(stored):
+        return _decode(array)
+    if pa.types.is_timestamp(kind) and pa.types.is_timestamp(stored):
+        return _Cast(values=_round_down(array, kind))
+    return _Cast(values=array.cast(kind))
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    """Say whether values are stored as bytes; Parquet files promise UTF-8 and may break it."""
+    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return pa.types.is_fixed_size_binary(kind) or str(kind) in names
+
+
+def _decode(array: pa.Array) -> _Cast:
+    """Return texts, large strings; null for what is no UTF-8."""
+    try:
+        texts = array.cast(pa.large_string())
+        texts.validate(full=True)  # a cast takes what is said to be text for text
+        return _Cast(values=texts)
+    except pa.ArrowInvalid:  # it does not say which
+        content = array.cast(pa.large_binary())
+        good_N = np.array([value is None or _is_utf8(value) for value in content.to_pylist()])
+        nothing = pa.scalar(None, content.type)
+        content = pc.call_function("if_else", [pa.array(good_N), content, nothing])
+        return _Cast(values=content.cast(pa.large_string()), bad_N=~good_N)
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _round_down(moments: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Cast to a coarser unit, the earlier one where there is a fraction, which Arrow refuses."""
+    per_unit = pa.scalar(PER_SECOND[moments.type.unit] // PER_SECOND[kind.unit], pa.int64())
+    counts = moments.cast(pa.int64())
+    toward_zero = pc.call_function("divide", [counts, per_unit])
+    cut = pc.call_function("multiply", [toward_zero, per_unit])
+    over = pc.call_function("less", [counts, cut]).cast(pa.int64())
+    return pc.call_function("subtract", [toward_zero, over]).cast(kind)

@@ -33,7 +33,7 @@ from torchrec_hilomoe.data.prepare.log import (
 from torchrec_hilomoe.data.prepare.options import Common
 from torchrec_hilomoe.data.prepare.order_statistics import OrderStatistics
 from torchrec_hilomoe.data.prepare.records import BadRecords, find_raw
-from torchrec_hilomoe.data.prepare.sources import ParquetFile, PLACE, ROW
+from torchrec_hilomoe.data.prepare.sources import MALFORMED, ParquetFile, PLACE, ROW
 from torchrec_hilomoe.data.prepare.timelines import earlier, TRAIN_PERCENT, VALID_PERCENT
 from torchrec_hilomoe.data.schema import IdFeature, PooledFeature, Schema
 
@@ -132,11 +132,16 @@ class _Sessions(EventLog):
 
     def read(self, batch: pl.DataFrame) -> Read:
         """Tell good rows from bad ones, and keep those of requests and of actions on hotels."""
-        batch = batch.with_columns(good=GOOD, request=REQUESTED, acted=ACTED)
+        batch = batch.with_columns(
+            good=GOOD & pl.col(MALFORMED).is_null(), request=REQUESTED, acted=ACTED
+        )
         wanted = batch.filter(pl.col("good") & (pl.col("request") | pl.col("acted")))
         self._moments.add(wanted.filter("request")["timestamp"].to_numpy())
         bad = batch.filter(~pl.col("good"))
-        texts = [str(row) for row in bad.select(TYPES.names).to_dicts()]
+        texts = [
+            text or str(row)
+            for text, row in zip(bad[MALFORMED], bad.select(TYPES.names).to_dicts(), strict=True)
+        ]
         return Read(
             events=wanted.select(*TYPES.names, "request", "acted", row=ROW),
             good=batch.height - bad.height,

@@ -331,3 +331,26 @@ def test_a_split_without_rows_is_told_at_the_end(raw, tmp_path, caplog, split):
     prepare(raw, tmp_path / "out", **{f"{split}_percent": 0})
     assert f"no {split} rows, which a run needs: " in caplog.text
     assert f"prepare again with --{split}_percent above 0" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [pa.timestamp("ms"), pa.timestamp("us", "Europe/Paris")], ids=str)
+def test_times_with_fractions_of_a_second_are_those_without(raw, tmp_path, kind):
+    whole = prepare(raw, tmp_path / "whole")
+    fraction = {"ms": 999, "us": 999_999}[kind.unit]
+    per_second = fraction + 1
+    for path in sorted((raw / "train").iterdir()):
+        found = pq.read_table(path)
+        for name in ("at", "clicked_at"):
+            lists = found[name].to_pylist()
+            lists = [
+                [t * per_second + fraction for t in row]
+                if isinstance(row, list)
+                else row * per_second + fraction
+                for row in lists
+            ]
+            moments = pa.array(lists, pa.list_(kind) if name == "clicked_at" else kind)
+            found = found.set_column(found.column_names.index(name), name, moments)
+        pq.write_table(found, path)
+    assert prepare(raw, tmp_path / "out").splits == whole.splits
+    for split in ("train", "valid", "test"):
+        assert read(tmp_path / "out", split) == read(tmp_path / "whole", split)

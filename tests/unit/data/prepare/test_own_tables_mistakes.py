@@ -62,6 +62,23 @@ def test_a_missing_weight_is_not_filled(raw, tmp_path, caplog):
     assert "1.parquet row 17: malformed: 'weight is missing'" in caplog.text
 
 
+@pytest.mark.parametrize("column", ["item", "clicked", "tags", "user"])
+def test_bytes_that_are_no_text_make_a_bad_row(raw, tmp_path, caplog, column):
+    spoiled = table(100)
+    rows = [
+        [value.encode() for value in row] if isinstance(row, list) else row.encode()
+        for row in spoiled[column].to_pylist()
+    ]
+    rows[17] = [b"i1", b"\xff"] if isinstance(rows[17], list) else b"\xff"
+    spoiled = spoiled.set_column(spoiled.column_names.index(column), column, pa.array(rows))
+    pq.write_table(spoiled, raw / "train" / "1.parquet")
+    report = prepare(raw, tmp_path / "out")
+    reason = f"malformed: '{column} holds bytes that are no UTF-8'"
+    assert f"{raw}/train/1.parquet row 17: {reason}" in caplog.text
+    assert report.rows_bad == {"1.parquet": 1}
+    assert (report.rows_read, report.rows_kept) == (ROWS, ROWS - 1)
+
+
 def test_a_missing_number_may_be_filled(raw, tmp_path):
     pq.write_table(spoil("price", 3, None), raw / "train" / "0.parquet")
     report = prepare(raw, tmp_path / "out", fill_dense=-2.0)

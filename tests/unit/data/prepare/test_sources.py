@@ -27,7 +27,7 @@ def everything(file, columns, **types):
         for row in batch.to_dicts():
             place, text, number = row.pop(PLACE), row.pop(MALFORMED), row.pop(ROW)
             (rows if text is None else malformed).append((place, row if text is None else text))
-            assert (number is None) == (text is not None) or isinstance(file, LineFile)
+            assert (number is None) == (text is not None) or not isinstance(file, CsvFile)
     return rows, malformed
 
 
@@ -145,3 +145,79 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=r"t\.parquet cannot be read as Parquet"):
         everything(ParquetFile(str(path)), ["a"])
+
+
+MOMENTS = [
+    *(-1, 0, 1, 999, 1000, -1000, -1001, 10**9, -(10**9), 1_700_000_000_123_456_789),
+    *(2**63 - 1, 1 - 2**63, None),
+]
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Kolkata", "-03:30"])
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+def test_fractions_of_a_second_are_rounded_down(tmp_path, unit, zone):
+    """Before 1970, too; plain, in lists of every kind, and in dictionaries."""
+    kind = pa.timestamp(unit, zone)
+    moments = pa.array([m for m in MOMENTS if m is None or unit == "ns" or abs(m) < 10**15], kind)
+    offsets = pa.array(range(len(moments) + 1), pa.int32())
+    table = pa.table(
+        {
+            "one": moments,
+            "many": pa.ListArray.from_arrays(offsets, moments),
+            "fixed": pa.FixedSizeListArray.from_arrays(moments, 1),
+            "named": moments.dictionary_encode(),
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet", version="2.6")
+    whole = [
+        None if moment is None else moment // PER_SECOND[unit]
+        for moment in moments.cast(pa.int64()).to_pylist()
+    ]
+    seconds, lists = pa.timestamp("s"), pa.large_list(pa.timestamp("s"))
+    kinds = {"one": seconds, "many": lists, "fixed": lists, "named": seconds}
+    for batch in ParquetFile(str(tmp_path / "t.parquet")).batches(pa.schema(kinds.items())):
+        for name in kinds:
+            values = batch[name].explode() if kinds[name] == lists else batch[name]
+            assert values.dt.epoch("s").to_list() == whole, name
+
+
+def not_utf_8(kind):
+    """An array with a value that is no UTF-8, also of the type that promises it."""
+    plain = pa.array([b"a", b"\xff\xfe", None, "é".encode()], pa.binary())
+    if kind == pa.string():
+        return pa.Array.from_buffers(pa.string(), len(plain), plain.buffers())
+    return plain.cast(kind)
+
+
+TEXTS = [pa.binary(), pa.large_binary(), pa.binary_view(), pa.string()]
+
+
+@pytest.mark.parametrize("kind", TEXTS, ids=str)
+def test_a_value_that_is_no_text_makes_its_row_malformed(tmp_path, kind):
+    values = not_utf_8(kind)
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 1, 3, 4], pa.int32()), values)
+    table = pa.table({"n": [0, 1, 2, 3], "one": values, "many": lists, "fine": ["x"] * 4})
+    pq.write_table(table, tmp_path / "t.parquet")
+    file = ParquetFile(str(tmp_path / "t.parquet"), batch_rows=2)
+    many = pa.large_list(pa.large_string())
+    rows, malformed = everything(file, ["n", "one", "fine"], n=pa.int64())
+    assert rows == [
+        (0, {"n": 0, "one": "a", "fine": "x"}),
+        (2, {"n": 2, "one": None, "fine": "x"}),
+        (3, {"n": 3, "one": "é", "fine": "x"}),
+    ]
+    assert malformed == [(1, "one holds bytes that are no UTF-8")]
+    rows, malformed = everything(file, ["many"], many=many)
+    assert rows == [(0, {"many": ["a"]}), (1, {"many": []}), (3, {"many": ["é"]})]
+    assert malformed == [(2, "many holds bytes that are no UTF-8")]
+
+
+def test_a_column_that_cannot_be_read_is_named_with_its_file(tmp_path):
+    pq.write_table(pa.table({"a": ["1", "x"], "b": ["1", "2"]}), tmp_path / "t.parquet")
+    file = ParquetFile(str(tmp_path / "t.parquet"))
+    assert everything(file, ["b"], b=pa.int64())[0] == [(0, {"b": 1}), (1, {"b": 2})]
+    with pytest.raises(
+        DataError, match=r"t\.parquet: column 'a' is string and cannot be read as int64 \(.*'x'"
+    ):
+        everything(file, ["a"], a=pa.int64())

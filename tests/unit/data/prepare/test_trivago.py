@@ -174,6 +174,24 @@ def test_malformed_rows_are_counted_reported_and_skipped(tmp_path, caplog, chang
         prepare_trivago(raw=raw, out=str(tmp_path / "third"), max_bad_rows=0)
 
 
+@pytest.mark.parametrize("column", ["city", "impressions"])
+def test_bytes_that_are_no_text_make_a_bad_row(tmp_path, caplog, column):
+    good = random_actions(0)
+    raw = write_raw(tmp_path / "raw", [*good[:5], good[5], *good[5:]])
+    path = Path(raw, "sessions.parquet")
+    table = pq.read_table(path)
+    values = table[column].cast(pa.binary()).to_pylist()
+    values[5] = b"\xff"
+    at = table.column_names.index(column)
+    pq.write_table(table.set_column(at, column, pa.array(values, pa.binary())), path)
+    report = prepare_trivago(raw=raw, out=str(tmp_path / "out"))
+    assert report.rows_bad == {"sessions.parquet": 1}
+    assert f"{path} row 5: malformed: '{column} holds bytes that are no UTF-8'" in caplog.text
+    prepare_trivago(raw=write_raw(tmp_path / "clean", good), out=str(tmp_path / "other"))
+    for split in SPLITS:
+        assert rows_of(tmp_path / "out", split) == rows_of(tmp_path / "other", split)
+
+
 def test_broken_raw_files_are_named(tmp_path):
     raw = write_raw(tmp_path / "raw", random_actions(0))
     path = Path(raw, "sessions.parquet")
@@ -187,7 +205,7 @@ def test_broken_raw_files_are_named(tmp_path):
     refused(r"sessions\.parquet cannot be read .*prices")
     strings = pa.array(["soon"] * table.num_rows)
     pq.write_table(table.drop_columns(["step"]).append_column("step", strings), path)
-    refused(r"sessions\.parquet cannot be read .*soon")
+    refused(r"sessions\.parquet: column 'step' is string and cannot be read as int64 .*soon")
     pq.write_table(table.filter(pc.field("action_type") != "clickout item"), path)
     refused(r"has no good row of the action 'clickout item'")
     path.write_bytes(b"PAR1")
