@@ -1,7 +1,7 @@
 """What the first rows of somebody's files show of each column."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from torchrec_hilomoe.data.errors import DataError
-from torchrec_hilomoe.data.prepare.column_kinds import read_type, stored_type
+from torchrec_hilomoe.data.prepare.column_kinds import is_text, read_type, stored_type
 from torchrec_hilomoe.data.prepare.sources import ParquetFile
 from torchrec_hilomoe.runtime.paths import path_manager
 
@@ -19,6 +19,15 @@ __all__ = ["Kind", "SeenColumn", "read_columns"]
 Kind = Literal["text", "integer", "number", "moment", "fingerprint", "unreadable"]
 SEPARATORS = "^|;"  # of lists in a text; commas and spaces are in titles, too
 CSV = (".csv", ".csv.gz")
+# What the values of several files are joined as.
+DTYPES: Mapping[Kind, pl.DataType] = {
+    "text": pl.String(),
+    "integer": pl.Int64(),
+    "number": pl.Float64(),
+    "moment": pl.Datetime("us"),
+    "fingerprint": pl.String(),
+    "unreadable": pl.Null(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +40,8 @@ class SeenColumn:
         values: One a row, or the list of a row.
         stored: Its type in the file, for messages.
         separator: Between the entries of lists that are stored as text; empty for others.
+        untyped: Whether the file has no value to tell the kind by: it fits every kind, and as a
+            list it fits lists of every kind.
     """
 
     name: str
@@ -38,6 +49,7 @@ class SeenColumn:
     values: pl.Series
     stored: str
     separator: str = ""
+    untyped: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -102,22 +114,73 @@ def read_columns(files: Sequence[str], rows: int) -> list[SeenColumn]:
             raise DataError(f"{path} is neither .parquet nor .csv. Convert it, or rename it.")
         if not frames[-1] or not len(frames[-1][0].values):
             raise DataError(f"{path} has no rows. Name files that have.")
-    first, *others = frames
-    for path, columns in zip(files[1:], others, strict=True):
-        shapes = [[(c.name, c.kind, c.is_list) for c in frame] for frame in (first, columns)]
-        if sorted(shapes[0]) != sorted(shapes[1]):
-            apart = sorted({name for name, *_ in set(shapes[0]) ^ set(shapes[1])})
+    _refuse_unlike(files, frames)
+    by_name = [{column.name: column for column in frame} for frame in frames]
+    return [_joined([frame[name] for frame in by_name]) for name in by_name[0]]
+
+
+def _refuse_unlike(files: Sequence[str], frames: Sequence[Sequence[SeenColumn]]) -> None:
+    """Refuse files whose columns have other names, or types that prepare reads apart.
+
+    Raises:
+        DataError: Naming two files and the columns.
+    """
+    # Of each column's kinds, the first file and what it holds; more files bring no more kinds.
+    seen: dict[str, dict[tuple[Kind, bool, bool], tuple[int, SeenColumn]]] = {}
+    for at, frame in enumerate(frames):
+        apart = dict.fromkeys(seen.keys() ^ {column.name for column in frame}, 0) if at else {}
+        for column in frame:
+            before = seen.setdefault(column.name, {})
+            for number, other in before.values():
+                if _common_kind([other, column]) is None:
+                    apart.setdefault(column.name, number)
+            before.setdefault((column.kind, column.is_list, column.untyped), (at, column))
+        if apart:
+            first = min(apart.values())
+            names = sorted(name for name, number in apart.items() if number == first)
             raise DataError(
-                f"{files[0]} and {path} differ in {', '.join(apart)}; name files of one table."
+                f"{files[first]} and {files[at]} differ in {', '.join(names)}; name files of one "
+                "table."
             )
-    by_name = [{column.name: column for column in frame} for frame in others]
-    return [
-        replace(
-            column,
-            values=pl.concat([column.values, *(frame[column.name].values for frame in by_name)]),
-        )
-        for column in first
-    ]
+
+
+def _common_kind(columns: Sequence[SeenColumn]) -> Kind | None:
+    """Return the kind of a column of several files, None if prepare would refuse them."""
+    typed = [column for column in columns if not column.untyped]
+    kinds: set[Kind] = {column.kind for column in typed} or {"text"}
+    # A column that nothing can be made of may hold anything.
+    readable = [column for column in columns if column.kind != "unreadable"]
+    lists = {column.is_list for column in readable if column.is_list or not column.untyped}
+    if len(lists) > 1 and kinds != {"unreadable"}:
+        return None
+    if len(kinds) > 1 and kinds & {"number", "fingerprint"}:
+        kinds -= {"integer"}  # which is read as they are
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _joined(columns: Sequence[SeenColumn]) -> SeenColumn:
+    """Return a column of several files that has a common kind."""
+    if len(columns) == 1:
+        return columns[0]
+    kind = _common_kind(columns)
+    assert kind is not None
+    dtype = DTYPES[kind]
+    if kind != "unreadable" and any(column.is_list for column in columns):
+        dtype = pl.List(dtype)
+    return SeenColumn(
+        name=columns[0].name,
+        kind=kind,
+        values=pl.concat([_retyped(column, dtype) for column in columns]),
+        stored=" and ".join(dict.fromkeys(column.stored for column in columns)),
+        separator=next((column.separator for column in columns if column.separator), ""),
+        untyped=all(column.untyped for column in columns),
+    )
+
+
+def _retyped(column: SeenColumn, dtype: pl.DataType) -> pl.Series:
+    if dtype == pl.Null or (column.untyped and not column.is_list):
+        return pl.Series(column.name, [None] * len(column.values), dtype)
+    return column.values.cast(dtype)
 
 
 def _of_parquet(path: str, rows: int) -> list[SeenColumn]:
@@ -149,7 +212,7 @@ def _of_parquet(path: str, rows: int) -> list[SeenColumn]:
         kind = stored_type(field.type)
         if pa.types.is_uint64(kind.value_type if pa.types.is_large_list(kind) else kind):
             column = replace(column, kind="fingerprint")
-        columns.append(column)
+        columns.append(replace(column, untyped=is_text(field.type) is None))
     return columns
 
 
@@ -160,7 +223,8 @@ def _of_csv(path: str, rows: int) -> list[SeenColumn]:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path} cannot be read as CSV ({reason}).") from error
-    return [_column(series, str(series.dtype)) for series in frame]
+    columns = [_column(series, str(series.dtype)) for series in frame]
+    return [replace(column, untyped=column.missing == 1) for column in columns]
 
 
 def _column(values: pl.Series, stored: str) -> SeenColumn:

@@ -20,6 +20,7 @@ from torchrec_hilomoe.data.prepare.check import check_prepared
 from torchrec_hilomoe.data.prepare.criteo import FIELDS, NUMBERS
 from torchrec_hilomoe.data.prepare.own_tables import prepare_parquet
 from torchrec_hilomoe.data.prepare.schema_draft import draft_schema
+from torchrec_hilomoe.data.prepare.seen_columns import read_columns
 
 ROWS = 400
 RNG = np.random.default_rng(0)
@@ -264,6 +265,87 @@ def test_parts_of_one_table_are_looked_at_together(tmp_path):
     pl.DataFrame({"click": [0, 1], "items": ["b", "c"]}).write_parquet(parts[1])
     with pytest.raises(DataError, match=r"a\.parquet and .*b\.parquet differ in item, items"):
         draft_schema(parts, out=str(tmp_path / "other.yaml"))
+
+
+ALIKE: list[tuple[pa.Array, pa.Array, pl.DataType | None, str]] = [
+    (pa.array([True, False]), pa.array([1, 0], pa.int8()), pl.Int64(), "integer"),
+    (pa.array([1, 2]), pa.array([0.5, None]), pl.Float64(), "number"),
+    (pa.array([1, None]), pa.nulls(2), pl.Int64(), "integer"),
+    (pa.array(["a", "b"]), pa.nulls(2), pl.String(), "text"),
+    (pa.array([[1], [2, 3]]), pa.nulls(2), pl.List(pl.Int64), "integer"),
+    (pa.array([[1], [2, 3]]), pa.array([[], None], pa.list_(pa.null())), None, "integer"),
+    (pa.array([[0.5], []]), pa.array([[], []], pa.list_(pa.null())), None, "number"),
+    (pa.array([[1], []]), pa.array([[0.5], []]), pl.List(pl.Float64), "number"),
+    (pa.array([[True], []]), pa.array([[3], []]), pl.List(pl.Int64), "integer"),
+    (pa.array([7, 8], pa.uint64()), pa.array([7, -8]), pl.String(), "fingerprint"),
+    (pa.array([1, 2], pa.timestamp("us")), pa.array([1, 2], pa.date32()), None, "moment"),
+    (pa.array([{"a": 1}] * 2), pa.nulls(2), pl.Null(), "unreadable"),
+    (pa.array([[[1]], []]), pa.array([[], []], pa.list_(pa.null())), pl.Null(), "unreadable"),
+    (pa.nulls(2), pa.nulls(2), pl.String(), "text"),
+]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1, 1, 0, 0), (0, 1, 1, 0)])
+@pytest.mark.parametrize(("one", "other", "dtype", "kind"), ALIKE)
+def test_types_that_prepare_reads_alike_are_of_one_table(tmp_path, one, other, dtype, kind, order):
+    paths = [str(tmp_path / f"{number}.parquet") for number in range(len(order))]
+    for path, which in zip(paths, order, strict=True):
+        pq.write_table(pa.table({"x": (one, other)[which]}), path)
+    (column,) = read_columns(paths, 100)
+    assert (column.kind, len(column.values)) == (kind, 2 * len(order))
+    assert dtype is None or column.values.dtype == dtype
+    stored = {str(pq.read_schema(path).field("x").type) for path in paths}
+    assert set(column.stored.split(" and ")) == stored
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.array([1]), pa.array(["a"])),
+        (pa.array([1]), pa.array([[1]])),
+        (pa.array([[1]]), pa.array([["a"]])),
+        (pa.array([1]), pa.array([[]], pa.list_(pa.null()))),
+        (pa.array([1]), pa.array([1], pa.timestamp("us"))),
+        (pa.array([0.5]), pa.array([7], pa.uint64())),
+    ],
+)
+def test_types_that_prepare_reads_apart_are_refused(tmp_path, one, other):
+    """Also where a file without a value of that column stands first."""
+    columns = {"0": pa.nulls(1), "1": one, "2": other}
+    for name, values in columns.items():
+        pq.write_table(pa.table({"x": values}), tmp_path / f"{name}.parquet")
+    for names in ("012", "021", "12", "120"):
+        paths = [str(tmp_path / f"{name}.parquet") for name in names]
+        with pytest.raises(DataError, match=r"[12]\.parquet and .*[12]\.parquet differ in x; name"):
+            read_columns(paths, 100)
+
+
+def test_a_csv_without_a_value_of_a_column_is_of_the_same_table(tmp_path):
+    (tmp_path / "a.csv").write_text("click,item,at,on\n1,,2020-01-02,2020-01-02\n")
+    (tmp_path / "b.csv").write_text("click,item,at,on\n0,7,2020-01-02T03:04:05Z,\n")
+    columns = read_columns([str(tmp_path / "a.csv"), str(tmp_path / "b.csv")], 100)
+    assert [c.kind for c in columns] == ["integer", "integer", "moment", "moment"]
+
+
+def test_a_label_may_be_truth_values_in_one_file_and_numbers_in_another(tmp_path):
+    (tmp_path / "train").mkdir()
+    whole = pa.table(clicks()).slice(0, ROWS // 2)
+    paths = [str(tmp_path / "train" / f"{part}.parquet") for part in "ab"]
+    pq.write_table(whole, paths[0])
+    at = whole.column_names.index("was_clicked")
+    label = whole["was_clicked"].cast(pa.int32())
+    other = whole.set_column(at, "was_clicked", label).drop_columns("past_items")
+    empty = pa.array([[]] * len(other), pa.list_(pa.null()))
+    for name in ("past_category", "past_time"):
+        other = other.set_column(other.column_names.index(name), name, empty)
+    pq.write_table(other.append_column("past_items", empty), paths[1])
+    path = tmp_path / "s.yaml"
+    text = draft_schema(paths, out=str(path)).text
+    assert yaml.safe_load(text)["label"] == "was_clicked"
+    report = prepare_parquet(
+        raw=str(tmp_path), schema=str(path), out=str(tmp_path / "out"), fill_dense=0.0
+    )
+    assert report.rows_bad == {}
 
 
 @pytest.mark.parametrize(
