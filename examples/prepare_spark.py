@@ -133,6 +133,24 @@ def count(rows: DataFrame, columns: list[str], min_count: int) -> DataFrame:
     return total.select("value", place.cast("bigint").alias("id"))
 
 
+def cut_for_counting(rows: DataFrame, schema: Schema, raw: dict[str, str]) -> DataFrame:
+    """Return the rows with what is kept of lists, in any use of their raw column by their table."""
+    tables = id_tables(schema)
+    ends: dict[tuple[str, str], dict[str, int]] = {}
+    use: dict[str, tuple[str, str]] = {}
+    for names, most, keep in parallel_lists(schema):
+        for name in filter(tables.get, names):  # times are not counted
+            use[name] = tables[name], raw.get(name, name)
+            kept = ends.setdefault(use[name], {"first": 0, "last": 0})
+            kept[keep] = max(kept[keep], most)
+
+    def kept_of(name: str) -> Column:
+        first, last = ends[use[name]]["first"], F.size(name) - ends[use[name]]["last"]
+        return F.filter(name, lambda _, at: (at < first) | (at >= last))
+
+    return rows.withColumns({name: kept_of(name) for name in use})
+
+
 def encode(rows: DataFrame, name: str, vocabulary: DataFrame, unknown: int) -> DataFrame:
     """Return ``ROW`` and the ids of its values; those of lists are looked up one a line."""
     is_list = isinstance(rows.schema[name].dataType, T.ArrayType)
@@ -165,7 +183,7 @@ def main() -> None:
         raise SystemExit(f"error: {bad} rows are bad, more than max_bad_rows {args.max_bad_rows}")
     rows, time = rows.where(GOOD).drop(GOOD), F.col(schema["time"])
     valid_from, test_from = borders(rows, schema["time"], args.valid_percent, args.test_percent)
-    trained = rows.where(time < valid_from)
+    trained = cut_for_counting(rows.where(time < valid_from), schema, raw)
     for names, most, keep in parallel_lists(schema):
         start = F.greatest(F.lit(1), F.size(names[0]) - most + 1) if keep == "last" else F.lit(1)
         rows = rows.withColumns({name: F.slice(name, start, F.lit(most)) for name in names})

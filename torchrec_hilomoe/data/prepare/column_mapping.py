@@ -82,6 +82,8 @@ class ColumnMapping:
         constants: Columns of the schema that no raw column gives, and their value.
         dense: What a dense column's numbers become; as they are by default.
         given: Raw values of tables whose vocabulary is given, in the order of their ids.
+        counts_cut_entries: Whether entries of lists that ``max_length`` cuts off count for
+            vocabularies, as in the public sets' own preprocessing; else no row has their ids.
         reshape: Makes columns of those in the files, before anything else.
         reads: Columns that are read from the files, if they are reshaped.
     """
@@ -97,6 +99,7 @@ class ColumnMapping:
     constants: Mapping[str, int] = field(default_factory=dict)
     dense: Callable[[pl.Expr], pl.Expr] | None = None
     given: Mapping[str, pa.Array] = field(default_factory=dict)
+    counts_cut_entries: bool = True
     reshape: Callable[[pl.LazyFrame], pl.LazyFrame] | None = None
     reads: tuple[str, ...] | None = None
 

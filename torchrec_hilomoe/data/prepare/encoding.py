@@ -30,6 +30,7 @@ __all__ = [
     "encode_lists",
     "encoder_of",
     "encoders_of",
+    "list_limits",
     "prepared_types",
 ]
 
@@ -166,7 +167,7 @@ def encode(rows: pl.DataFrame, schema: Schema, encoders: Mapping[str, Encoder]) 
     """Return the prepared columns of good rows that were parsed."""
     tables = {feature.name: feature.table for feature in schema.id_features}
     columns = []
-    for name, (limit, keep) in _limits(schema).items():
+    for name, (limit, keep) in list_limits(schema).items():
         column = pl.col(name)
         if limit is not None:
             column = column.list.tail(limit) if keep == "last" else column.list.head(limit)
@@ -191,7 +192,7 @@ def encode_lists(encoder: Encoder, lists: pl.Series) -> pl.Series:
 
 def prepared_types(schema: Schema) -> pa.Schema:
     """Return the columns of a prepared folder and their types."""
-    limits = _limits(schema)
+    limits = list_limits(schema)
     ids = {feature.name for feature in schema.id_features}
     plain = {
         **dict.fromkeys(schema.dense, pa.float32()),
@@ -205,7 +206,7 @@ def prepared_types(schema: Schema) -> pa.Schema:
     return pa.schema(kinds)
 
 
-def _limits(schema: Schema) -> dict[str, tuple[int | None, str]]:
+def list_limits(schema: Schema) -> dict[str, tuple[int | None, str]]:
     """Return how many entries lists have, none for other columns, and which end is kept."""
     found: dict[str, tuple[int | None, str]] = dict.fromkeys(schema.columns, (None, "last"))
     for group in schema.sequences:

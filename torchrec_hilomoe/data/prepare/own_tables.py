@@ -96,6 +96,7 @@ def prepare_parquet(
         missing_dense=fill_dense,
         missing_remedy="; --fill_dense NUMBER gives missing ones a value",
         given=given,
+        counts_cut_entries=False,
     )
     by_time = "time" if mapping.schema.time is not None else "rows"
     if valid_by == "time" and mapping.schema.time is None:

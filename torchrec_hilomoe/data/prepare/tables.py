@@ -25,7 +25,12 @@ import polars as pl
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, HoldOut, Inputs
 from torchrec_hilomoe.data.prepare.counting import by_frequency, ValueCounts
-from torchrec_hilomoe.data.prepare.encoding import encode, encoders_of, prepared_types
+from torchrec_hilomoe.data.prepare.encoding import (
+    encode,
+    encoders_of,
+    list_limits,
+    prepared_types,
+)
 from torchrec_hilomoe.data.prepare.folder import prepared_folder, Report, scratch_folder
 from torchrec_hilomoe.data.prepare.options import Common, Options
 from torchrec_hilomoe.data.prepare.order_statistics import Buckets, OrderStatistics
@@ -99,9 +104,10 @@ def prepare_tables(
         trained = sum(piece.rows for piece in pieces if not piece.code)
         rule = find_rule(hold_out, mapping.schema, options.seed, rows=trained, times=times)
         counts = _counters(mapping, scratch)
+        kept = {} if mapping.counts_cut_entries else _kept_entries(mapping)
         good: Counter[str] = Counter()
         go = partial(in_order, pieces, workers=workers, unit="pieces", total=len(pieces))
-        for found in go(lambda piece: _count(piece, rule, counts), title="count"):
+        for found in go(lambda piece: _count(piece, rule, counts, kept), title="count"):
             good.update(found)
         _check(inputs, good, rule)
         vocabularies = _vocabularies(mapping, counts)
@@ -262,13 +268,15 @@ def _read(
     return pieces
 
 
-def _count(piece: _Piece, rule: SplitRule, counts: _Counts) -> Counter[str]:
+def _count(
+    piece: _Piece, rule: SplitRule, counts: _Counts, kept: Mapping[str, pl.Expr]
+) -> Counter[str]:
     """Count a piece's values, if they train, and its rows of each split."""
     rows = piece.load()
     split_N = piece.split(rule, rows)
     trained = rows.filter(pl.Series(split_N == 0))
     for (_, name), found in counts.items():
-        values = trained[name]
+        values = trained.select(kept.get(name, pl.col(name))).to_series()
         values = values.explode() if values.dtype.is_nested() else values
         if isinstance(found, Buckets):
             found.add(values.drop_nulls().to_numpy())
@@ -276,6 +284,28 @@ def _count(piece: _Piece, rule: SplitRule, counts: _Counts) -> Counter[str]:
             found.add(values)
     by_split = np.bincount(split_N, minlength=len(SPLITS)).tolist()
     return Counter(dict(zip(SPLITS, by_split, strict=True)))
+
+
+def _kept_entries(mapping: ColumnMapping) -> dict[str, pl.Expr]:
+    """Return what ``max_length`` leaves of each list, or of any other of its raw column and table.
+
+    Entries that are cut off everywhere would make rows of a table that are never trained.
+    """
+    limits = list_limits(mapping.schema)
+    lists = [f for f in mapping.schema.id_features if limits[f.name][0] is not None]
+    ends: dict[tuple[str, str], dict[str, int]] = {}
+    for feature in lists:
+        limit, keep = limits[feature.name]
+        most = ends.setdefault((feature.table, mapping.source(feature.name)), {})
+        most[keep] = max(most.get(keep, 0), limit or 0)
+    kept: dict[str, pl.Expr] = {}
+    for feature in lists:
+        entries = pl.col(feature.name).list
+        most = ends[feature.table, mapping.source(feature.name)]
+        first = most.get("first", 0)
+        rest = entries.slice(first).list.tail(most.get("last", 0))  # each entry once
+        kept[feature.name] = pl.concat_list(entries.head(first), rest)
+    return kept
 
 
 def _counters(mapping: ColumnMapping, scratch: str) -> _Counts:
