@@ -5,12 +5,8 @@ name, so that users can write their own.
 """
 
 from torchrec_hilomoe.config.stage import Decay, OptimizerName, PlateauConfig, Stage
-from torchrec_hilomoe.training.stages.schedule import (
-    StageSchedule,
-    StageSpan,
-    StageTimeline,
-    StageTimelineState,
-)
+from torchrec_hilomoe.training.stages.schedule import StageSchedule, StageSpan
+from torchrec_hilomoe.training.stages.timeline import StageTimeline, StageTimelineState
 
 __all__ = [
     "Decay",
