@@ -171,7 +171,8 @@ def raw_values(folder: str, schema: Schema, feature: str) -> dict[int, str]:
         feature: A column of ids.
 
     Returns:
-        Raw values by id; none if the ids were hashed or were ids from the start.
+        Raw values by id; none if the ids were hashed or were ids from the start. ``(none)`` and
+        ``(unknown)`` are no values; where one is called so, they are in more parentheses.
     """
     tables = {field.name: field.table for field in schema.id_features}
     rule = schema.vocabularies.get(tables.get(feature, ""))
@@ -180,7 +181,13 @@ def raw_values(folder: str, schema: Schema, feature: str) -> dict[int, str]:
     with open_binary(f"{folder}/{rule.file}", "rb") as source:
         found = pq.read_table(source)
     values = dict(zip(found["id"].to_pylist(), map(str, found["value"].to_pylist()), strict=True))
-    return {0: "(none)", **values, schema.unknown_id(tables[feature]): "(unknown)"}
+    taken = set(values.values())
+    special = {0: "(none)", schema.unknown_id(tables[feature]): "(unknown)"}
+    for id_, name in special.items():
+        while name in taken:
+            name = f"({name})"
+        special[id_] = name
+    return {**values, **special}
 
 
 def _split_files(folder: str) -> list[str]:

@@ -81,3 +81,24 @@ def test_slices_have_the_raw_values_where_the_vocabulary_tells_them(tmp_path, un
     slicer.predictions.add(torch.zeros(4), torch.ones(4), values, torch.ones(4))
     rest = last if unknown == "zero" else "(unknown)"
     assert set(slicer.metrics()) == {*names, rest}
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("values", [["a", "(unknown)"], ["(unknown)", "((unknown))"], ["(none)"]])
+@pytest.mark.parametrize("unknown", ["zero", "last"])
+def test_no_slice_is_lost_where_a_value_is_called_as_none_or_unknown(tmp_path, unknown, values):
+    (tmp_path / "vocabularies").mkdir()
+    known = pa.table({"value": values, "id": [*range(1, 1 + len(values))]})
+    pq.write_table(known, tmp_path / "vocabularies" / "place.parquet")
+    rule = VocabularyRule(kind="counted", unknown=unknown, file="vocabularies/place.parquet")
+    rows = len(values) + (2 if unknown == "last" else 1)
+    tables = {**SCHEMA.tables, "place": rows}
+    schema = replace(SCHEMA, vocabularies={"place": rule}, tables=tables)
+    slicer = Slicer(schema, "place", str(tmp_path))
+    slicer.predictions.add(
+        torch.zeros(rows), torch.ones(rows), torch.arange(rows), torch.ones(rows)
+    )
+    found = slicer.metrics()
+    assert len(found) == rows
+    assert set(values) < set(found)
+    assert not {name.strip("()") for name in {*found} - {*values}} - {"none", "unknown"}
