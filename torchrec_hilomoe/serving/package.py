@@ -21,8 +21,8 @@ __all__ = ["compile_package", "compile_program", "load_package"]
 
 # With vectors also in what remains of a loop, the code that torch 2.13 writes for a padded tensor
 # reads up to a vector beyond the end of a buffer: of no rows, or where memory ends, that ends the
-# process.
-OPTIONS = {"cpp.enable_loop_tail_vec": False}
+# process. Without dynamic threads the code has the number of threads of the process that compiles.
+OPTIONS = {"cpp.enable_loop_tail_vec": False, "cpp.dynamic_threads": True}
 
 
 def compile_package(model: ServedModel, path: str) -> None:
@@ -52,7 +52,7 @@ def compile_program(program: ExportedProgram, path: str) -> None:
 
 
 def load_package(artifact: Artifact) -> Callable[..., Tensor]:
-    """Load the machine code of an artifact.
+    """Load the machine code of an artifact; ``torch.set_num_threads`` acts on it.
 
     Raises:
         ArtifactError: If it has none.
@@ -64,4 +64,12 @@ def load_package(artifact: Artifact) -> Callable[..., Tensor]:
             "--package, or score without it."
         )
     with without_warnings():
-        return torch._inductor.aoti_load_package(path)
+        package = torch._inductor.aoti_load_package(path)
+
+    def run(*arguments: Tensor | tuple[Tensor, ...]) -> Tensor:
+        # OpenMP keeps a number of threads for each thread. PyTorch sets it when it is asked, and
+        # before its own loops, but not before those of a package.
+        torch.get_num_threads()
+        return package(*arguments)
+
+    return run

@@ -1,8 +1,10 @@
 """An AOTInductor package computes what the program does; it is machine code, run on request."""
 
+import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -58,6 +60,64 @@ def test_compiled_code_reads_nothing_beyond_its_tensors(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+class Waves(nn.Module):
+    """Work enough for any number of threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.sin(x) * torch.cos(x)).sum(1)
+
+
+# Its own process, whose threads are counted; a server computes in others than the first.
+THREADS_OF_A_RUN = """
+import os, sys, threading, torch
+from types import SimpleNamespace
+from torchrec_hilomoe.serving.package import load_package
+
+torch.set_num_threads(int(sys.argv[2]))
+run = load_package(SimpleNamespace(file=lambda name: sys.argv[1]))
+x = torch.ones(300, 4097)
+
+def count():
+    before = len(os.listdir("/proc/self/task"))
+    run(x)
+    print(len(os.listdir("/proc/self/task")) - before)
+
+thread = threading.Thread(target=count)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.fixture
+def threads_kept():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("threads_kept")
+def test_the_process_that_runs_it_says_how_many_threads_compute(tmp_path):
+    """And not the one that compiled it."""
+    x, path = torch.ones(300, 4097), str(tmp_path / "waves.pt2")
+    torch.set_num_threads(3)
+    compile_program(torch.export.export(Waves(), (x,), dynamic_shapes=({0: Dim.AUTO},)), path)
+    with zipfile.ZipFile(path) as archive:
+        sources = [archive.read(name) for name in archive.namelist() if name.endswith(".cpp")]
+    assert any(b"#pragma omp parallel" in source for source in sources)
+    assert not any(b"num_threads(" in source for source in sources)
+    for threads in (1, 2, 4):
+        done = subprocess.run(
+            [sys.executable, "-c", THREADS_OF_A_RUN, path, str(threads)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "3"},
+        )
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) == threads - 1
 
 
 def compare(task, run, schema=SCHEMA):
