@@ -101,4 +101,4 @@ def test_no_slice_is_lost_where_a_value_is_called_as_none_or_unknown(tmp_path, u
     found = slicer.metrics()
     assert len(found) == rows
     assert set(values) < set(found)
-    assert not {name.strip("()") for name in {*found} - {*values}} - {"none", "unknown"}
+    assert not {str(name).strip("()") for name in {*found} - {*values}} - {"none", "unknown"}
