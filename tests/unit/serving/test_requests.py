@@ -90,6 +90,7 @@ DENSE = {
 }
 ONE = {
     **{f"hashed_{name}": column for name, column in {**WHOLE, **OTHERS}.items()},
+    **{f"shared_{name}": column for name, column in {**WHOLE, **OTHERS}.items()},
     **{
         f"counted_{name}": column
         for name, column in {**WHOLE, **OTHERS}.items()
@@ -106,14 +107,19 @@ LISTS = {
 HISTORY = lists(texts(pa.string()))
 
 
+def table_of(name: str) -> str:
+    """The table of a column: its own, whose vocabulary its name begins with; or one for several."""
+    return "shared" if name.startswith("shared_") else name
+
+
 def description() -> dict[str, Any]:
-    """Each column has a table of its own, whose vocabulary its name begins with."""
     names = [*ONE, *LISTS, "history"]
     rules: dict[str, dict[str, Any]] = {
         "hashed": {"kind": "hashed"},
         "counted": {"kind": "counted", "unknown": "last"},
         "bucketed": {"kind": "bucketed", "buckets": 3},
         "history": {"kind": "counted"},
+        "shared": {"kind": "hashed"},
     }
     kinds = {name: name.partition("_")[0] for name in names}
     sizes = {name: 9 if kind == "plain" else 5000 for name, kind in kinds.items()}
@@ -121,7 +127,11 @@ def description() -> dict[str, Any]:
         "dataset": "types",
         "tables": {
             "row": ROWS,
-            **{n: s for n, s in sizes.items() if kinds[n] in ("plain", "hashed")},
+            **{
+                table_of(n): size
+                for n, size in sizes.items()
+                if kinds[n] in ("plain", "hashed", "shared")
+            },
         },
         "candidate": [{"name": "row", "table": "row"}],
         "sequences": [
@@ -132,12 +142,14 @@ def description() -> dict[str, Any]:
             }
         ],
         "pooled": [
-            *({"name": name, "table": name} for name in ONE),
+            *({"name": name, "table": table_of(name)} for name in ONE),
             *({"name": name, "table": name, "max_length": KEPT} for name in LISTS),
         ],
         "dense": list(DENSE),
         "group": "row",
-        "vocabularies": {name: rules[kind] for name, kind in kinds.items() if kind != "plain"},
+        "vocabularies": {
+            table_of(name): rules[kind] for name, kind in kinds.items() if kind != "plain"
+        },
     }
 
 
@@ -185,6 +197,14 @@ def test_ids_are_those_of_preparing(requests, both, name):
     raw, want = both
     found = requests.encode(raw.select([name]))[name]
     assert found.to_pylist() == want[name].to_pylist()
+
+
+def test_a_number_and_its_text_have_one_id_in_a_shared_table(both):
+    _, prepared = both
+    ids = prepared["shared_digits"].to_pylist()
+    assert len(set(ids)) > 1
+    for name in ("int64", "uint64", "float", "decimal256"):
+        assert prepared[f"shared_{name}"].to_pylist() == ids, name
 
 
 def test_numbers_are_those_of_preparing(requests, both):

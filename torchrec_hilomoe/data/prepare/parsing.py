@@ -144,16 +144,19 @@ class _Parsing:
 
     def _one(self, raw: str, value: Value) -> pl.Expr:
         """Return a column of raw values; a null is a missing one."""
-        column = pl.col(raw)
-        if value == pl.String:
+        column, kind = pl.col(raw), self.kinds[raw]
+        # In a table of texts too a number is written as a whole one: 7.0 is 7, and true is 1.
+        is_number = kind.is_float() or kind == pl.Boolean
+        if value == pl.String and not is_number:
             return column.cast(pl.String)
-        if value == pl.Float64:
+        wanted: Value = pl.Int64 if value == pl.String else value
+        if wanted == pl.Float64:
             found = column.cast(pl.Float64, strict=False)
         else:
-            found = _integers(column, self.kinds[raw])
+            found = _integers(column, kind)
         fault = column.is_not_null() & found.is_null()
-        self.faults.append((fault, f"{raw} is no {WORDS[value]}"))
-        return found
+        self.faults.append((fault, f"{raw} is no {WORDS[wanted]}"))
+        return found.cast(value)
 
     def _many(self, raw: str, value: Value) -> pl.Expr:
         """Return a column of lists of raw values; a null is an empty list."""
