@@ -83,6 +83,7 @@ def test_a_best_step_that_was_not_kept_is_told(tmp_path):
     assert read_summary(tmp_path / "third")["tested_step"] == 16
 
 
+@pytest.mark.slow
 def test_what_may_be_missing_may_be_missing_of_the_best_too(tmp_path):
     train(tmp_path, *STAGED)
     options = ("--train.optimizer=sgd", "--allow_missing=[optimizer.*]", "--train.max_steps=16")
@@ -142,6 +143,7 @@ def test_a_test_of_a_step_before_experts_is_not_told_as_theirs(data, routing, tm
     assert "the best validation was before experts began" in ended.shown
 
 
+@pytest.mark.slow
 def test_a_run_that_was_too_short_finds_features_when_it_goes_on(data, tmp_path):
     stages = "--train.stages=[{name: plain, steps: 10, active_layers: 0}, {name: rest}]"
     options = (*AUTO, f"--data.path={data}", stages)
