@@ -47,6 +47,8 @@ def test_with_more_steps_no_stage_comes_back_and_the_best_is_tested_as_it_was(tm
     (ended,) = run_app(f"--out_dir={tmp_path}", *STAGED, "--train.max_steps=40", *STILL)
     assert ended.code == 0, ended.shown
     assert "step_12: logloss" in ended.shown
+    changed = "train.max_steps 40 (was 12), train.learning_rate 1e-30 (was 0.01)"
+    assert f"options that are others now: {changed}" in " ".join(ended.shown.split())
     second = rows_of(tmp_path, "test")[-1]
     assert (second["step"], second["stage"]) == (12, "finetune")
     assert scores_of(second) == scores_of(first)

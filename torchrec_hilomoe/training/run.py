@@ -172,6 +172,8 @@ def _run_in(
         if resumed is not None:
             trainer.load(resumed, config.allow_missing)
             log.say(f"resumed {resumed.path} at step {start} of {total}")
+            if changes := folder.changes_since(resumed):
+                log.say(f"options that are others now: {changes}")
         elif config.init_from is not None:
             with_optimizer = config.train.init_optimizer
             began = warm_start(

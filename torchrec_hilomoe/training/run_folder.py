@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, ExitStack
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
 from torchrec_hilomoe.command_line import ParsedRun
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.runtime.distributed import broadcast_text, DistributedContext
-from torchrec_hilomoe.runtime.documents import DocumentError
+from torchrec_hilomoe.runtime.documents import DocumentError, parse_yaml
 from torchrec_hilomoe.runtime.ownership import owned
 from torchrec_hilomoe.runtime.paths import to_json, write_text
 from torchrec_hilomoe.runtime.process import versions
@@ -29,6 +30,7 @@ __all__ = ["RunFolder"]
 logger = logging.getLogger(__name__)
 
 OWNER = ".owner"
+OF_A_START = ("out_dir", "resume")  # options that say how a run is started, not what it is
 
 
 class RunFolder:
@@ -121,6 +123,22 @@ class RunFolder:
             )
         return found
 
+    def changes_since(self, saved: checkpoint.Checkpoint) -> str:
+        """Say which options a checkpoint was saved with that are others now; empty if none are.
+
+        A run may go on with another rate, or batch size: that is the user's, and is told.
+        """
+        if not saved.has("config.yaml"):
+            return ""
+        where = f"{saved.path}/config.yaml"
+        before = dict(_options(parse_yaml(saved.document("config.yaml"), where)))
+        now = dict(_options(parse_yaml(self._parsed.resolved, "the configuration")))
+        return ", ".join(
+            f"{name} {now.get(name)} (was {before.get(name)})"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name) and name not in OF_A_START
+        )
+
     def is_tested(self) -> bool:
         """Whether a summary is there and whole, by the first rank's disk; a collective call.
 
@@ -155,3 +173,12 @@ class RunFolder:
             "versions": versions(),
         }
         write_text(str(self.path / SUMMARY_FILE), to_json({**content, **where}) + "\n")
+
+
+def _options(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Options by dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _options(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -71,7 +71,8 @@ def test_a_model_that_has_not_learned_promises_nothing(plain, why):
     assert advice.verdict.startswith("cannot tell yet: ")
     assert why in advice.verdict
     assert advice.verdict.endswith(
-        "Probe one of more steps (apps/probe.py: --steps, or --checkpoint of a longer run)."
+        "Probe one of more steps (apps/probe.py: --steps, in a run of as many: train.epochs, "
+        "train.max_steps; or --checkpoint of a longer run)."
     )
 
 
@@ -84,7 +85,8 @@ def test_too_few_rows_are_neither_a_yes_nor_a_no():
     advice = advised(random=0.002)
     assert advice.verdict.startswith("cannot tell yet: the 4,096 held-out rows are too few: random")
     assert advice.verdict.endswith(
-        "Judge by more rows (--data.eval_rows; of apps/probe.py: --judge_batches)."
+        "Judge by more rows (apps/probe.py: --judge_batches): prepare more for validation "
+        "(--valid_percent), or generate more (data.eval_rows)."
     )
     assert advised(0.01, random=0.002).pays
 

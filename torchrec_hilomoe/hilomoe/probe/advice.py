@@ -26,8 +26,14 @@ LASTING_GAIN = 5e-3
 # The same where blocks of rows are compared in pairs, on seeds 0, 71 and 72, DIN and BST of 128-64.
 PAIRED_GAIN = 3.3e-3
 FIXED_AT_STEPS = 300
-LONGER = "Probe one of more steps (apps/probe.py: --steps, or --checkpoint of a longer run)."
-MORE_ROWS = "Judge by more rows (--data.eval_rows; of apps/probe.py: --judge_batches)."
+LONGER = (
+    "Probe one of more steps (apps/probe.py: --steps, in a run of as many: train.epochs, "
+    "train.max_steps; or --checkpoint of a longer run)."
+)
+MORE_ROWS = (
+    "Judge by more rows (apps/probe.py: --judge_batches): prepare more for validation "
+    "(--valid_percent), or generate more (data.eval_rows)."
+)
 LISTEN = "Listen to more rows (in a run: model.hilomoe.probe_steps, train.backbone_share)."
 CONFIRM = (
     "Confirm it with a pair of runs that differ in the experts alone, of the same seed: compare "
