@@ -3,11 +3,11 @@
 Read in this order: `config` (the options), `reference` (the equations as loops), `routing` (which
 experts a row uses), `experts` (what they add to it), `function` (both with their gradient; `fused`
 is the same in Triton), `losses` (how routers are kept balanced) and `ranks` (over whom),
-`execution` (which backend), `linear` (the module), `router` (one for several sites) and `passes`
-(whose routing a site gets that is recomputed), `inject` (how an existing model gets them, and what
-one tells them), `remove` (how it loses them), `costs` (what they cost), `monitor` and `report`
-(what the routers do, in training and in a pass; `scalars`, as numbers for TensorBoard), `probe`
-(which features should route, before there is an expert).
+`execution` (which backend), `linear` (the module), `router` (one for several sites, by `views`) and
+`passes` (whose routing a site gets that is recomputed), `inject` (how an existing model gets them,
+and what one tells them), `remove` (how it loses them), `costs` (what they cost), `monitor` and
+`report` (what the routers do, in training and in a pass; `scalars`, as numbers for TensorBoard),
+`probe` (which features should route, before there is an expert).
 """
 
 from torchrec_hilomoe.hilomoe.base_checkpoint import load_base_checkpoint

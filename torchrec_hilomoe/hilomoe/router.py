@@ -18,9 +18,7 @@ Shape legend:
 
 import math
 import sys
-import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -33,56 +31,18 @@ from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.dispatch import refuse_torchscript
 from torchrec_hilomoe.hilomoe.execution import Execution, execution_for
 from torchrec_hilomoe.hilomoe.function import record_of, rms_norm, route_samples
+from torchrec_hilomoe.hilomoe.layer_counts import LayerCount, LayerCounts
 from torchrec_hilomoe.hilomoe.losses import loss_weights, LossWeights, RoutingRecord
 from torchrec_hilomoe.hilomoe.passes import RoutedPass, RoutedPasses
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
 from torchrec_hilomoe.hilomoe.routing import Routing
+from torchrec_hilomoe.hilomoe.views import check_views, parts_of, places_of
 
-__all__ = ["SampleRouter", "check_views", "parts_of", "places_of"]
+__all__ = ["SampleRouter", "query_of"]
 
 # Opaque to FX, as in `linear`.
 torch.fx.wrap("_route")
 torch.fx.wrap("query_of")
-
-
-@dataclass(frozen=True, eq=False)
-class LayerCount:
-    """How many expert layers a site computes; the site keeps it, its router only hears of it."""
-
-    layers: int
-
-
-class LayerCounts:
-    """The counts of a router's sites, weakly held: a site that is gone asks for no layers.
-
-    A copy that has the sites has their copies' counts; one without them computes as many as this.
-
-    Attributes:
-        most: The largest count; as it was, when the last site is gone.
-    """
-
-    def __init__(self, most: int, counts: Iterable[LayerCount] = ()) -> None:
-        self.most = most  # a number, and not found anew in each pass: a compiler reads it, too
-        self._kept: list[weakref.ref[LayerCount]] = []
-        for count in counts:
-            self.add(count)
-
-    def add(self, count: LayerCount) -> LayerCount:
-        """Hear of a site's count, until nothing holds it any longer."""
-        self._kept = [*self._kept, weakref.ref(count, self._update)]
-        self._update()
-        return count
-
-    def _update(self, gone: weakref.ref[LayerCount] | None = None) -> None:
-        self._kept = [kept for kept in self._kept if kept() is not None]
-        self.most = max((count.layers for count in self._alive()), default=self.most)
-
-    def _alive(self) -> list[LayerCount]:
-        return [count for kept in self._kept if (count := kept()) is not None]
-
-    def __reduce__(self) -> tuple:
-        """Weak references can neither be pickled nor copied."""
-        return LayerCounts, (self.most, self._alive())
 
 
 class SampleRouter(nn.Module):
@@ -410,50 +370,3 @@ def _route(
     elif config.query_norm:
         q_BQ = rms_norm(q_BQ)
     return route_samples(q_BQ, keys_LEQ, config, execution, weights, group)
-
-
-def check_views(views: Sequence[Sequence[range]], width: int, config: HiLoMoEConfig) -> None:
-    """Refuse views that no router of this width and these options can have."""
-    if isinstance(views, str):
-        raise ValueError(
-            f"SampleRouter.views is {views!r}, but a router does not find its views by itself. "
-            "Let an InteractionProbe listen to the plain model, and give probe.views()."
-        )
-    if len(views) != config.num_layers:
-        raise ValueError(
-            f"SampleRouter.views must be one for each expert layer, got {len(views)} for "
-            f"num_layers = {config.num_layers}. Add or drop views, or set num_layers."
-        )
-    if config.query_dim is not None:
-        raise ValueError(
-            f"SampleRouter.views need query_dim = None, got query_dim = {config.query_dim}: a "
-            "projection would mix what layers must read apart. Use query_dim=None."
-        )
-    for layer, view in enumerate(views, start=1):
-        inside = all(part.step == 1 and 0 <= part.start < part.stop <= width for part in view)
-        if not view or not inside or len(set(view)) < len(view):
-            raise ValueError(
-                f"SampleRouter.views: layer {layer} reads {list(view)}, which must be one or more "
-                f"different, non-empty ranges of step 1 within the query's {width} columns."
-            )
-
-
-def places_of(views: Sequence[Sequence[range]], ranges: Sequence[range]) -> Tensor:
-    """``(L, V)``, where in the query each layer's columns stand; those missing to V, behind it."""
-    starts, end = {}, 0
-    for part in ranges:
-        starts[part] = end
-        end += len(part)
-    columns = [[starts[part] + i for part in view for i in range(len(part))] for view in views]
-    widest = max(map(len, columns))
-    return torch.tensor([own + [end] * (widest - len(own)) for own in columns])
-
-
-def parts_of(source_BD: Tensor, ranges: Sequence[range]) -> Tensor:
-    """Return ranges of columns side by side, each divided by its own root mean square.
-
-    Embeddings start near zero, where no choice would say anything of them. Of a single column the
-    norm would leave the sign; it is taken as it is.
-    """
-    parts = [source_BD[:, part.start : part.stop] for part in ranges]
-    return torch.cat([rms_norm(part) if part.shape[1] > 1 else part for part in parts], dim=1)

@@ -24,22 +24,11 @@ from torchrec_hilomoe.serving import export_model, Scorer
 from torchrec_hilomoe.serving import scorer as scorer_module
 from torchrec_hilomoe.serving.archive import ArtifactError
 from torchrec_hilomoe.serving.artifact import Artifact, PROGRAM_FILE, REQUEST_FILE
-from torchrec_hilomoe.serving.files import score_files
 from torchrec_hilomoe.serving.program import load_program, load_request
 from torchrec_hilomoe.serving.requests import Requests
 
 ROWS = 40
 EMPTY = pa.list_(pa.int8())
-
-
-@pytest.fixture(scope="module")
-def scorer(exported_once):
-    return Scorer(exported_once)
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return toy_table(ROWS, seed=3).drop_columns(["label"])
 
 
 def test_scores_are_the_probabilities_that_evaluation_has(scorer, rows):
@@ -379,55 +368,6 @@ def test_borders_are_numbers_however_another_engine_stores_them(tmp_path, stored
 def test_borders_that_are_no_numbers_are_told(tmp_path, least):
     with pytest.raises(ArtifactError, match=r"place\.parquet is no vocabulary \("):
         of_buckets(tmp_path, least)
-
-
-@pytest.fixture
-def files(tmp_path, rows):
-    (tmp_path / "data").mkdir()
-    for name, table in {"a": rows, "b": rows.slice(3, 5), "c": rows.slice(0, 0)}.items():
-        pq.write_table(table, tmp_path / "data" / f"{name}.parquet", row_group_size=7)
-    return tmp_path
-
-
-def probabilities(path):
-    return pq.read_table(path)["probability"].to_numpy()
-
-
-def test_files_are_scored_in_order_and_those_that_are_there_are_left(scorer, rows, files):
-    written = score_files(scorer, [str(files / "data")], str(files / "out"))
-    assert [path[-9:] for path in written] == ["a.parquet", "b.parquet", "c.parquet"]
-    assert list(written.values()) == [ROWS, 5, 0]
-    want = scorer.score(rows)
-    assert np.array_equal(probabilities(files / "out" / "a.parquet"), want)
-    assert len(probabilities(files / "out" / "c.parquet")) == 0
-    (files / "out" / "b.parquet").unlink()
-    again = score_files(scorer, [str(files / "data")], str(files / "out"))
-    assert [path[-9:] for path in again] == ["b.parquet"]
-
-
-def test_a_row_that_cannot_be_scored_is_named_with_its_file_and_leaves_no_file(scorer, rows, files):
-    wrong = replace_column(rows, "item", pa.array([99] * ROWS))
-    pq.write_table(wrong, files / "data" / "b.parquet")
-    with pytest.raises(ValueError, match=r"b\.parquet, rows from 0: row 0: item has id 99"):
-        score_files(scorer, [str(files / "data")], str(files / "out"))
-    assert [path.name for path in (files / "out").iterdir()] == ["a.parquet"]
-
-
-def test_files_that_are_missing_or_none_are_told(scorer, files):
-    (files / "empty").mkdir()
-    (files / "x.parquet").write_text("no")
-    for path, told in {
-        "absent": "is not there",
-        "empty": r"has no \.parquet file",
-        "x.parquet": "is no Parquet file",
-    }.items():
-        with pytest.raises(ValueError, match=told):
-            score_files(scorer, [str(files / path)], str(files / "out"))
-    twice = [str(files / "data" / "a.parquet")] * 2
-    with pytest.raises(ValueError, match=r"two files of --data are called a\.parquet"):
-        score_files(scorer, twice, str(files / "out"))
-    with pytest.raises(ValueError, match="is the folder of"):
-        score_files(scorer, twice[:1], str(files / "data"))
 
 
 def test_what_is_wrong_with_a_request_is_said_of_the_user_or_the_candidates(scorer, rows):

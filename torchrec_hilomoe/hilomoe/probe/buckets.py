@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch import Tensor
 
 from torchrec_hilomoe.hilomoe.ranks import process_group_of, RankGroup, size_of
-from torchrec_hilomoe.hilomoe.router import parts_of
+from torchrec_hilomoe.hilomoe.views import parts_of
 
 __all__ = ["ALL", "RANDOM", "WIDER", "FeatureBuckets"]
 

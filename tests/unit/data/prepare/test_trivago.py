@@ -158,6 +158,13 @@ BAD = {
 }
 
 
+def assert_prepared_as(actions, folder):
+    """What was prepared in ``folder / "out"`` is what these actions alone give."""
+    prepare_trivago(raw=write_raw(folder / "clean", actions), out=str(folder / "other"))
+    for split in SPLITS:
+        assert rows_of(folder / "out", split) == rows_of(folder / "other", split)
+
+
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD)
 def test_malformed_rows_are_counted_reported_and_skipped(tmp_path, caplog, change):
     good = random_actions(0)
@@ -167,9 +174,7 @@ def test_malformed_rows_are_counted_reported_and_skipped(tmp_path, caplog, chang
     report = prepare_trivago(raw=raw, out=str(tmp_path / "out"))
     assert report.rows_bad == {"sessions.parquet": 1}
     assert f"{raw}/sessions.parquet row 5: malformed" in caplog.text
-    prepare_trivago(raw=write_raw(tmp_path / "clean", good), out=str(tmp_path / "other"))
-    for split in SPLITS:
-        assert rows_of(tmp_path / "out", split) == rows_of(tmp_path / "other", split)
+    assert_prepared_as(good, tmp_path)
     with pytest.raises(DataError, match=r"more than max_bad_rows 0 malformed"):
         prepare_trivago(raw=raw, out=str(tmp_path / "third"), max_bad_rows=0)
 
@@ -187,9 +192,7 @@ def test_bytes_that_are_no_text_make_a_bad_row(tmp_path, caplog, column):
     report = prepare_trivago(raw=raw, out=str(tmp_path / "out"))
     assert report.rows_bad == {"sessions.parquet": 1}
     assert f"{path} row 5: malformed: '{column} holds bytes that are no UTF-8'" in caplog.text
-    prepare_trivago(raw=write_raw(tmp_path / "clean", good), out=str(tmp_path / "other"))
-    for split in SPLITS:
-        assert rows_of(tmp_path / "out", split) == rows_of(tmp_path / "other", split)
+    assert_prepared_as(good, tmp_path)
 
 
 def test_broken_raw_files_are_named(tmp_path):
