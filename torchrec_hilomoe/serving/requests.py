@@ -22,7 +22,7 @@ from torchrec_hilomoe.data.decode import decode_block, DecodedBlock
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.hashing import hash_ids
 from torchrec_hilomoe.data.parquet import column_faults, is_list
-from torchrec_hilomoe.data.prepare.column_kinds import read_type, stored_type
+from torchrec_hilomoe.data.prepare.column_kinds import EXACT, read_type, stored_type
 from torchrec_hilomoe.data.schema import Schema
 from torchrec_hilomoe.data.vocabularies import bucket_ids, read_vocabulary
 from torchrec_hilomoe.serving.archive import ArtifactError
@@ -31,7 +31,6 @@ from torchrec_hilomoe.serving.inputs import InputLayout
 
 __all__ = ["Requests", "Rows", "Values", "names_of", "vocabulary_of"]
 
-EXACT = 2.0**53  # beyond it a float no longer tells one whole number from the next
 
 Values = Literal["raw", "ids"]
 Rows = pa.Table | pa.RecordBatch | Mapping[str, Any]

@@ -14,7 +14,6 @@ from typing import Any
 from torch import distributed as dist
 
 from torchrec_hilomoe.command_line import ParsedRun
-from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.runtime.distributed import broadcast_text, DistributedContext
 from torchrec_hilomoe.runtime.documents import DocumentError, parse_yaml
 from torchrec_hilomoe.runtime.ownership import owned
@@ -53,7 +52,6 @@ class RunFolder:
         now = f"{datetime.now():%Y%m%d-%H%M%S}"
         self.path = Path(config.out_dir or broadcast_text(f"runs/{parsed.recipe}-{now}"))
         self.checkpoints = config.checkpoint.folder or str(self.path / "checkpoints")
-        self._config: RunConfig = config
         self._parsed, self._context = parsed, context
         used = (self.path / METRICS_FILE).exists() or checkpoint.latest(self.checkpoints)
         dist.barrier()  # every rank has looked before the first one writes
@@ -80,8 +78,8 @@ class RunFolder:
             ValueError: If another run owns it.
         """
         places = {f"out_dir {self.path}": str(self.path)}
-        if not self._config.dry_run:
-            elsewhere = self._config.checkpoint.folder
+        if not self._parsed.config.dry_run:
+            elsewhere = self._parsed.config.checkpoint.folder
             what = "out_dir" if elsewhere is None else "checkpoint.folder"
             places[f"{what} {self.checkpoints}"] = self.checkpoints
         with ExitStack() as held:
@@ -108,7 +106,7 @@ class RunFolder:
             CheckpointError: If there are some, and none can be gone on with.
             ValueError: If it is of an earlier step than others here, which it would overwrite.
         """
-        resume = self._config.resume
+        resume = self._parsed.config.resume
         if resume == "never":
             return None
         if resume == "auto":

@@ -12,7 +12,7 @@ import pyarrow.types as pt
 from torchrec_hilomoe.data.errors import DataError
 from torchrec_hilomoe.data.schema import Schema
 
-__all__ = ["is_text", "read_type", "refuse_types", "stored_type"]
+__all__ = ["EXACT", "holds_bytes", "is_text", "read_type", "refuse_types", "stored_type"]
 
 LISTS = (
     "is_list",
@@ -31,6 +31,7 @@ TEXTS = (
     "is_fixed_size_binary",
 )
 IDS = "ids are whole numbers or texts"
+EXACT = 2.0**53  # beyond it a float no longer tells one whole number from the next
 # What a column is for, in words; and what would do in place of a type that does not.
 ONE, MANY, NUMBER, MOMENT = "one id a row", "a list of ids a row", "a number a row", "a time a row"
 MOMENTS, NUMBERS = "a list of times a row", "a list of numbers a row"
@@ -52,6 +53,11 @@ def is_text(kind: pa.DataType) -> bool | None:
     kind = stored_type(kind)
     kind = kind.value_type if pt.is_large_list(kind) else kind
     return None if pt.is_null(kind) else _is(kind, TEXTS) or _is_moment(kind)
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Say whether values are stored as bytes; Parquet files promise UTF-8 and may break it."""
+    return _is(kind, TEXTS)
 
 
 def read_type(kind: pa.DataType, *, moment: bool) -> pa.DataType | None:

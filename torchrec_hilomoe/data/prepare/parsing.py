@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from torchrec_hilomoe.data.hashing import hash64
+from torchrec_hilomoe.data.prepare.column_kinds import EXACT
 from torchrec_hilomoe.data.prepare.column_mapping import ColumnMapping, Value
 from torchrec_hilomoe.data.prepare.sources import MALFORMED, PLACE, ROW
 from torchrec_hilomoe.data.schema import PooledFeature
@@ -16,7 +17,6 @@ from torchrec_hilomoe.data.schema import PooledFeature
 __all__ = ["FAULT", "hashed_text", "parse"]
 
 FAULT = "__fault"  # what is wrong with a row; null if nothing is
-EXACT = 2.0**53  # beyond it a float no longer tells one whole number from the next
 WORDS: dict[Value, str] = {
     pl.String: "text",
     pl.Int64: "whole number",

@@ -21,6 +21,7 @@ import pyarrow.csv as pc_csv
 import pyarrow.parquet as pq
 
 from torchrec_hilomoe.data.errors import DataError
+from torchrec_hilomoe.data.prepare.column_kinds import holds_bytes
 from torchrec_hilomoe.runtime.paths import open_binary
 
 __all__ = ["MALFORMED", "PLACE", "ROW", "CsvFile", "LineFile", "ParquetFile", "RawFile", "unzipped"]
@@ -360,17 +361,11 @@ def _cast(array: pa.Array, kind: pa.DataType) -> _Cast:
             return _Cast(values=lists)
         bad_before = np.concatenate([[0], np.cumsum(entries.bad_N)])[offsets.to_numpy()]
         return _Cast(values=lists, bad_N=np.diff(bad_before) > 0)
-    if pa.types.is_large_string(kind) and _holds_bytes(stored):
+    if pa.types.is_large_string(kind) and holds_bytes(stored):
         return _decode(array)
     if pa.types.is_timestamp(kind) and pa.types.is_timestamp(stored):
         return _Cast(values=_round_down(array, kind))
     return _Cast(values=array.cast(kind))
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    """Say whether values are stored as bytes; Parquet files promise UTF-8 and may break it."""
-    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
-    return pa.types.is_fixed_size_binary(kind) or str(kind) in names
 
 
 def _decode(array: pa.Array) -> _Cast:
