@@ -9,8 +9,8 @@ import torch
 from tests.helpers.rounding import assert_same, assert_within, float64_rounding, rounding_of
 from torchrec_hilomoe.hilomoe.probe.interactions import (
     bucket_sums,
-    BucketOrder,
     BucketRows,
+    Buckets,
     FitSums,
     HeldOutSums,
     joint_weights,
@@ -42,7 +42,7 @@ def make_rows(shape, seed: int, weighted: bool, units: int = 2) -> BucketRows:
         x_ND=x_ND,
         delta_NO=delta_NO * weight_N[:, None],
         weight_N=weight_N,
-        bucket_KN=bucket_KN,
+        buckets=Buckets(bucket_KN, experts),
     )
 
 
@@ -52,27 +52,19 @@ def in_buckets(rows: BucketRows, unit: int) -> BucketedRows:
         x_ND=rows.x_ND.double(),
         delta_NO=(rows.delta_NO / rows.weight_N[:, None]).double(),
         weight_N=rows.weight_N.double(),
-        bucket_N=rows.bucket_KN[unit],
+        bucket_N=rows.buckets.bucket_KN[unit],
     )
 
 
 def pieces(rows: BucketRows) -> list[BucketRows]:
     """The same rows in unequal batches; one of them is empty."""
     cuts = [0, 7, 7, len(rows.x_ND) // 2, len(rows.x_ND)]
-    return [
-        BucketRows(
-            x_ND=rows.x_ND[start:stop],
-            delta_NO=rows.delta_NO[start:stop],
-            weight_N=rows.weight_N[start:stop],
-            bucket_KN=rows.bucket_KN[:, start:stop],
-        )
-        for start, stop in zip(cuts, cuts[1:], strict=False)
-    ]
+    return [rows.at(slice(start, stop)) for start, stop in zip(cuts, cuts[1:], strict=False)]
 
 
 def streamed(fit: BucketRows, held_out: BucketRows, experts: int, rank: int) -> HeldOutSums:
     sums = FitSums(
-        len(fit.bucket_KN), experts, fit.x_ND.shape[1], fit.delta_NO.shape[1], torch.device("cpu")
+        len(fit.buckets), experts, fit.x_ND.shape[1], fit.delta_NO.shape[1], torch.device("cpu")
     )
     for part in pieces(fit):
         sums.add(part)
@@ -91,7 +83,7 @@ def results(fit: BucketRows, held_out: BucketRows, experts: int, rank: int) -> d
 def reference_results(fit: BucketRows, held_out: BucketRows, experts: int, rank: int) -> dict:
     found = [
         interaction(in_buckets(fit, unit), in_buckets(held_out, unit), experts, rank)
-        for unit in range(len(fit.bucket_KN))
+        for unit in range(len(fit.buckets))
     ]
     return {
         name: torch.tensor([getattr(one, name) for one in found], dtype=torch.float64)
@@ -129,8 +121,8 @@ def test_matches_the_reference_in_float32():
 def test_a_bucket_without_rows_adds_nothing():
     shape = SHAPES[1]
     fit, held_out = make_rows(shape, 0, False), make_rows(shape, 1, False)
-    fit.bucket_KN[0] = fit.bucket_KN[0].clamp(max=2)  # bucket 3 has held-out rows only
-    held_out.bucket_KN[1] = held_out.bucket_KN[1].clamp(min=1)  # bucket 0 has fit rows only
+    fit.buckets.bucket_KN[0].clamp_(max=2)  # bucket 3 has held-out rows only
+    held_out.buckets.bucket_KN[1].clamp_(min=1)  # bucket 0 has fit rows only
     want = reference_results(fit, held_out, shape[3], shape[4])
     bound = rounding_of(results, fit, held_out, shape[3], shape[4])
     assert_within(results(fit, held_out, shape[3], shape[4]), want, bound)
@@ -144,7 +136,7 @@ def test_overlap_is_the_mean_product_of_two_rows_steps():
     full = torch.einsum("kero,kerd->keod", steps.left_KERO, steps.right_KERD)
     total, want = held_out.weight_N.sum(), torch.zeros(2, 2, dtype=torch.float64)
     for n, weight in enumerate(held_out.weight_N):
-        own = [full[unit, held_out.bucket_KN[unit, n]] for unit in range(2)]
+        own = [full[unit, held_out.buckets.bucket_KN[unit, n]] for unit in range(2)]
         for one in range(2):
             for other in range(2):
                 want[one, other] += weight / total * (own[one] * own[other]).sum()
@@ -176,7 +168,7 @@ def blocks_of(shape, weighted: bool) -> list[BucketRows]:
 def paired(blocks: list[BucketRows], experts: int) -> PairSums:
     first = blocks[0]
     sums = PairSums(
-        len(first.bucket_KN),
+        len(first.buckets),
         experts,
         first.x_ND.shape[1],
         first.delta_NO.shape[1],
@@ -201,11 +193,11 @@ def paired_gains(blocks: list[BucketRows], experts: int) -> torch.Tensor:
 def test_pairs_of_blocks_match_the_reference_in_float64(shape, weighted, trained):
     experts = shape[3]
     blocks = blocks_of(shape, weighted)[: BLOCKS + trained]
-    blocks[1].bucket_KN[0] = blocks[1].bucket_KN[0].clamp(max=experts - 2)  # one has no rows
+    blocks[1].buckets.bucket_KN[0].clamp_(max=experts - 2)  # one has no rows
     want = torch.tensor(
         [
             paired_gain([in_buckets(block, unit) for block in blocks], experts)
-            for unit in range(len(blocks[0].bucket_KN))
+            for unit in range(len(blocks[0].buckets))
         ],
         dtype=torch.float64,
     )
@@ -222,7 +214,7 @@ def test_a_block_is_never_compared_with_itself():
 def test_what_units_have_in_common_is_theirs_alone_on_the_diagonal():
     blocks = blocks_of(SHAPES[2], True)[:BLOCKS]
     for block in blocks:
-        block.bucket_KN[1] = block.bucket_KN[0]
+        block.buckets.bucket_KN[1] = block.buckets.bucket_KN[0]
     found = paired(blocks, SHAPES[2][3]).statistics()
     gain_K = paired_gains(blocks, SHAPES[2][3])
     bound = float64_rounding(*(block.delta_NO for block in blocks), found.overlap_KK)
@@ -233,7 +225,7 @@ def test_what_units_have_in_common_is_theirs_alone_on_the_diagonal():
 def test_units_are_compared_whichever_blocks_have_rows():
     """A pass that judges need not come to the first block, where others have been heard before."""
     rows = make_rows(SHAPES[1], seed=1, weighted=True)
-    rows.bucket_KN[1] = rows.bucket_KN[0]
+    rows.buckets.bucket_KN[1] = rows.buckets.bucket_KN[0]
     sums = PairSums(2, 4, 5, 3, BLOCKS, torch.device("cpu"))
     for block in (None, 1, 2):
         sums.add(rows, block)
@@ -261,10 +253,9 @@ def test_sums_of_sorted_rows_are_those_of_one_hot_rows(units, experts, rows, wid
         x_ND=whole(-9, rows, width_in),
         delta_NO=whole(-9, rows, width_out),
         weight_N=whole(1, rows),
-        bucket_KN=bucket_KN,
+        buckets=Buckets(bucket_KN, experts),
     )
-    order = BucketOrder(bucket_KN, experts)
-    sums = bucket_sums(found, order)
+    sums = bucket_sums(found)
     for unit in range(units):
         for bucket in {*bucket_KN[unit].tolist(), 0, experts - 1}:
             own = bucket_KN[unit] == bucket
@@ -274,7 +265,7 @@ def test_sums_of_sorted_rows_are_those_of_one_hot_rows(units, experts, rows, wid
                 assert torch.equal(tensor[unit, bucket], wanted)
     if experts > 4:
         return  # joint weights of so many buckets do not fit into memory
-    joint_CC = joint_weights(found, order)
+    joint_CC = joint_weights(found)
     for one, other in product(range(units * experts), repeat=2):
         both = bucket_KN[one // experts] == one % experts
         both &= bucket_KN[other // experts] == other % experts

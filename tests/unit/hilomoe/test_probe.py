@@ -284,7 +284,7 @@ def test_rows_of_a_site_that_sees_events_are_events(jagged, monkeypatch):
     with probe.judge():
         run(range(4, 8))
     assert [len(rows.x_ND) for rows in found] == [64 * 3] * 4
-    buckets = found[0].bucket_KN.unflatten(1, (64, 3))
+    buckets = found[0].buckets.bucket_KN.unflatten(1, (64, 3))
     assert_same(buckets, buckets[:, :, :1].expand_as(buckets))  # a sample's events stay together
     assert [cost.rows_per_sample for cost in probe.report().costs] == [3.0]
 
@@ -322,7 +322,7 @@ def test_memory_is_bounded_by_the_sketch():
     model.first, model.last = nn.Linear(15, 3000), nn.Linear(3000, 1)
     probe = probed(model, sites=["first", "last"], batches=2, sketch=16)
     most = max(t.numel() for site in probe._sites if site.fit for t in site.fit.tensors)
-    units = (len(FEATURES) + 2) * 3
+    units = 4 * 3 + 1  # ``a``, ``b`` and two controls with 3 draws each, and a number
     assert most == units * CONFIG.num_experts * 16 * 15  # of `first`: O sketched, D as it is
 
 

@@ -15,11 +15,14 @@ def test_random_buckets_depend_on_samples_and_pass_alone():
     buckets = FeatureBuckets(FEATURES, 8, 2, 0, torch.device("cpu"))
     query = torch.randn(64, 9)
     buckets.prepare(query)
-    whole = buckets(query, 5)[-2:]
-    parts = torch.cat([buckets(query[:20], 5), buckets(query[20:], 5)], dim=1)[-2:]
-    assert_same(parts, whole)
-    assert not torch.equal(buckets(query, 6)[-2:], whole)
-    same = buckets(query[:1].expand(4096, -1), 5)[-2:]  # equal samples go anywhere, too
+
+    def anywhere(samples: torch.Tensor, number: int) -> torch.Tensor:
+        return buckets(samples, number).bucket_KN[-2:]
+
+    whole = anywhere(query, 5)
+    assert_same(torch.cat([anywhere(query[:20], 5), anywhere(query[20:], 5)], dim=1), whole)
+    assert not torch.equal(anywhere(query, 6), whole)
+    same = anywhere(query[:1].expand(4096, -1), 5)  # equal samples go anywhere, too
     shares = torch.stack([row.bincount(minlength=8) for row in same]) / 4096
     assert float(shares.max()) < 1 / 6
 
@@ -30,7 +33,7 @@ def test_numbers_go_to_their_quantiles():
     query[:, 8] = torch.arange(400.0)
     buckets.prepare(query)
     number = list(buckets.names).index("number")
-    assert buckets(query, 0)[number].bincount().tolist() == [100] * 4
+    assert buckets(query, 0).bucket_KN[number].bincount().tolist() == [100] * 4
 
 
 def number_buckets(values: torch.Tensor, experts: int = 8) -> torch.Tensor:
@@ -39,7 +42,7 @@ def number_buckets(values: torch.Tensor, experts: int = 8) -> torch.Tensor:
     query = torch.zeros(len(values), 9)
     query[:, 8] = values
     buckets.prepare(query)
-    return buckets(query, 0)[list(buckets.names).index("number")]
+    return buckets(query, 0).bucket_KN[list(buckets.names).index("number")]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
@@ -76,4 +79,4 @@ def test_embeddings_go_where_an_untrained_router_sends_them():
         router.expert_keys[0] = buckets._keys["a"].t()
     query = torch.randn(64, 9)
     buckets.prepare(query)
-    assert_same(router(query).chosen_LkN[0, 0], buckets(query, 0)[0])
+    assert_same(router(query).chosen_LkN[0, 0], buckets(query, 0).bucket_KN[0].long())

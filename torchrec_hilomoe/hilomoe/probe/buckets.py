@@ -6,7 +6,8 @@ Dividing the columns by their root mean square, as a router with that view does,
 among one feature's keys; where all features are read at once (the control ``all``), it weighs them.
 
 Shape legend:
-    B  samples     Q  width of the query     E  experts, and buckets     K  units: features x draws
+    B  samples     Q  width of the query     E  experts, and buckets     D  draws
+    K  units: the draws of all names, but one of a number     V  numbers     P  names with keys
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import Tensor
 
+from torchrec_hilomoe.hilomoe.probe.interactions import Buckets
 from torchrec_hilomoe.hilomoe.ranks import process_group_of, RankGroup, size_of
 from torchrec_hilomoe.hilomoe.views import parts_of
 
@@ -42,6 +44,8 @@ class FeatureBuckets:
 
     Attributes:
         names: The features, then ``all`` and ``random``.
+        units_of: Of each name, its units: one for each draw, or one, since quantiles have no keys.
+        units: ``K``.
     """
 
     def __init__(
@@ -65,7 +69,12 @@ class FeatureBuckets:
             keys_DEQ -= keys_DEQ.mean(dim=1, keepdim=True)  # as a router starts
             self._keys[name] = keys_DEQ.flatten(0, 1).t().to(device)
         self._numbers = [name for name, part in features.items() if len(part) == 1]
-        self._edges: dict[str, Tensor] = {}
+        self._edges_VE: Tensor | None = None
+        self.units, self.units_of = 0, dict[str, Sequence[int]]()
+        for name in self.names:
+            count = 1 if name in self._numbers else draws
+            self.units_of[name] = range(self.units, self.units + count)
+            self.units += count
 
     def prepare(self, query_BQ: Tensor) -> bool:
         """Find the quantiles of numbers from the first samples; a collective call until it did.
@@ -73,39 +82,45 @@ class FeatureBuckets:
         Returns:
             Whether buckets can be told.
         """
-        if not self._numbers or self._edges:
+        if not self._numbers or self._edges_VE is not None:
             return True
-        columns = [self._ranges[name].start for name in self._numbers]
-        values_NV = gathered(query_BQ[:, columns].float(), self._group)
+        values_NV = gathered(self._values(query_BQ), self._group)
         if len(values_NV) == 0:
             return False
         quantiles = torch.arange(1, self._experts, device=query_BQ.device) / self._experts
-        for place, name in enumerate(self._numbers):
-            self._edges[name] = torch.nanquantile(values_NV[:, place], quantiles)
+        self._edges_VE = torch.nanquantile(values_NV, quantiles, dim=0).t().contiguous()
         return True
 
     def edges(self) -> list[Tensor]:
         """The quantiles of each number, in order; empty before they were found."""
-        return list(self._edges.values())
+        return [] if self._edges_VE is None else list(self._edges_VE)
 
     def take_edges(self, edges: Sequence[Tensor]) -> None:
         """Take over what `edges` gave."""
-        self._edges = dict(zip(self._numbers, edges, strict=True)) if edges else {}
+        self._edges_VE = torch.stack(list(edges)) if edges else None
 
-    def __call__(self, query_BQ: Tensor, number: int) -> Tensor:
-        """``(K, B)``, the buckets of the samples of a pass, draw after draw of each feature."""
-        parts = {name: query_BQ[:, part.start : part.stop] for name, part in self._ranges.items()}
-        numbers = {
-            name: _quantile(parts.pop(name).squeeze(1).float(), edges)
-            for name, edges in self._edges.items()
+    def __call__(self, query_BQ: Tensor, number: int) -> Buckets:
+        """Put the samples of a pass into buckets, unit after unit."""
+        found: dict[str, Tensor] = {RANDOM: self._anywhere(query_BQ, number)}
+        if self._edges_VE is not None:
+            values_VB = self._values(query_BQ).t()
+            found |= zip(self._numbers, _quantiles(values_VB, self._edges_VE).split(1), strict=True)
+        parts = {
+            name: query_BQ[:, part.start : part.stop]
+            for name, part in self._ranges.items()
+            if name not in found
         }
         parts[ALL] = parts_of(query_BQ, list(self._ranges.values()))
-        products = [part_BQ @ self._keys[name].to(part_BQ.dtype) for name, part_BQ in parts.items()]
-        nearest_BK = torch.cat(products, dim=1).unflatten(1, (-1, self._experts)).max(dim=2).indices
-        nearest = dict(zip(parts, nearest_BK.t().split(self._draws), strict=True))
-        buckets = {name: it.expand(self._draws, -1) for name, it in numbers.items()} | nearest
-        buckets[RANDOM] = self._anywhere(query_BQ, number)
-        return torch.cat([buckets[name] for name in self.names])
+        products = [self._keys[name].t().to(it.dtype) @ it.t() for name, it in parts.items()]
+        nearest_KB = _largest(torch.cat(products).unflatten(0, (-1, self._experts)))
+        found |= zip(parts, nearest_KB.split(self._draws), strict=True)
+        few = self._experts <= torch.iinfo(torch.int16).max
+        bucket_KB = torch.cat([found[name].short() if few else found[name] for name in self.names])
+        return Buckets(bucket_KB, self._experts)
+
+    def _values(self, query_BQ: Tensor) -> Tensor:
+        """``(B, V)``."""
+        return query_BQ[:, [self._ranges[name].start for name in self._numbers]].float()
 
     def _anywhere(self, query_BQ: Tensor, number: int) -> Tensor:
         few_BQ = query_BQ[:, :: -(-query_BQ.shape[1] // HASHED)]
@@ -117,11 +132,23 @@ class FeatureBuckets:
         return mixed(hash_B + draws_D1 * PRIMES[0]) % self._experts
 
 
-def _quantile(value_B: Tensor, edges: Tensor) -> Tensor:
-    """Between which quantiles each value is: in the middle of those that it is equal to."""
-    value_B = value_B.contiguous()
-    below, above = (torch.bucketize(value_B, edges, right=right) for right in (False, True))
-    return (below + above) // 2
+def _quantiles(values_VB: Tensor, edges_VE: Tensor) -> Tensor:
+    """Between which quantiles each value is: in the middle of those that it is equal to.
+
+    What is not a number is beyond all of them.
+    """
+    value_V1B, edge_VE1 = values_VB.unsqueeze(1), edges_VE.unsqueeze(2)
+    below, up_to = (~(value_V1B <= edge_VE1)).sum(dim=1), (~(value_V1B < edge_VE1)).sum(dim=1)
+    return (below + up_to) // 2
+
+
+def _largest(product_KEB: Tensor) -> Tensor:
+    """``(K, B)``, the first of the largest; as ``argmax`` says, in a fifth of its time."""
+    E = product_KEB.shape[1]
+    expert_E1 = torch.arange(E, dtype=torch.int32, device=product_KEB.device).unsqueeze(1)
+    is_largest = product_KEB == product_KEB.amax(dim=1, keepdim=True)
+    # Where a product is not a number nothing is the largest.
+    return torch.where(is_largest, expert_E1, E - 1).amin(dim=1)
 
 
 def mixed(x: Tensor) -> Tensor:

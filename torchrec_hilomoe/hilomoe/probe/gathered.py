@@ -10,6 +10,7 @@ from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.linear import HiLoMoELinear
+from torchrec_hilomoe.hilomoe.probe.buckets import FeatureBuckets
 from torchrec_hilomoe.hilomoe.probe.checks import CannotJudgeError
 from torchrec_hilomoe.hilomoe.probe.interactions import (
     add_over_ranks,
@@ -36,7 +37,7 @@ class SiteSums:
         module: The map.
         tokens: The module that says whose its rows are, if it sees events.
         config: The experts that are thought of.
-        units: ``K``.
+        buckets: What puts its rows into buckets.
         blocks: Parts of the rows that judge.
         sketch: Widest side that is kept as it is.
         seed: Of projections.
@@ -54,7 +55,7 @@ class SiteSums:
         tokens: str | None,
         *,
         config: HiLoMoEConfig,
-        units: int,
+        buckets: FeatureBuckets,
         blocks: int,
         sketch: int,
         seed: int,
@@ -66,9 +67,10 @@ class SiteSums:
     ) -> None:
         self.name, self.module, self.tokens = name, module, tokens
         self._config, self._blocks, self._group = config, blocks, group
+        self._buckets = buckets
         self._sketch, self._seed, self._thin = sketch, seed, thin_events
         widths = (min(module.in_features, sketch), min(module.out_features, sketch))
-        sizes = (units, config.num_experts, *widths)
+        sizes = (buckets.units, config.num_experts, *widths)
         self.pairs = PairSums(*sizes, blocks, device) if paired else None
         self.fit = FitSums(*sizes, device)
         # A unit beside the site costs as much as a vector of an expert down and up.
@@ -135,7 +137,7 @@ class SiteSums:
         self.held_out = HeldOutSums(self.fit.directions(self._config.rank), self._blocks)
         self._wider.settle()
 
-    def evidence(self, names: Sequence[str], draws: int) -> Evidence:
+    def evidence(self) -> Evidence:
         """Add up what has judged over ranks, once; a collective call."""
         judged, wider = self.pairs, None
         if judged is None:
@@ -144,7 +146,8 @@ class SiteSums:
         found = (*judged.tensors, *(wider.tensors if wider else ()), self._seen)
         add_over_ranks(found, self._group)
         weight_KE = self.fit.weight_KE if self.pairs is None else self.pairs.weight_KE
-        used_KD = (weight_KE > 0).sum(dim=1).unflatten(0, (len(names), draws))
+        used_K = (weight_KE > 0).sum(dim=1).tolist()
+        units = self._buckets.units_of
         samples, seen = self._seen.tolist()
         return Evidence(
             site=self.name,
@@ -154,7 +157,8 @@ class SiteSums:
             held_out=judged,
             wider=wider,
             fit_rows=int(self.fit.rows if self.pairs is None else self.pairs.trained_rows),
-            buckets_in_use=dict(zip(names, used_KD.amax(dim=1).tolist(), strict=True)),
+            units_of=units,
+            buckets_in_use={name: max(used_K[k] for k in own) for name, own in units.items()},
         )
 
     def _check_rows(self, kind: str, rows: float) -> None:

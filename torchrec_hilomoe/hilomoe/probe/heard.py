@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_hilomoe.hilomoe.probe.interactions import BucketRows
+from torchrec_hilomoe.hilomoe.probe.interactions import BucketRows, Buckets
 
 __all__ = ["HeardPass", "LossTerms"]
 
@@ -41,7 +41,7 @@ class HeardPass:
         args: What the model's forward was called with.
         kwargs: The same by keyword.
         query_BQ: The samples' query; None before it was heard.
-        bucket_KB: Buckets of the samples for each unit; None before a gradient asks for them.
+        buckets: Of the samples; None before a gradient asks for them.
         offsets: Where each sample's events begin, by the module that said so.
         terms: How the host makes its loss.
     """
@@ -50,7 +50,7 @@ class HeardPass:
     args: tuple
     kwargs: Mapping[str, Any]
     query_BQ: Tensor | None = None
-    bucket_KB: Tensor | None = None
+    buckets: Buckets | None = None
     offsets: dict[str, Tensor] = field(default_factory=dict)
     terms: LossTerms = LossTerms()
 
@@ -71,22 +71,20 @@ class HeardPass:
             gradient: By its output.
         """
         assert self.query_BQ is not None
-        assert self.bucket_KB is not None
+        assert self.buckets is not None
         dtype = torch.promote_types(x.dtype, torch.float32)
         samples, terms = len(self.query_BQ), self.terms
         denominator = samples if terms.denominator is None else terms.denominator
         x_ND = x.flatten(0, -2).to(dtype)
         delta_NO = gradient.flatten(0, -2).to(dtype) * denominator
-        bucket_KN = self.bucket_KB
+        buckets = self.buckets
         weight_N = x_ND.new_ones(samples) if terms.weights is None else terms.weights.to(dtype)
         if tokens is not None or x.shape[:-1] != (samples,):  # a row is not a sample
             sample_N = self._samples(site, tokens, x, samples)
-            bucket_KN, weight_N = bucket_KN[:, sample_N], weight_N[sample_N]
+            buckets, weight_N = buckets.at(sample_N), weight_N[sample_N]
         counts = weight_N > 0  # the others have no gradient to tell
-        if not bool(counts.all()):
-            x_ND, delta_NO, weight_N = x_ND[counts], delta_NO[counts], weight_N[counts]
-            bucket_KN = bucket_KN[:, counts]
-        return BucketRows(x_ND=x_ND, delta_NO=delta_NO, weight_N=weight_N, bucket_KN=bucket_KN)
+        rows = BucketRows(x_ND=x_ND, delta_NO=delta_NO, weight_N=weight_N, buckets=buckets)
+        return rows if bool(counts.all()) else rows.at(counts)
 
     def _samples(self, site: str, tokens: str | None, x: Tensor, samples: int) -> Tensor:
         """Whose each row is."""

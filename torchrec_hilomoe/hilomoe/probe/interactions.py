@@ -18,6 +18,7 @@ Shape legend:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import distributed as dist
@@ -27,6 +28,7 @@ from torchrec_hilomoe.hilomoe.ranks import process_group_of, RankGroup, size_of
 
 __all__ = [
     "BucketRows",
+    "Buckets",
     "Directions",
     "FitSums",
     "HeldOutSums",
@@ -49,13 +51,13 @@ class BucketRows:
         x_ND: Inputs.
         delta_NO: Gradients of each row's own loss, times its weight.
         weight_N: Weights, above 0.
-        bucket_KN: Where each unit puts each row.
+        buckets: Where each unit puts each row.
     """
 
     x_ND: Tensor
     delta_NO: Tensor
     weight_N: Tensor
-    bucket_KN: Tensor
+    buckets: "Buckets"
 
     def sketched(self, width: int, seed: int) -> "BucketRows":
         """Project both sides at random to ``width``, the same way for all rows, if wider."""
@@ -64,11 +66,15 @@ class BucketRows:
 
     def every(self, step: int, first: int) -> "BucketRows":
         """Keep one row of ``step``, from row ``first`` on."""
+        return self.at(slice(first, None, step))
+
+    def at(self, rows: slice | Tensor) -> "BucketRows":
+        """Keep some rows, by their indices or a mask."""
         return BucketRows(
-            x_ND=self.x_ND[first::step],
-            delta_NO=self.delta_NO[first::step],
-            weight_N=self.weight_N[first::step],
-            bucket_KN=self.bucket_KN[:, first::step],
+            x_ND=self.x_ND[rows],
+            delta_NO=self.delta_NO[rows],
+            weight_N=self.weight_N[rows],
+            buckets=self.buckets.at(rows),
         )
 
 
@@ -130,8 +136,7 @@ class FitSums:
 
     def add(self, rows: BucketRows) -> None:
         """Add the rows of a pass."""
-        order = BucketOrder(rows.bucket_KN, self.weight_KE.shape[1])
-        for total, part in zip(self.tensors, sums_of(rows, order), strict=True):
+        for total, part in zip(self.tensors, sums_of(rows), strict=True):
             total += part
 
     def directions(self, rank: int) -> Directions:
@@ -210,10 +215,9 @@ class HeldOutSums:
         dtype, (K, E, R, width) = rows.x_ND.dtype, self.directions.left_KERO.shape
         left_KERO, right_KERD = self._left_KERO.to(dtype), self._right_KERD.to(dtype)
         if width * right_KERD.shape[3] <= SMALL:
-            order = BucketOrder(rows.bucket_KN, E)
-            weight_KE, x_KED, delta_KEO, product_KEOD = bucket_sums(rows, order)
+            weight_KE, x_KED, delta_KEO, product_KEOD = bucket_sums(rows)
             self.weight_SKE[block] += weight_KE
-            self.joint_JJ += joint_weights(rows, order)
+            self.joint_JJ += joint_weights(rows)
             self.rows += len(rows.x_ND)
             step_KEOD = left_KERO.transpose(2, 3) @ right_KERD
             self.value_SKEE[block] += product_KEOD.flatten(2) @ step_KEOD.flatten(2).mT
@@ -228,7 +232,7 @@ class HeldOutSums:
             delta_KnJ = (rows.delta_NO[at] @ left_OJ).unflatten(1, (K, E * R)).transpose(0, 1)
             x_KnJ = (rows.x_ND[at] @ right_DJ).unflatten(1, (K, E * R)).transpose(0, 1)
             value_KnE = (delta_KnJ * x_KnJ).unflatten(2, (E, R)).sum(dim=3)
-            hot_KEn = one_hot(rows.bucket_KN[:, at], E, dtype)
+            hot_KEn = one_hot(rows.buckets.at(at), dtype)
             heavy_KEn = hot_KEn * weight_n
             self.weight_SKE[block] += heavy_KEn.sum(dim=2)
             self.joint_JJ += heavy_KEn.flatten(0, 1) @ hot_KEn.flatten(0, 1).t()
@@ -284,84 +288,99 @@ def add_over_ranks(tensors: Sequence[Tensor], group: RankGroup | None) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def sums_of(rows: BucketRows, order: "BucketOrder") -> tuple[Tensor, ...]:
+def sums_of(rows: BucketRows) -> tuple[Tensor, ...]:
     """What the rows of a pass add to `FitSums.tensors`."""
     x_ND, delta_NO, weight_N1 = rows.x_ND, rows.delta_NO, rows.weight_N[:, None]
     return (
-        *bucket_sums(rows, order),
+        *bucket_sums(rows),
         (x_ND * weight_N1).t() @ x_ND,
         delta_NO.t() @ (delta_NO / weight_N1),
         x_ND.new_tensor([len(x_ND)]),
     )
 
 
-def bucket_sums(rows: BucketRows, order: "BucketOrder") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def bucket_sums(rows: BucketRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By bucket, ``(K, E, ...)``: weights, sums of ``x``, of ``delta``, and of ``delta x^T``."""
     x_ND, delta_NO, weight_N1 = rows.x_ND, rows.delta_NO, rows.weight_N[:, None]
     D, width = x_ND.shape[1], delta_NO.shape[1]
-    sums_KEW = order.sums(torch.cat([weight_N1, x_ND * weight_N1, delta_NO], dim=1))
+    sums_KEW = rows.buckets.sums(torch.cat([weight_N1, x_ND * weight_N1, delta_NO], dim=1))
     weight_KE1, x_KED, delta_KEO = sums_KEW.split([1, D, width], dim=2)
     if width * D <= SMALL:
         outer_NW = (delta_NO.unsqueeze(2) * x_ND.unsqueeze(1)).flatten(1)
-        product_KEOD = order.sums(outer_NW).unflatten(2, (width, D))
+        product_KEOD = rows.buckets.sums(outer_NW).unflatten(2, (width, D))
     else:
-        product_KEOD = order.products(delta_NO, x_ND)
+        product_KEOD = rows.buckets.products(delta_NO, x_ND)
     return weight_KE1.squeeze(2), x_KED, delta_KEO, product_KEOD
 
 
-def joint_weights(rows: BucketRows, order: "BucketOrder") -> Tensor:
+def joint_weights(rows: BucketRows) -> Tensor:
     """``(C, C)``, the weight of the rows that two buckets have in common."""
-    hot_KEN = one_hot(rows.bucket_KN, order.experts, rows.x_ND.dtype)
+    hot_KEN = one_hot(rows.buckets, rows.x_ND.dtype)
     heavy_NC = (hot_KEN * rows.weight_N).flatten(0, 1).t()
-    return order.sums(heavy_NC.contiguous()).flatten(0, 1)
+    return rows.buckets.sums(heavy_NC.contiguous()).flatten(0, 1)
 
 
-class BucketOrder:
-    """Rows in the order of their buckets, those of one unit after those of another.
+class Buckets:
+    """Into which bucket each unit puts each row.
 
-    Sums of sorted rows read each row once a unit; products with one-hot rows, ``E`` times.
+    Sums by bucket read each row once a unit, where products with one-hot rows do ``E`` times: rows
+    are put in the order of their buckets first, once for all who share this object.
 
     Args:
-        bucket_KN: Where each unit puts each row.
+        bucket_KN: The buckets, below ``experts``.
         experts: ``E``.
 
     Attributes:
+        bucket_KN: As given.
         experts: As given.
     """
 
     def __init__(self, bucket_KN: Tensor, experts: int) -> None:
-        self._units, self.experts = len(bucket_KN), experts
-        first_K1 = torch.arange(0, self._units * experts, experts, device=bucket_KN.device)[:, None]
-        bucket_M = (bucket_KN + first_K1).flatten()
-        fits = self._units * experts <= torch.iinfo(torch.int16).max
-        bucket_M = bucket_M.to(torch.int16) if fits else bucket_M  # sorted five times as fast
-        bucket_M, order_M = bucket_M.sort(stable=True)
-        self._row_M = order_M % max(1, bucket_KN.shape[1])
-        buckets_C = torch.arange(self._units * experts, device=bucket_M.device)
-        self._start_C = torch.searchsorted(bucket_M, buckets_C.to(bucket_M.dtype))
+        self.bucket_KN, self.experts = bucket_KN, experts
+
+    def __len__(self) -> int:
+        """``K``."""
+        return len(self.bucket_KN)
+
+    def at(self, rows: slice | Tensor) -> "Buckets":
+        """Those of some rows, by their indices or a mask."""
+        return Buckets(self.bucket_KN[:, rows], self.experts)
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """``(M,)``, rows by unit and bucket, and ``(C,)``, where each bucket's begin."""
+        K, N = self.bucket_KN.shape
+        sorted_KN, row_KN = self.bucket_KN.sort(dim=1, stable=True)
+        expert_E = torch.arange(self.experts, dtype=sorted_KN.dtype, device=row_KN.device)
+        start_KE = torch.searchsorted(sorted_KN, expert_E.repeat(K, 1))
+        start_KE += N * torch.arange(K, device=row_KN.device).unsqueeze(1)
+        return row_KN.flatten(), start_KE.flatten()
 
     def sums(self, values_NW: Tensor) -> Tensor:
         """``(K, E, W)``, by bucket."""
-        sums_CW = nn.functional.embedding_bag(self._row_M, values_NW, self._start_C, mode="sum")
-        return sums_CW.unflatten(0, (self._units, self.experts))
+        row_M, start_C = self._order
+        sums_CW = nn.functional.embedding_bag(row_M, values_NW, start_C, mode="sum")
+        return sums_CW.unflatten(0, (len(self), self.experts))
 
     def products(self, left_NO: Tensor, right_ND: Tensor) -> Tensor:
         """``(K, E, O, D)``, by bucket, where outer products of all rows would be too many."""
-        stops_C = [*self._start_C[1:].tolist(), len(self._row_M)]
+        row_M, start_C = self._order
+        stops_C = [*start_C[1:].tolist(), len(row_M)]
         sizes = [stop - start for start, stop in zip([0, *stops_C], stops_C, strict=False)]
         # One gather is much faster than one for each bucket.
-        lefts = left_NO.index_select(0, self._row_M).split(sizes)
-        rights = right_ND.index_select(0, self._row_M).split(sizes)
+        lefts = left_NO.index_select(0, row_M).split(sizes)
+        rights = right_ND.index_select(0, row_M).split(sizes)
         product_COD = left_NO.new_empty(len(sizes), left_NO.shape[1], right_ND.shape[1])
         for left_nO, right_nD, product_OD in zip(lefts, rights, product_COD.unbind(), strict=True):
             torch.mm(left_nO.t(), right_nD, out=product_OD)
-        return product_COD.unflatten(0, (self._units, self.experts))
+        return product_COD.unflatten(0, (len(self), self.experts))
 
 
-def one_hot(bucket_KN: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
+def one_hot(buckets: Buckets, dtype: torch.dtype) -> Tensor:
     """``(K, E, N)``, 1 where a row is in a bucket."""
-    expert_E1 = torch.arange(experts, device=bucket_KN.device).unsqueeze(1)
-    return (bucket_KN.unsqueeze(1) == expert_E1).to(dtype)
+    bucket_K1N = buckets.bucket_KN.unsqueeze(1)
+    expert_E1 = torch.arange(buckets.experts, device=bucket_K1N.device).unsqueeze(1)
+    return (bucket_K1N == expert_E1).to(dtype)
 
 
 def inverse_root(matrix: Tensor) -> Tensor:

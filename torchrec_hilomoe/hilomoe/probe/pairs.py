@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from torchrec_hilomoe.hilomoe.probe.interactions import (
-    BucketOrder,
     BucketRows,
     FitSums,
     inverse_root,
@@ -85,13 +84,12 @@ class PairSums:
     def add(self, rows: BucketRows, block: int | None) -> None:
         """Add the rows of a pass to a block; None is that of rows that are not held out."""
         at = self._blocks if block is None else block
-        order = BucketOrder(rows.bucket_KN, self._experts)
-        for sums_T, part in zip(self._sums, sums_of(rows, order), strict=True):
+        for sums_T, part in zip(self._sums, sums_of(rows), strict=True):
             sums_T[at] += part
         # Shares of pairs of buckets want few rows, and cost as much as the rest. Rows that judge
         # may miss the first block where other rows were heard before.
         if block is None or block == 0:
-            self._joint_JJ += joint_weights(rows, order)
+            self._joint_JJ += joint_weights(rows)
 
     def _differences(self) -> Tensor:
         """``(T, K, E, O D)``, what each block says of each bucket, whitened."""

@@ -1,7 +1,7 @@
 """From sums to a report: gains with intervals, views layer by layer, whether they pay.
 
 Shape legend:
-    K  units: names x draws     F  names     S  blocks     B  resamples
+    K  units     F  names     D  draws     S  blocks     B  resamples
 """
 
 import math
@@ -52,7 +52,13 @@ class Evidence:
     held_out: HeldOutSums | PairSums
     wider: Wider | None
     fit_rows: int
+    units_of: Mapping[str, Sequence[int]]  # of a name, one for each draw, or one for all
     buckets_in_use: Mapping[str, int]
+
+    def unit(self, name: str, draw: int) -> int:
+        """Which unit a draw of a name is."""
+        own = self.units_of[name]
+        return own[draw % len(own)]
 
 
 def conclude(
@@ -84,7 +90,7 @@ def conclude(
     known = (*names, WIDER) if all(site.wider for site in evidence) else names
     gains: dict[str, list[Gain]] = {name: [] for name in known}
     for site in evidence:
-        intervals = _gains(site, len(names), draws, seed)
+        intervals = _gains(site, names, draws, seed)
         for name, (gain, low, high) in zip(known, intervals, strict=True):
             gains[name].append(Gain(name=name, site=site.site, gain=gain, low=low, high=high))
     standing = [
@@ -92,7 +98,7 @@ def conclude(
         for name in judged
         if any(_stands_out(*found) for found in zip(gains[name], gains[RANDOM], strict=True))
     ]
-    layers = _choose(evidence, names, standing, draws, config.num_layers)
+    layers = _choose(evidence, standing, draws, config.num_layers)
     ranked = sorted((g for name in judged for g in gains[name]), key=lambda g: -g.gain)
     by_sample = {
         name: [
@@ -183,7 +189,9 @@ def _stands_out(gain: Gain, random: Gain) -> bool:
     return gain.low > 0 and gain.gain - random.gain > unsure
 
 
-def _gains(site: Evidence, names: int, draws: int, seed: int) -> list[tuple[float, float, float]]:
+def _gains(
+    site: Evidence, names: Sequence[str], draws: int, seed: int
+) -> list[tuple[float, float, float]]:
     """Gain, low and high of each name, then of the wider layer if that is known."""
     weight_S = site.held_out.weight_S
     filled_C = (weight_S > 0).nonzero().flatten()
@@ -195,9 +203,10 @@ def _gains(site: Evidence, names: int, draws: int, seed: int) -> list[tuple[floa
         1, filled_C.cpu()[picked_BC], torch.ones(picked_BC.shape, dtype=torch.float64)
     )
     times_BS = times_BS.to(weight_S.device)
-    gain_BFD = signed_gain(*site.held_out.slopes(times_BS)).cpu().unflatten(1, (names, draws))
+    unit_FD = torch.tensor([[site.unit(name, draw) for draw in range(draws)] for name in names])
+    gain_BFD = signed_gain(*site.held_out.slopes(times_BS)).cpu()[:, unit_FD]
     drawn_BFD = torch.randint(draws, (RESAMPLES, 1, draws), generator=generator)
-    resampled_BF = gain_BFD[1:].gather(2, drawn_BFD.expand(-1, names, -1)).mean(dim=2)
+    resampled_BF = gain_BFD[1:].gather(2, drawn_BFD.expand(-1, len(names), -1)).mean(dim=2)
     wider_B1 = gain_BFD.new_empty(RESAMPLES + 1, 0)
     if site.wider is not None:
         wider_B1 = signed_gain(*site.wider.slopes(times_BS)).cpu()
@@ -209,7 +218,6 @@ def _gains(site: Evidence, names: int, draws: int, seed: int) -> list[tuple[floa
 
 def _choose(
     evidence: Sequence[Evidence],
-    names: Sequence[str],
     standing: Sequence[str],
     draws: int,
     num_layers: int,
@@ -226,7 +234,10 @@ def _choose(
         """The gain of views, averaged over draws; each layer has another draw of keys."""
         of_sites = []
         for site, found in zip(evidence, statistics, strict=True):
-            units = [_units(names, chosen, draw, draws) for draw in range(draws)]
+            units = [
+                [site.unit(name, (draw + at) % draws) for at, name in enumerate(chosen)]
+                for draw in range(draws)
+            ]
             gains = [_joint(found, of_draw) for of_draw in units]
             of_sites.append(site.rows_per_sample * sum(gains) / draws)
         return max(of_sites)
@@ -243,10 +254,6 @@ def _choose(
         best = max(adds, key=lambda name: adds[name])
         layers.append(LayerChoice(feature=best, gain=adds[best], total=total + adds[best]))
     return tuple(layers)
-
-
-def _units(names: Sequence[str], chosen: Sequence[str], draw: int, draws: int) -> list[int]:
-    return [names.index(name) * draws + (draw + at) % draws for at, name in enumerate(chosen)]
 
 
 def _joint(found: Statistics, units: Sequence[int]) -> float:
