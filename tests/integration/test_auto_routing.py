@@ -11,7 +11,14 @@ import torch
 
 from tests.helpers.datasets import replace_column, toy_table, write_folder
 from tests.helpers.processes import run_ranks
-from tests.helpers.runs import assert_same_metrics, read_lines, read_tensors, run_app, train
+from tests.helpers.runs import (
+    assert_same_metrics,
+    read_lines,
+    read_tensors,
+    run_app,
+    train,
+    train_each,
+)
 from tests.integration.test_tools import evaluate, use
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.checkpoint.loading import OF_A_RANK
@@ -184,6 +191,13 @@ def undecided(coins, tmp_path_factory):
     return out
 
 
+def assert_same_tensors(ours, theirs):
+    one, other = (read_tensors(it / "checkpoints" / f"step_{STEPS}") for it in (ours, theirs))
+    names = [name for name in other if not name.startswith(OF_A_RANK)]
+    assert set(names) == {name for name in one if not name.startswith(OF_A_RANK)}
+    assert not [name for name in names if not torch.equal(one[name], other[name])]
+
+
 @pytest.mark.slow
 def test_where_nothing_decides_the_run_is_that_of_the_plain_model(undecided, coins, tmp_path):
     found = decision_of(undecided)
@@ -192,14 +206,26 @@ def test_where_nothing_decides_the_run_is_that_of_the_plain_model(undecided, coi
     assert found.verdict.startswith(("nothing decides", "cannot tell yet"))
     model = [option for option in AUTO if "hilomoe" not in option]
     train(tmp_path, *model, "--model.hilomoe=null", f"--data.path={coins}")
-    auto, plain = (read_tensors(it / "checkpoints" / "step_18") for it in (undecided, tmp_path))
-    names = [name for name in plain if not name.startswith(OF_A_RANK)]
-    assert set(names) == {name for name in auto if not name.startswith(OF_A_RANK)}
-    assert not [name for name in names if not torch.equal(auto[name], plain[name])]
+    assert_same_tensors(undecided, tmp_path)
     stages = {line["stage"] for line in read_lines(undecided / METRICS_FILE)}
     assert stages == {"backbone_warmup", "finetune"}
     summaries = [json.loads((it / "summary.json").read_text()) for it in (undecided, tmp_path)]
     assert summaries[0]["flops"] == summaries[1]["flops"]
+
+
+def test_rates_that_still_rise_at_the_boundary_rise_as_in_the_plain_model(coins, tmp_path):
+    data, plain = f"--data.path={coins}", [option for option in AUTO if "hilomoe" not in option]
+    longer = (data, "--train.warmup_steps=100")
+    train_each(
+        {
+            tmp_path / "auto": [*AUTO, *longer],
+            tmp_path / "plain": [*plain, *longer, "--model.hilomoe=null"],
+        }
+    )
+    found = decision_of(tmp_path / "auto")
+    assert found is not None
+    assert (found.step, found.route_by) == (BEGIN, None)
+    assert_same_tensors(tmp_path / "auto", tmp_path / "plain")
 
 
 def test_a_plain_end_is_gone_on_with(undecided, coins, tmp_path):

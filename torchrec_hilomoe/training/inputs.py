@@ -132,6 +132,8 @@ def timeline_of(config: RunConfig, steps_per_epoch: int) -> StageTimeline:
         steps_per_epoch=steps_per_epoch,
         decay=train.decay,
         evaluate_every=train.evaluate_every,
+        # Stages of one's own are those of the plain run, too.
+        plain_warmup=train.warmup_steps if train.stages is None else None,
     )
 
 

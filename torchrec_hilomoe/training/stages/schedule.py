@@ -12,15 +12,24 @@ __all__ = ["StageSchedule", "StageSpan"]
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpan:
-    """A stage placed in a run: it trains steps ``start`` to ``stop - 1``, counted from 0."""
+    """A stage placed in a run: it trains steps ``start`` to ``stop - 1``, counted from 0.
+
+    Attributes:
+        stage: The stage.
+        start: Its first step.
+        stop: The step after its last one.
+        warmup_start: Step from which its warm-up counts; None is ``start``.
+    """
 
     stage: Stage
     start: int
     stop: int
+    warmup_start: int | None = None
 
     def warmup(self, step: int) -> float:
         """Factor on the learning rates at ``step``, rising linearly to 1."""
-        done = step - self.start + 1
+        start = self.start if self.warmup_start is None else self.warmup_start
+        done = step - start + 1
         return min(1.0, done / self.stage.warmup_steps) if self.stage.warmup_steps else 1.0
 
 

@@ -45,6 +45,8 @@ class StageTimeline:
         steps_per_epoch: Optimizer steps of one pass over the training split.
         decay: How rates fall over the run, for stages that do not say it themselves.
         evaluate_every: Steps between two validations.
+        plain_warmup: Warm-up steps of the same run without experts, whose rates it has once they
+            are left out; None leaves every stage its own.
 
     Raises:
         ValueError: If the stages do not fit the run, or one waits for a plateau of a metric that
@@ -64,6 +66,7 @@ class StageTimeline:
         steps_per_epoch: int | None = None,
         decay: Decay | None = None,
         evaluate_every: int | None = None,
+        plain_warmup: int | None = None,
     ) -> None:
         for stage in schedule.stages:
             if stage.plateau is not None and evaluate_every is None:
@@ -77,6 +80,8 @@ class StageTimeline:
         self._nominal_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._decay = decay or Decay()
+        self._plain_warmup = plain_warmup
+        self._leaves_out_experts = False
         self._experts_until = total_steps  # no later step trains experts alone
         self._evaluate_every = evaluate_every
         self.spans = self._place()
@@ -93,8 +98,10 @@ class StageTimeline:
     def leave_out_experts(self, since: int = 0) -> None:
         """Give the steps of stages that train experts alone to the stage that follows.
 
-        Of stages at the end, to the one before them. Such steps before step ``since`` stay.
+        Of stages at the end, to the one before them. Such steps before step ``since`` stay. Where
+        the warm-up of the run without experts is known, the others have its rates.
         """
+        self._leaves_out_experts = True
         self._experts_until = since
         self.spans = self._place()
 
@@ -213,9 +220,18 @@ class StageTimeline:
         starts = [0, *(span.stop for span in kept)]
         stops = [*(span.stop for span in kept[:-1]), spans[-1].stop]
         return tuple(
-            replace(span, start=start, stop=stop)
+            self._warmed_up_as_plain(replace(span, start=start, stop=stop))
             for span, start, stop in zip(kept, starts, stops, strict=False)
         )
+
+    def _warmed_up_as_plain(self, span: StageSpan) -> StageSpan:
+        """The span with the warm-up of a run that never was to have experts, if that is known."""
+        steps = self._plain_warmup
+        if steps is None or not self._leaves_out_experts or not _trains_more(span.stage):
+            return span
+        # Steps that trained experts alone count, as they do for the decay: every step that trains
+        # more has the rate of that step of the plain run, whether experts came and went or not.
+        return replace(span, stage=replace(span.stage, warmup_steps=steps), warmup_start=0)
 
 
 def _trains_more(stage: Stage) -> bool:
