@@ -127,6 +127,20 @@ def test_a_checkpoint_of_a_warm_up_is_as_good_as_a_plain_one_and_others_are_refu
             r"64 training rows fit, but 8 experts need 256: 32 each.*--fit_batches",
         ),
         ([*SMALL, *BRIEF, "--model.hilomoe.num_experts=1"], r"num_experts is 1.*to 2 or more"),
+        (
+            [*SMALL, *BRIEF, "--init_from", "{plain}"],
+            r"init_from is .*step_6, but .* Give --checkpoint .*step_6, or --init_from null",
+        ),
+        (["--checkpoint", "{plain}", "--init_from", "other"], r"init_from is other, but"),
+        ([*SMALL, *BRIEF, "--dry_run"], r"dry_run is true, but .* Leave --dry_run out"),
+        (
+            [*SMALL, *BRIEF, "--train.teacher=teachers/one"],
+            r"train.teacher is teachers/one, but .*clicks alone\. Give --train.teacher null",
+        ),
+        (
+            ["--json", "out/a.png", "--plot", "out/../out/a.png"],
+            r"--json out/a.png and --plot out/../out/a.png are one file.* Give two",
+        ),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
@@ -135,6 +149,16 @@ def test_mistakes_end_in_one_message(plain, argv, message):
     ((code, shown),) = run_ranks(probe, 1, given, joined=False)
     assert code == 2
     assert re.search(message, shown), shown
+
+
+def test_what_may_differ_from_the_checkpoint_is_named_as_it_says(plain):
+    argv = ["--checkpoint", plain, *BRIEF[1:], "--model.head=[16,4]"]
+    ((code, shown),) = run_ranks(probe, 1, argv, joined=False)
+    assert code == 2
+    assert "or name what may differ with --allow_missing" in shown
+    argv += ["--allow_missing", "[model.*head*]"]
+    ((code, shown),) = run_ranks(probe, 1, argv, joined=False)
+    assert code == 0, shown
 
 
 def test_help_begins_with_an_example():

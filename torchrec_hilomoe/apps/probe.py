@@ -5,7 +5,7 @@ Examples:
     python -m torchrec_hilomoe probe --checkpoint runs/plain/checkpoints/step_300 --json out.json
 
 A plain model is trained for --steps, or taken from a checkpoint; nothing is kept of it. Other flags
-are those of ``train``.
+are those of ``train``, but for --init_from, --dry_run and --train.teacher, which are refused.
 """
 
 import argparse
@@ -42,12 +42,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ProbeOptions, RunCon
     asked, overrides = parser.parse_known_args(argv)
     check_flags(overrides, parser)
     check_picture("--plot", asked.plot)
+    _refuse_one_file(asked)
     make_folders_for({"--json": asked.json, "--plot": asked.plot})
     options = ProbeOptions(
         **{field.name: getattr(asked, field.name) for field in fields(ProbeOptions)}
     )
     if asked.checkpoint is None:
-        return asked, options, parse_run(overrides).config
+        config = parse_run(overrides).config
+        _refuse_ignored(config, RunConfig())
+        return asked, options, config
     if any(flag.partition("=")[0] == "--config" for flag in overrides):
         raise ValueError(
             f"--checkpoint {asked.checkpoint} has a configuration of its own, and --config gives "
@@ -56,7 +59,45 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, ProbeOptions, RunCon
     path = asked.checkpoint.rstrip("/")
     saved = checkpoint.open(path).document("config.yaml")
     where = f"{path}/config.yaml"
-    return asked, options, parse_saved(saved, overrides, where=where).config
+    config = parse_saved(saved, overrides, where=where).config
+    _refuse_ignored(config, parse_saved(saved, where=where).config)
+    return asked, options, config
+
+
+def _refuse_one_file(asked: argparse.Namespace) -> None:
+    """Refuse to write the picture over the report."""
+    if asked.json and asked.plot and os.path.realpath(asked.json) == os.path.realpath(asked.plot):
+        raise ValueError(
+            f"probe: --json {asked.json} and --plot {asked.plot} are one file, and the picture "
+            "would be written over the report. Give two."
+        )
+
+
+def _refuse_ignored(config: RunConfig, own: RunConfig) -> None:
+    """Refuse options of a run that change nothing here, but promise to.
+
+    Args:
+        config: What was asked for.
+        own: What a checkpoint was saved with, which promises nothing; or the defaults.
+    """
+    if config.init_from not in (None, own.init_from):
+        raise ValueError(
+            f"probe: init_from is {config.init_from}, but a plain model is trained from its "
+            f"beginning, or is that of --checkpoint. Give --checkpoint {config.init_from}, or "
+            "--init_from null."
+        )
+    if config.dry_run and not own.dry_run:
+        raise ValueError(
+            "probe: dry_run is true, but only a model that computes can be probed. Leave --dry_run "
+            "out, or lower --steps, --fit_batches and --judge_batches."
+        )
+    teacher = config.train.teacher
+    if teacher not in (None, own.train.teacher):
+        raise ValueError(
+            f"probe: train.teacher is {teacher}, but a plain model that is probed learns from "
+            "clicks alone. Give --train.teacher null, or --checkpoint PATH of a plain run that has "
+            "learned from it."
+        )
 
 
 def main(argv: Sequence[str]) -> int:

@@ -297,7 +297,8 @@ def _load(path: str, config: RunConfig, assembly: Assembly) -> int:
         )
     saved.check_schema(schema_of(config))
     state = training_state(assembly.model, assembly.optimizers)
-    saved.load(state, allow_missing=NOT_OF_PLAIN, restore_random=False)
+    allowed = (*NOT_OF_PLAIN, *config.allow_missing)
+    saved.load(state, allow_missing=allowed, restore_random=False)
     logger.info("loaded %s", path)
     return saved.progress.step
 
