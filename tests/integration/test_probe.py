@@ -138,8 +138,8 @@ def test_a_checkpoint_of_a_warm_up_is_as_good_as_a_plain_one_and_others_are_refu
             r"train.teacher is teachers/one, but .*clicks alone\. Give --train.teacher null",
         ),
         (
-            ["--json", "out/a.png", "--plot", "out/../out/a.png"],
-            r"--json out/a.png and --plot out/../out/a.png are one file.* Give two",
+            ["--json", "{plain}/a.png", "--plot", "{plain}/../step_6/a.png"],
+            r"--json .*step_6/a.png and --plot .*step_6/a.png are one file.* Give two",
         ),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
