@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.integration import test_auto_routing
 from tests.integration.test_auto_routing import AUTO, BEGIN, make_data, STEPS
 from tests.integration.test_tools import evaluate
 from torchrec_hilomoe.training.auto_routing import confirming, routing
+from torchrec_hilomoe.training.log.reading import read_probe
 from torchrec_hilomoe.training.log.run_log import METRICS_FILE, ROUTING_FILE
 
 ASKED = 13  # experts alone learn in steps 10 to 12
@@ -81,6 +83,7 @@ def test_what_they_brought_is_the_difference_between_two_checkpoints(kept, tmp_p
     assert found.low > 0  # it is what the data were made for
     assert "Experts brought 0.0" in decision_of(kept).verdict
     assert json.loads((kept / "summary.json").read_text())["route_by"]["brought"]["rows"] == 2048
+    assert_probe_tells(kept)
 
 
 def test_it_does_not_change_the_run(kept, data, tmp_path):
@@ -90,6 +93,16 @@ def test_it_does_not_change_the_run(kept, data, tmp_path):
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]
     assert read_lines(kept / METRICS_FILE) == read_lines(tmp_path / METRICS_FILE)
+
+
+def assert_probe_tells(out):
+    """What was predicted, and what was made of it."""
+    told, decision = read_probe(out), decision_of(out)
+    assert told["features"][0]["name"] == "kind"
+    assert told["route_by"][0] == ["kind"]
+    assert told["pays"] == (decision.route_by is not None)
+    assert told["verdict"] == decision.verdict
+    assert told["brought"] == asdict(brought_in(out))
 
 
 def test_experts_that_harm_are_taken_out(lost):
@@ -104,6 +117,7 @@ def test_experts_that_harm_are_taken_out(lost):
     assert not [name for name in names if "expert" in name or "router" in name]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["parameters"]["experts"] == 0
+    assert_probe_tells(out)
     spans = [(stage["name"], stage["start"], stage["stop"]) for stage in summary["stages"]]
     assert spans[0] == ("backbone_warmup", 0, BEGIN)
     assert spans[-1] == ("finetune", ASKED, STEPS)
@@ -167,7 +181,10 @@ def test_resumed_equals_uninterrupted(lost, data, step, tmp_path):
     out, ranks = lost
     name = f"checkpoints/step_{step}"
     shutil.copytree(out / name, tmp_path / name)
+    promised = {**read_probe(out), "pays": True, "verdict": "experts should pay", "brought": None}
+    (tmp_path / "probe.json").write_text(json.dumps(promised))
     train(tmp_path, *options(data), HARMFUL, ranks=ranks)
+    assert_probe_tells(tmp_path)
     ours, theirs = (read_tensors(run / f"checkpoints/step_{STEPS}") for run in (out, tmp_path))
     assert ours.keys() == theirs.keys()
     assert not [name for name in ours if not torch.equal(ours[name], theirs[name])]

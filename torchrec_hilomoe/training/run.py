@@ -190,6 +190,8 @@ def _run_in(
         log.cut_back()
         if found.report is not None and decision is not None:
             log.decided(decision, found.report)
+        elif decision is not None:
+            log.goes_on(decision)
         folder.write_config()
         folder.write_plan(assembly.plan)
         if not trainer.fit(loader, validation, teacher):

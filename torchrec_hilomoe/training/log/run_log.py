@@ -17,7 +17,7 @@ from torchrec_hilomoe.hilomoe.inject import auxiliary_loss
 from torchrec_hilomoe.hilomoe.monitor import CollapseWatch, LayerLoad, RoutingLog
 from torchrec_hilomoe.hilomoe.scalars import ScalarWriter, write_routing
 from torchrec_hilomoe.models.train_task import TaskOutput, TrainTask
-from torchrec_hilomoe.runtime.documents import read_text
+from torchrec_hilomoe.runtime.documents import DocumentError, read_text
 from torchrec_hilomoe.runtime.paths import to_json, write_text
 from torchrec_hilomoe.runtime.process import peak_memory_gib
 from torchrec_hilomoe.training.checkpoint import RoutingDecision, Saved
@@ -25,6 +25,7 @@ from torchrec_hilomoe.training.log.reading import (
     lines_before,
     METRICS_FILE,
     PROBE_FILE,
+    read_probe,
     ROUTING_FILE,
 )
 from torchrec_hilomoe.training.log.window import Window
@@ -150,7 +151,7 @@ class RunLog:
         """Tell what routes the experts, or why there are none, and keep what it was decided by."""
         if self._curves is None:
             return
-        write_text(str(self._folder / PROBE_FILE), to_json(report.to_json()) + "\n")
+        self._write_probe(report.to_json(), decision)
         self._curves.text("route_by", decision.verdict, decision.step)
         best: dict[str, float] = {}
         for found in report.features:
@@ -160,6 +161,25 @@ class RunLog:
             self.say(line)
         stays = "" if decision.route_by is not None else " The model stays plain."
         self.say(f"route_by auto, step {decision.step}: {decision.verdict}{stays}")
+
+    def goes_on(self, decision: RoutingDecision) -> None:
+        """Let what was kept say what has been made of it by now, where that is not told already."""
+        if self._curves is None:
+            return
+        try:
+            if kept := read_probe(self._folder):
+                self._write_probe(kept, decision)
+        except DocumentError as error:  # a report that is lost is no reason to lose the run
+            self.say(str(error))
+
+    def _write_probe(self, report: Mapping[str, Any], decision: RoutingDecision) -> None:
+        found = {
+            **report,
+            "pays": decision.route_by is not None,
+            "verdict": decision.verdict,
+            "brought": None if decision.brought is None else asdict(decision.brought),
+        }
+        write_text(str(self._folder / PROBE_FILE), to_json(found) + "\n")
 
     def confirmed(self, decision: RoutingDecision) -> None:
         """Tell what experts that were found have brought, if it could be measured."""
@@ -172,6 +192,7 @@ class RunLog:
                 "validation split has too few rows with a weight, or a loss is no number"
             )
             return
+        self.goes_on(decision)
         self._curves.text("route_by", decision.verdict, brought.step)
         ends = {"gain": brought.gain, "low": brought.low, "high": brought.high}
         self._curves.numbers("brought", ends, brought.step)

@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 
 from torchrec_hilomoe.hilomoe.monitor import LayerLoad
-from torchrec_hilomoe.training.checkpoint import Saved
+from torchrec_hilomoe.training.checkpoint import RoutingDecision, Saved
 from torchrec_hilomoe.training.log.run_log import RunLog
 from torchrec_hilomoe.training.metrics import Metrics
 
@@ -35,6 +35,17 @@ def log(tmp_path):
     log = RunLog(tmp_path, 100, 0, enabled=True)
     yield log
     log.close()
+
+
+def test_a_report_that_is_lost_is_told_and_the_run_goes_on(log, tmp_path, caplog):
+    decision = RoutingDecision(step=3, route_by=None, gains=(), verdict="nothing decides")
+    log.goes_on(decision)
+    assert not (tmp_path / "probe.json").exists()
+    (tmp_path / "probe.json").write_text("{")
+    with caplog.at_level("INFO", logger="torchrec_hilomoe"):
+        log.goes_on(decision)
+    assert "probe.json" in caplog.text
+    assert (tmp_path / "probe.json").read_text() == "{"
 
 
 def test_a_line_has_every_metric_and_null_where_there_is_none(log, tmp_path, caplog):
