@@ -162,6 +162,45 @@ def test_another_number_of_ranks_may_go_on_in_the_window(whole, deciding, tmp_pa
     assert found.route_by[0] == ("kind",)
 
 
+@pytest.mark.parametrize(
+    ("step", "options", "message"),
+    [
+        (
+            12,
+            ["--model.hilomoe.num_layers=2"],
+            "model.hilomoe.num_layers is 2, but the run has chosen the views of 3 expert layers at "
+            "step 10, by route_by auto. Set it back to 3, or give another --out_dir.",
+        ),
+        (
+            8,
+            ["--seed=5", "--model.hilomoe.num_experts=2", "--model.hilomoe.sites=[all]"],
+            "seed is 5 (was 0), model.hilomoe.num_experts is 2 (was 4), model.hilomoe.sites is "
+            "[all] (was [head]), but what route_by auto has heard by step 8 is for what was, and "
+            "it has not decided yet. Set it back, or give another --out_dir.",
+        ),
+        pytest.param(
+            8,
+            ["--model.hilomoe.rank=2"],
+            "model.hilomoe.rank is 2 (was 4), but what route_by auto has heard",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["layers", "heard for others", "rank"],
+)
+def test_other_experts_are_refused_by_the_options_that_changed(
+    whole, deciding, step, options, message, tmp_path
+):
+    out, ranks = whole
+    name = f"checkpoints/step_{step}"
+    shutil.copytree(out / name, tmp_path / name)
+    ended = run_app(
+        f"--out_dir={tmp_path}", *AUTO, f"--data.path={deciding}", *options, ranks=ranks
+    )
+    assert [rank.code for rank in ended] == [2] * ranks
+    for rank in ended:
+        assert f"error: {message}" in " ".join(rank.shown.split()), rank.shown
+
+
 def test_a_checkpoint_is_evaluated_with_what_was_chosen(whole, tmp_path):
     out, _ = whole
     file = tmp_path / "result.json"

@@ -168,7 +168,7 @@ class Trainer:
         if "window" in loaded.rank_state:
             self._steps.load_state_dict(loaded.rank_state)
         if self._auto is not None:
-            self._auto.load_state_dict(loaded.rank_state.get("probe", {}))
+            self._auto.load_state_dict(loaded.rank_state.get("probe", {}), saved)
         self.position = progress.position
         if progress.schedule and (
             problem := misfit(progress.schedule, StageTimelineState, "schedule")

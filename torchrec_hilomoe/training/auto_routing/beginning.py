@@ -43,13 +43,16 @@ def find_before(
         context: This process among the ranks.
 
     Raises:
-        ValueError: If the run has gone beyond the step at which it should have been found.
+        ValueError: If the run has gone beyond the step at which it should have been found, or was
+            found for another number of layers.
     """
     decision = None
     if progress is not None:
         decision = _still_stands(progress, window)
         if decision is None:
             _refuse_undecided(progress, window)
+        else:
+            _refuse_other_layers(decision, config.model.hilomoe.num_layers)
     if decision is not None or not window.aside:
         return Found(decision=decision)
     aside = "trained aside" if config.init_from is None else f"taken from {config.init_from}"
@@ -73,6 +76,17 @@ def _still_stands(progress: Progress, window: Window) -> RoutingDecision | None:
         decision.verdict,
     )
     return decision
+
+
+def _refuse_other_layers(decision: RoutingDecision, layers: int) -> None:
+    """Refuse to go on with other expert layers than views were chosen for."""
+    if decision.route_by is not None and len(decision.route_by) != layers:
+        chosen = len(decision.route_by)
+        raise ValueError(
+            f"model.hilomoe.num_layers is {layers}, but the run has chosen the views of {chosen} "
+            f"expert layers at step {decision.step}, by route_by auto. Set it back to {chosen}, or "
+            "give another --out_dir."
+        )
 
 
 def _refuse_undecided(progress: Progress, window: Window) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.data.batch import CTRBatch
 from torchrec_hilomoe.hilomoe import CannotJudgeError, ProbeReport, remove_hilomoe, sites_of
@@ -25,7 +26,7 @@ from torchrec_hilomoe.training.auto_routing.decision import (
 )
 from torchrec_hilomoe.training.auto_routing.listening import probe_of, run_unchanged
 from torchrec_hilomoe.training.auto_routing.window import WANTED_ROWS, Window
-from torchrec_hilomoe.training.checkpoint import RoutingDecision
+from torchrec_hilomoe.training.checkpoint import Checkpoint, RoutingDecision
 
 __all__ = ["AutoRouting"]
 
@@ -191,10 +192,44 @@ class AutoRouting:
             if first or not name.startswith("shared.")
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
-        if self._probe is not None:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], saved: Checkpoint) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        Args:
+            state_dict: What was heard.
+            saved: The checkpoint that it is of.
+
+        Raises:
+            ValueError: If it was heard for other experts, or with another seed.
+        """
+        if self._probe is not None and state_dict:
+            _refuse_changed(self._config, saved)
             self._probe.load_state_dict(state_dict)
+
+
+def _refuse_changed(config: RunConfig, saved: Checkpoint) -> None:
+    """Refuse options that what was heard depends on, if they are others now."""
+    if not saved.has("config.yaml"):
+        return
+    text, where = saved.document("config.yaml"), f"{saved.path}/config.yaml"
+    now, before = _heard_for(config), _heard_for(parse_saved(text, where=where).config)
+    changed = [name for name, value in now.items() if value != before[name]]
+    if changed:
+        told = ", ".join(f"{name} is {now[name]} (was {before[name]})" for name in changed)
+        raise ValueError(
+            f"{told}, but what route_by auto has heard by step {saved.progress.step} is for what "
+            "was, and it has not decided yet. Set it back, or give another --out_dir."
+        )
+
+
+def _heard_for(config: RunConfig) -> dict[str, str]:
+    experts = config.model.hilomoe
+    return {
+        "seed": str(config.seed),
+        "model.hilomoe.num_experts": str(experts.num_experts),
+        "model.hilomoe.rank": str(experts.rank),
+        "model.hilomoe.sites": f"[{', '.join(experts.sites)}]",
+    }
 
 
 def _gpus(model: DistributedModelParallel) -> list[torch.device]:
