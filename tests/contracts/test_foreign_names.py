@@ -199,8 +199,12 @@ USES = {
         there="torch.nn.parallel.DistributedDataParallel._get_active_ddp_module",
     ),
     "_version": Use(
-        why="whether an optimizer has written a parameter, without a copy of it",
-        files=("torchrec_hilomoe/hilomoe/host_watch.py",),
+        why="whether a parameter, or what a site has read, was written since, without a copy of it",
+        files=(
+            "torchrec_hilomoe/hilomoe/host_watch.py",
+            "torchrec_hilomoe/hilomoe/probe/heard.py",
+            "torchrec_hilomoe/hilomoe/probe/listener.py",
+        ),
         there="torch.Tensor._version",
     ),
     "_are_functorch_transforms_active": Use(

@@ -99,8 +99,8 @@ class EventHost(nn.Module):
         sums = self.features(ids_B2, number_B1).sum(dim=1)
         if self.jagged:
             offsets = self.offsets(torch.arange(len(ids_B2) + 1) * 3)
-            up = torch.relu(self.up(events.flatten(0, 1)))
+            up = nn.functional.leaky_relu(self.up(events.flatten(0, 1)))
             up = torch.segment_reduce(up, "sum", offsets=offsets)
         else:
-            up = torch.relu(self.up(events)).sum(dim=1)
+            up = nn.functional.leaky_relu(self.up(events)).sum(dim=1)
         return self.last(up).squeeze(1) + 0 * sums

@@ -15,6 +15,7 @@ from tests.helpers.probed_hosts import (
     probed,
     steps,
 )
+from torchrec_hilomoe.hilomoe import LossTerms
 
 
 def test_a_feature_with_one_value_cannot_be_judged():
@@ -56,6 +57,10 @@ def test_refuses_to_fit_after_rows_have_judged():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"features": None}, r"must say which columns .* got None. Give a mapping"),
+        ({"features": ["a", "b"]}, r"must say which columns .* got \['a', 'b'\]"),
+        ({"features": {"a": [0, 1], "b": range(4)}}, r"'a' is \[0, 1\], but .* range of columns"),
+        ({"features": {1: range(4), 2: range(4)}}, r"1 is range\(0, 4\), but a feature has a name"),
         ({"features": {"a": range(4)}}, r"features must be two at least.*got \['a'\].*Name"),
         ({"features": {"a": range(4), "b": range(3, 3)}}, r"'b' is range\(3, 3\).*not empty"),
         ({"features": FEATURES | {"random": range(9, 10)}}, r"'random' is the name of a control"),
@@ -119,7 +124,28 @@ def test_refuses_rows_of_which_nobody_knows_whose_they_are():
     model = EventHost(jagged=True)
     probe = probe_of(model, sites=["up"])
     (ids, number, _), clicks = make_batch(0, rows=64)
-    with probe.fit():
-        loss = F.binary_cross_entropy_with_logits(model(ids, number, torch.randn(64, 3, 6)), clicks)
-        with pytest.raises(ValueError, match=r"64 samples.*'up' has shape \(192, 6\).*tokens"):
-            loss.backward()
+    with (
+        pytest.raises(ValueError, match=r"64 samples.*'up' has shape \(192, 6\).*tokens"),
+        probe.fit(),
+    ):
+        F.binary_cross_entropy_with_logits(
+            model(ids, number, torch.randn(64, 3, 6)), clicks
+        ).backward()
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (None, r"loss_terms must return LossTerms, got None"),
+        (LossTerms(weights=torch.ones(255)), r"256 samples, but weights have shape \(255,\)"),
+        (LossTerms(weights=torch.ones(256, 1)), r"256 samples, but weights have shape \(256, 1\)"),
+        (LossTerms(denominator=0.0), r"denominator must be above 0 and finite, got 0.0"),
+    ],
+)
+def test_refuses_terms_of_another_loss(terms, message):
+    model = build()
+    with (
+        pytest.raises(ValueError, match=message),
+        probe_of(model, loss_terms=lambda *_: terms).fit(),
+    ):
+        steps(model, [0])

@@ -43,12 +43,22 @@ def check_experts(num_experts: int) -> None:
 
 def check_features(features: Mapping[str, range]) -> None:
     """Refuse features that cannot be ranked."""
+    if not isinstance(features, Mapping):
+        raise ValueError(
+            f"InteractionProbe.features must say which columns of the query each feature is, got "
+            f"{features!r}. Give a mapping such as {{'item': range(0, 16), 'hour': range(16, 32)}}."
+        )
     if len(features) < 2:
         raise ValueError(
             f"InteractionProbe.features must be two at least, since a ranking of one says nothing; "
             f"got {list(features)}. Name the columns of more features."
         )
     for name, part in features.items():
+        if not isinstance(name, str) or not isinstance(part, range):
+            raise ValueError(
+                f"InteractionProbe.features: {name!r} is {part!r}, but a feature has a name and a "
+                "range of columns. Write it as 'item': range(0, 16)."
+            )
         if name in (ALL, RANDOM, WIDER):
             raise ValueError(
                 f"InteractionProbe.features: {name!r} is the name of a control, beside which "

@@ -4,6 +4,7 @@ Shape legend: as in `probe`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn, Tensor
@@ -27,6 +28,9 @@ from torchrec_hilomoe.hilomoe.ranks import RankGroup
 __all__ = ["ROWS_OF_A_BUCKET", "SiteSums"]
 
 ROWS_OF_A_BUCKET = 32  # fewer say nothing about a bucket's mean
+DIRECTIONS = 8
+# A mean's square that is so many times the widest column's variance leaves that 16 bits of 24.
+FAR = 2.0**8
 
 
 class SiteSums:
@@ -77,15 +81,34 @@ class SiteSums:
         paid = config.num_layers * config.num_experts * config.rank
         self._wider = Wider(paid, *widths, blocks, seed, device, units=hidden)
         self.held_out: HeldOutSums | None = None
-        self._seen = torch.zeros(2, dtype=torch.float64, device=device)  # held-out samples, rows
+        # Held-out samples and rows, those of them that tell something, and how alike the rows of a
+        # sample are: see `_alike`.
+        self._seen = torch.zeros(6, dtype=torch.float64, device=device)
+        self.unheard = 0  # passes of this rank whose gradient was not finite
 
-    def add(self, rows: BucketRows, samples: int, number: int, *, judge: bool) -> None:
-        """Add the rows of a pass, by its number among those that were heard."""
-        seen = len(rows.x_ND)
-        if self._thin and seen > samples:
+    def add(self, rows: BucketRows, size: tuple[int, int], number: int, *, judge: bool) -> None:
+        """Add the rows of a pass.
+
+        Args:
+            rows: Those that tell something.
+            size: Samples and rows that the site computed.
+            number: Of the pass, among those that were heard.
+            judge: Whether they judge.
+        """
+        samples, seen = rows.samples, len(rows.x_ND)
+        if judge:
+            self._seen += self._seen.new_tensor([*size, samples, seen, *self._alike(rows)])
+        if _is_far_from_zero(rows.x_ND):
+            rows = replace(
+                rows,
+                x_ND=rows.x_ND.double(),
+                delta_NO=rows.delta_NO.double(),
+                weight_N=rows.weight_N.double(),
+            )
+        step = round(seen / samples) if samples else 1
+        if self._thin and step > 1:
             # Where histories have one length a step is one, so every pass begins at another
             # position; passes of a position go to all blocks.
-            step = seen // samples
             rows = rows.every(step, first=number // self._blocks % step)
         block = number % self._blocks if judge else None
         rows = rows.sketched(self._sketch, self._seed)
@@ -98,8 +121,25 @@ class SiteSums:
             assert self.held_out is not None
             self.held_out.add(rows, block)
             self._wider.judge(rows.x_ND, rows.delta_NO, rows.weight_N, block)
-        if block is not None:
-            self._seen += self._seen.new_tensor([samples, seen])
+
+    def _alike(self, rows: BucketRows) -> tuple[float, float]:
+        """Over random directions, the squares of what samples say, and of what their rows say.
+
+        What a row says is ``delta x^T``. The rows of a sample that say all the same are as good as
+        one, and those that have nothing to do with each other count each.
+        """
+        if rows.sample_N is None or not len(rows.x_ND):
+            return 0.0, 0.0
+        generator = torch.Generator().manual_seed(self._seed + 3)
+        left_OW, right_DW = (
+            torch.randn(side.shape[1], DIRECTIONS, generator=generator).to(side)
+            for side in (rows.delta_NO, rows.x_ND)
+        )
+        said_NW = (rows.delta_NO @ left_OW) * ((rows.x_ND - rows.x_ND.mean(dim=0)) @ right_DW)
+        _, sample_N = rows.sample_N.unique(return_inverse=True)
+        of_samples_BW = said_NW.new_zeros(int(sample_N.max()) + 1, DIRECTIONS)
+        of_samples_BW.index_add_(0, sample_N, said_NW)
+        return float(of_samples_BW.square().sum()), float(said_NW.square().sum())
 
     def check_fit(self) -> None:
         """Refuse too few rows that fit, and add up nothing yet; a collective call.
@@ -108,6 +148,12 @@ class SiteSums:
             ValueError: The same on every rank.
         """
         rows = self._of_all_ranks(self.fit.rows)
+        if not rows and self.unheard:
+            raise ValueError(
+                f"InteractionProbe.sites: {self.name!r} had gradients in {self.unheard} passes "
+                "while the probe fitted, and none was finite, so they tell nothing. Look for what "
+                "is not a number in the model's inputs, or lower the loss's scale."
+            )
         if not rows:
             raise ValueError(
                 f"InteractionProbe.sites: {self.name!r} had no gradient in a backward pass "
@@ -148,12 +194,15 @@ class SiteSums:
         weight_KE = self.fit.weight_KE if self.pairs is None else self.pairs.weight_KE
         used_K = (weight_KE > 0).sum(dim=1).tolist()
         units = self._buckets.units_of
-        samples, seen = self._seen.tolist()
+        samples, seen, told_samples, told, of_samples, of_rows = self._seen.tolist()
+        rows_per_sample = told / max(1.0, told_samples)
+        alike = of_samples / of_rows if of_rows else 1.0
         return Evidence(
             site=self.name,
             in_features=self.module.in_features,
             out_features=self.module.out_features,
             rows_per_sample=seen / samples,
+            independent_rows=rows_per_sample / min(max(1.0, alike), max(1.0, rows_per_sample)),
             held_out=judged,
             wider=wider,
             fit_rows=int(self.fit.rows if self.pairs is None else self.pairs.trained_rows),
@@ -203,6 +252,17 @@ class SiteSums:
         for name, tensor in self.sums().items():
             if name in sums:
                 tensor.copy_(sums[name])
+
+
+def _is_far_from_zero(x_ND: Tensor) -> bool:
+    """Whether sums in 32 bits lose what columns vary by, since means are so much larger.
+
+    Columns that vary little beside the widest are not looked at: see `interactions.KEPT`.
+    """
+    if x_ND.dtype == torch.float64 or len(x_ND) < 2:
+        return False
+    variance_D, mean_D = torch.var_mean(x_ND, dim=0)
+    return bool(mean_D.square().max() > FAR * variance_D.max())
 
 
 def _named(prefix: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ Shape legend:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import distributed as dist
@@ -35,6 +35,7 @@ __all__ = [
     "Statistics",
     "add_over_ranks",
     "inverse_root",
+    "joined",
     "signed_gain",
 ]
 
@@ -52,12 +53,16 @@ class BucketRows:
         delta_NO: Gradients of each row's own loss, times its weight.
         weight_N: Weights, above 0.
         buckets: Where each unit puts each row.
+        sample_N: Whose each row is; None where a row is a sample.
+        samples: Of how many samples the rows are.
     """
 
     x_ND: Tensor
     delta_NO: Tensor
     weight_N: Tensor
     buckets: "Buckets"
+    sample_N: Tensor | None = None
+    samples: int = 0
 
     def sketched(self, width: int, seed: int) -> "BucketRows":
         """Project both sides at random to ``width``, the same way for all rows, if wider."""
@@ -70,20 +75,45 @@ class BucketRows:
 
     def at(self, rows: slice | Tensor) -> "BucketRows":
         """Keep some rows, by their indices or a mask."""
-        return BucketRows(
+        return replace(
+            self,
             x_ND=self.x_ND[rows],
             delta_NO=self.delta_NO[rows],
             weight_N=self.weight_N[rows],
             buckets=self.buckets.at(rows),
+            sample_N=None if self.sample_N is None else self.sample_N[rows],
         )
+
+
+def joined(calls: Sequence[BucketRows]) -> BucketRows:
+    """The rows of all calls of a site in one pass; of several, a sample has a row in each."""
+    if len(calls) == 1:
+        return calls[0]
+    samples = [torch.arange(len(it.x_ND), device=it.x_ND.device) for it in calls]
+    samples = [
+        own if it.sample_N is None else it.sample_N for own, it in zip(samples, calls, strict=True)
+    ]
+    return replace(
+        calls[0],
+        x_ND=torch.cat([it.x_ND for it in calls]),
+        delta_NO=torch.cat([it.delta_NO for it in calls]),
+        weight_N=torch.cat([it.weight_N for it in calls]),
+        buckets=Buckets(
+            torch.cat([it.buckets.bucket_KN for it in calls], dim=1), calls[0].buckets.experts
+        ),
+        sample_N=torch.cat(samples),
+    )
 
 
 def _projected(values_NW: Tensor, width: int, seed: int) -> Tensor:
     W = values_NW.shape[1]
-    if width >= W:
-        return values_NW
+    return values_NW if width >= W else values_NW @ _projection(W, width, seed).to(values_NW)
+
+
+@lru_cache(maxsize=64)
+def _projection(W: int, width: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return values_NW @ (torch.randn(W, width, generator=generator) / math.sqrt(width)).to(values_NW)
+    return torch.randn(W, width, generator=generator) / math.sqrt(width)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
 """`InteractionProbe`: find out in a host's own loop by which features experts should be routed.
 
 What a model cannot express shows in its gradients before any expert is trained (`interactions`).
-The probe hears them through hooks: a site's input and the gradient by its output, and the output of
-the module that is a sample's query. Outside of `InteractionProbe.fit` and `InteractionProbe.judge`
-it does nothing and costs nothing.
+The probe hears them through hooks (`listener`). Outside of `InteractionProbe.fit` and
+`InteractionProbe.judge` it does nothing and costs nothing.
 
 Shape legend:
     B  samples     N  rows of a site: samples, or their events     D  input width
@@ -14,13 +13,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import distributed as dist
-from torch import fx, nn, Tensor
+from torch import nn, Tensor
 
 from torchrec_hilomoe.hilomoe.config import HiLoMoEConfig
 from torchrec_hilomoe.hilomoe.module_names import check_module
@@ -34,10 +31,10 @@ from torchrec_hilomoe.hilomoe.probe.checks import (
 )
 from torchrec_hilomoe.hilomoe.probe.gathered import SiteSums
 from torchrec_hilomoe.hilomoe.probe.heard import HeardPass, LossTerms
+from torchrec_hilomoe.hilomoe.probe.listener import PassListener
 from torchrec_hilomoe.hilomoe.probe.report import ProbeReport
 from torchrec_hilomoe.hilomoe.probe.verdict import conclude
 from torchrec_hilomoe.hilomoe.ranks import RankGroup
-from torchrec_hilomoe.hilomoe.router import query_of
 from torchrec_hilomoe.hilomoe.selectors import Selector
 
 __all__ = ["InteractionProbe"]
@@ -63,7 +60,8 @@ class InteractionProbe:
         sites: As for ``inject_hilomoe``: patterns, types or predicates, of ``nn.Linear`` or sites.
         query_module: Qualified name of the module whose output, ``(samples, ...)``, has the
             features; flattened to ``(samples, columns)``, or a ``KeyedTensor``.
-        features: For each feature, its columns in that output; two features at least.
+        features: For each feature, its columns in that output; two features at least. One of a
+            single column is a number, parted at the quantiles of the first pass that is heard.
         query_entry: Key or index of the query in that output, where it is a dict or a tuple.
         tokens: For sites that see the events of all samples in one list: name pattern to the
             module whose output, ``(samples + 1,)``, says where each sample's begin.
@@ -157,9 +155,7 @@ class InteractionProbe:
         check_features(features)
         check_experts(config.num_experts)
         self._model, self._config, self._features = model, config, dict(features)
-        self._query_module, self._query_entry = query_module, query_entry
-        self._loss_terms = loss_terms
-        self._token_modules = tuple(dict.fromkeys(tokens.values()))
+        self._query_module = query_module
         self._draws, self._blocks, self._sketch, self._seed = draws, blocks, sketch, seed
         self._every, self._group = every, RankGroup.of(process_group, "InteractionProbe")
         self._hidden, self._thin_events, self._paired = hidden, thin_events, paired
@@ -168,12 +164,19 @@ class InteractionProbe:
             name: next((t for p, t in tokens.items() if fnmatchcase(name, p)), None)
             for name in self._modules
         }
+        self._listener = PassListener(
+            model,
+            query_module,
+            query_entry,
+            self._tokens,
+            loss_terms,
+            every=every,
+            prepare=self._prepare,
+            add=self._add,
+        )
         self._sites: list[SiteSums] = []  # from the first pass that is heard
         self._buckets: FeatureBuckets | None = None
-        self._handles: list[Any] = []
-        self._pass: HeardPass | None = None
         self._phase = "idle"
-        self._passes = 0
         self._settled = False
         self._report: ProbeReport | None = None
 
@@ -184,6 +187,7 @@ class InteractionProbe:
         Raises:
             ValueError: If rows have judged already.
         """
+        self._check_idle("fit")
         if self._settled and not self._paired:
             raise ValueError(
                 "InteractionProbe.fit: rows have judged already, and what they judged must not "
@@ -199,6 +203,7 @@ class InteractionProbe:
         Raises:
             ValueError: If too few rows have fit, or a site, or the query, has not run.
         """
+        self._check_idle("judge")
         if not self._paired:
             self._settle()
         with self._listening("judge"):
@@ -257,78 +262,39 @@ class InteractionProbe:
 
     @contextmanager
     def _listening(self, phase: str) -> Iterator[None]:
-        model = self._model
         self._phase = phase
-        self._handles = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.get_submodule(self._query_module).register_forward_hook(self._hear_query),
-            *(
-                model.get_submodule(name).register_forward_hook(partial(self._hear_offsets, name))
-                for name in self._token_modules
-            ),
-            *(
-                module.register_forward_hook(partial(self._hear_site, name), with_kwargs=True)
-                for name, module in self._modules.items()
-            ),
-        ]
         try:
-            yield
+            with self._listener:
+                yield
         finally:
-            for handle in self._handles:
-                handle.remove()
-            self._phase, self._handles, self._pass = "idle", [], None
+            self._phase = "idle"
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model."""
-        self._pass = None
-        if torch.is_grad_enabled():
-            if self._passes % self._every == 0:
-                self._pass = HeardPass(self._passes // self._every, args, kwargs)
-            self._passes += 1
+    def _check_idle(self, phase: str) -> None:
+        if self._phase != "idle":
+            raise ValueError(
+                f"InteractionProbe.{phase}: begun inside of probe.{self._phase}(), and rows either "
+                "fit or judge. End that first."
+            )
 
-    @torch.no_grad()
-    def _hear_query(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook of the query's module; FX traces it with a proxy."""
-        if self._pass is None or isinstance(output, fx.Proxy):
-            return
-        query_BQ = query_of(output, self._query_entry).detach()
+    def _prepare(self, query_BQ: Tensor) -> bool:
+        """Begin with the first query, and say whether its samples can be put into buckets."""
         if self._buckets is None:
             check_columns(self._features, self._query_module, query_BQ.shape[1])
             self._buckets = self._start(query_BQ.device)
-        if self._buckets.prepare(query_BQ):
-            self._pass.query_BQ = query_BQ.clone()  # a host may go on to change it in place
+        return self._buckets.prepare(query_BQ)
 
-    def _hear_offsets(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """Forward hook of a module that says whose the events of a list are."""
-        if self._pass is not None and isinstance(output, Tensor):
-            self._pass.offsets[name] = output
-
-    def _hear_site(
-        self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        """Forward hook of a site."""
-        if self._pass is None or not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        output.register_hook(partial(self._hear_gradient, name, self._pass, x.detach()))
-
-    @torch.no_grad()
-    def _hear_gradient(self, name: str, heard: HeardPass, x: Tensor, gradient: Tensor) -> None:
-        """Hook of a site's output: add the pass to the sums."""
-        if self._phase == "idle" or heard.query_BQ is None or len(heard.query_BQ) == 0:
-            return
-        # A scaled loss that overflowed tells nothing. To ask each number takes ten times as long.
-        if gradient.numel() and not bool(gradient.abs().max().isfinite()):
-            return
-        if heard.buckets is None:
-            assert self._buckets is not None
-            heard.buckets = self._buckets(heard.query_BQ, heard.number)
-            if self._loss_terms is not None:
-                heard.terms = self._loss_terms(*heard.args, **heard.kwargs)
-        site = next(site for site in self._sites if site.name == name)
-        with torch.autocast(x.device.type, enabled=False):  # a backward pass may be inside of one
-            rows = heard.rows(name, site.tokens, x, gradient)
-            site.add(rows, heard.samples, heard.number, judge=self._phase == "judge")
+    def _add(self, heard: HeardPass) -> None:
+        """Add a pass to the sums."""
+        assert self._buckets is not None
+        for query in heard.queries():
+            if query.buckets is None:
+                query.buckets = self._buckets(query.query_BQ, heard.number)
+        for site in self._sites:
+            site.unheard += heard.not_finite.count(site.name)
+            rows = heard.rows(site.name, of_events=site.tokens is not None)
+            if rows is not None:
+                judge = self._phase == "judge"
+                site.add(rows, heard.size(site.name), heard.number, judge=judge)
 
     def _start(self, device: torch.device) -> FeatureBuckets:
         """Begin the sums, also where this rank will have no row."""
@@ -383,9 +349,10 @@ class InteractionProbe:
         """
         if self._buckets is None:
             return {}
+        self._listener.add_heard()
         state = {
             "shared.made_for": torch.tensor(list(self._made_for().encode()), dtype=torch.uint8),
-            "shared.passes": torch.tensor([self._passes, int(self._settled)]),
+            "shared.passes": torch.tensor([self._listener.passes, int(self._settled)]),
         }
         for at, edges in enumerate(self._buckets.edges()):
             state[f"shared.edges.{at}"] = edges
@@ -433,7 +400,7 @@ class InteractionProbe:
         device = next(iter(self._modules.values())).weight.device
         self._buckets = self._start(device)
         passes, settled = state_dict["shared.passes"].tolist()
-        self._passes, self._settled = passes, bool(settled)
+        self._listener.passes, self._settled = passes, bool(settled)
         edges = _below("shared.edges.", state_dict)  # whoever kept them may have sorted names
         self._buckets.take_edges([edges[str(at)].to(device) for at in range(len(edges))])
         for at, site in enumerate(self._sites):

@@ -49,6 +49,7 @@ class Evidence:
     in_features: int
     out_features: int
     rows_per_sample: float
+    independent_rows: float  # of a sample: as many say something of their own
     held_out: HeldOutSums | PairSums
     wider: Wider | None
     fit_rows: int
@@ -75,7 +76,8 @@ def conclude(
         CannotJudgeError: If nothing can be said of any feature.
     """
     not_judged = {
-        name: "all rows are in one bucket, so it has one value, or no spread"
+        name: "all rows are in one bucket: it has one value, or its values are so alike that keys "
+        "which have not learned do not part them"
         for name in names
         if name not in (ALL, RANDOM) and all(site.buckets_in_use[name] <= 1 for site in evidence)
     }
@@ -102,7 +104,7 @@ def conclude(
     ranked = sorted((g for name in judged for g in gains[name]), key=lambda g: -g.gain)
     by_sample = {
         name: [
-            _times(gain, site.rows_per_sample) for gain, site in zip(found, evidence, strict=True)
+            _times(gain, site.independent_rows) for gain, site in zip(found, evidence, strict=True)
         ]
         for name, found in gains.items()
     }
@@ -239,7 +241,7 @@ def _choose(
                 for draw in range(draws)
             ]
             gains = [_joint(found, of_draw) for of_draw in units]
-            of_sites.append(site.rows_per_sample * sum(gains) / draws)
+            of_sites.append(site.independent_rows * sum(gains) / draws)
         return max(of_sites)
 
     layers: list[LayerChoice] = []
