@@ -157,6 +157,7 @@ def test_a_router_is_not_told_to_choose_by_itself():
     "other",
     [
         {"features": {"b": FEATURES["a"], "a": FEATURES["b"], "number": FEATURES["number"]}},
+        {"features": dict(reversed(FEATURES.items()))},  # the same, in another order
         {"seed": 5},
         {"blocks": 3},
         {"draws": 2},
@@ -171,7 +172,9 @@ def test_the_state_of_another_probe_is_refused(other):
     probe = probe_of(model)
     listen(probe, model, 0, FIT)
     again = probe_of(model, **other)
-    with pytest.raises(ValueError, match=r"the state is of a probe of .*, but this one is of "):
+    (option,) = other
+    named = {"config": "num_layers was 2 and is 1"}.get(option, f"{option} was .* and is ")
+    with pytest.raises(ValueError, match=rf"state is of another probe: {named}.*\. Make the probe"):
         again.load_state_dict(probe.state_dict())
     assert not again.state_dict()
 

@@ -393,9 +393,15 @@ class InteractionProbe:
             return
         theirs, own = bytes(state_dict["shared.made_for"].tolist()).decode(), self._made_for()
         if theirs != own:
+            saved, here = json.loads(theirs), json.loads(own)
+            pairs = {n: (json.dumps(saved.get(n)), json.dumps(here.get(n))) for n in here | saved}
+            others = [
+                f"{n} was {was} and is {now}" for n, (was, now) in pairs.items() if was != now
+            ]
             raise ValueError(
-                f"InteractionProbe.load_state_dict: the state is of a probe of {theirs}, but this "
-                f"one is of {own}. Make the probe as that one was, or begin to listen anew."
+                f"InteractionProbe.load_state_dict: the state is of another probe: "
+                f"{', '.join(others)}. Make the probe as that one was, or load no state and listen "
+                "anew."
             )
         device = next(iter(self._modules.values())).weight.device
         self._buckets = self._start(device)
