@@ -151,6 +151,21 @@ def test_mistakes_end_in_one_message(plain, argv, message):
     assert re.search(message, shown), shown
 
 
+@pytest.mark.slow
+def test_steps_before_init_from_count_too(plain, tmp_path):
+    """They do when that run is gone on with, and when another one begins with it."""
+    began, given = plain, (*SMALL[3:], "--model.hilomoe=null", "--model.dropout=0.0")
+    for steps, age in ((2, 8), (3, 11)):
+        out = tmp_path / str(age)
+        for longer in (1, steps):
+            train(out, *given, f"--init_from={began}", f"--train.max_steps={longer}")
+        began = out / "checkpoints" / f"step_{steps}"
+        argv = ["--checkpoint", began, *BRIEF[1:]]
+        ((code, shown),) = run_ranks(probe, 1, argv, joined=False)
+        assert code == 0, shown
+        assert f"loaded {began}, a model of {age} steps" in shown
+
+
 def test_what_may_differ_from_the_checkpoint_is_named_as_it_says(plain):
     argv = ["--checkpoint", plain, *BRIEF[1:], "--model.head=[16,4]"]
     ((code, shown),) = run_ranks(probe, 1, argv, joined=False)

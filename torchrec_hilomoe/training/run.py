@@ -183,6 +183,7 @@ def _run_in(
                 with_optimizer=with_optimizer,
                 allow_missing=config.allow_missing,
             )
+            trainer.steps_before = began.age
             log.say(began.text())
         if trainer.is_complete and folder.is_tested():
             log.say(f"{folder.path} is complete{trainer.how_to_train_longer()}")

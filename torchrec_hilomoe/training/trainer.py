@@ -82,6 +82,7 @@ class Trainer:
 
     Attributes:
         position: Position in the training data, from which it goes on.
+        steps_before: Steps that the model had learned for when the run began with it.
         samples_per_second: Rows of all ranks over the seconds spent in training steps.
     """
 
@@ -103,6 +104,7 @@ class Trainer:
         absent = 0 if auto is None else auto.absent_layers
         self._driver = StageDriver(model, timeline, optimizers, layers_to_come=absent)
         self.position: LoaderState | None = None
+        self.steps_before = 0
         self._optimizers = optimizers
         self._timeline = timeline
         self._intervals = intervals
@@ -169,7 +171,7 @@ class Trainer:
             self._steps.load_state_dict(loaded.rank_state)
         if self._auto is not None:
             self._auto.load_state_dict(loaded.rank_state.get("probe", {}), saved)
-        self.position = progress.position
+        self.position, self.steps_before = progress.position, progress.steps_before
         if progress.schedule and (
             problem := misfit(progress.schedule, StageTimelineState, "schedule")
         ):
@@ -387,6 +389,7 @@ class Trainer:
             schedule=self._timeline.state_dict(self.step),
             decision=self.decision,
             to_validate=self._to_validate,
+            steps_before=self.steps_before,
         )
         heard = {} if self._auto is None else {"probe": self._auto.state_dict()}
         state = training_state(self.model, self._optimizers)

@@ -40,6 +40,7 @@ class WarmStart:
         fresh: Names of the model's tensors that keep the values that they were drawn with: the
             experts', and those that were allowed to differ.
         given: Names of the frozen tables, which keep the vectors that came with the data.
+        age: Optimizer steps that the model had learned for.
     """
 
     path: str
@@ -48,6 +49,7 @@ class WarmStart:
     optimizer: tuple[str, ...]
     fresh: tuple[str, ...]
     given: tuple[str, ...]
+    age: int
 
     def text(self) -> str:
         """One line for the log."""
@@ -115,6 +117,7 @@ def warm_start(
         optimizer=_of("optimizer.", taken),
         fresh=_of("model.", sorted(loaded.fresh)),
         given=tuple(given),
+        age=saved.progress.age,
     )
 
 

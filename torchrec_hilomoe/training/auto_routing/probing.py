@@ -284,7 +284,7 @@ def _check_finite(loss: float, assembly: Assembly, step: int) -> None:
 
 
 def _load(path: str, config: RunConfig, assembly: Assembly) -> int:
-    """Load a checkpoint, and return the steps that it was trained for."""
+    """Load a checkpoint, and return the steps that its model was trained for, in all."""
     option = "--init_from" if path == config.init_from else "--checkpoint"
     saved = checkpoint.open(path.rstrip("/"))
     own = parse_saved(saved.document("config.yaml"), [], where=f"{saved.path}/config.yaml").config
@@ -299,8 +299,9 @@ def _load(path: str, config: RunConfig, assembly: Assembly) -> int:
     state = training_state(assembly.model, assembly.optimizers)
     allowed = (*NOT_OF_PLAIN, *config.allow_missing)
     saved.load(state, allow_missing=allowed, restore_random=False)
-    logger.info("loaded %s", path)
-    return saved.progress.step
+    age = saved.progress.age
+    logger.info("loaded %s, a model of %d steps", path, age)
+    return age
 
 
 def _run(model: DistributedModelParallel, batches: Iterable[CTRBatch]) -> tuple[float, float]:

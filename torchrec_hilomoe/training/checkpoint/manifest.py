@@ -126,6 +126,7 @@ class Progress:
         schedule: State of the stages' timeline, as JSON has it.
         decision: What ``route_by`` ``auto`` has chosen; None before it has, and without it.
         to_validate: Whether the run was stopped in the validation after this step, which is due.
+        steps_before: Optimizer steps that the model had learned for when the run began with it.
     """
 
     step: int
@@ -137,6 +138,12 @@ class Progress:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     decision: RoutingDecision | None = None
     to_validate: bool = False
+    steps_before: int = 0
+
+    @property
+    def age(self) -> int:
+        """Optimizer steps that the model has learned for, in this run and before it."""
+        return self.steps_before + self.step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +173,7 @@ PARTS = {
     "format": int,
     "files": Mapping[str, FileChecksum],
 }
-LATER = "decision", "to_validate"  # older runs do not have them
+LATER = "decision", "to_validate", "steps_before"  # older runs do not have them
 
 
 def write_manifest(folder: str, progress: Progress, files: Mapping[str, FileChecksum]) -> None:
@@ -222,7 +229,8 @@ def read_manifest(path: str | Path) -> Manifest:
             raise DocumentError(problem)
         files = {name: FileChecksum(**entry) for name, entry in raw["files"].items()}
         progress = _progress_of(raw)
-        counts = {"step": progress.step, "total_steps": progress.total_steps}
+        names = ("step", "total_steps", "steps_before")
+        counts = {name: getattr(progress, name) for name in names}
         for name, count in {**counts, **asdict(progress.position)}.items():
             if count < (name == "num_canonical_shards"):
                 raise DocumentError(f"{name} is {count}, and counts something")
@@ -251,6 +259,7 @@ def _progress_of(raw: Mapping[str, Any]) -> Progress:
         schedule=raw["schedule"],
         decision=_decision_of(raw.get("decision")),
         to_validate=raw.get("to_validate", False),
+        steps_before=raw.get("steps_before", 0),
     )
 
 
