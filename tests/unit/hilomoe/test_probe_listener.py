@@ -8,7 +8,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.probed_hosts import build, CONFIG, FEATURES, Host, make_batch, probe_of, steps
+from tests.helpers.probed_hosts import (
+    build,
+    CONFIG,
+    EventHost,
+    FEATURES,
+    Host,
+    make_batch,
+    probe_of,
+    steps,
+)
 from torchrec_hilomoe.hilomoe import LossTerms, ProbeReport
 from torchrec_hilomoe.hilomoe.probe.buckets import FeatureBuckets
 from torchrec_hilomoe.hilomoe.probe.gathered import SiteSums
@@ -109,6 +118,38 @@ def test_a_site_that_a_backward_runs_again_is_heard_once(part, step):
 def test_a_site_that_had_no_graph_at_first_is_heard_when_it_runs_again():
     want = judged(build(), one_backward)
     assert judged(checkpointed("site", use_reentrant=True), one_backward) == want
+
+
+def test_a_loss_that_overflowed_is_no_forward_without_a_backward():
+    def scaled(model: nn.Module, seed: int) -> None:
+        inputs, clicks = make_batch(seed)
+        loss = F.binary_cross_entropy_with_logits(model(*inputs), clicks)
+        (loss * (torch.inf if seed % 8 == 0 else 1.0)).backward()
+
+    model = checkpointed("site", use_reentrant=True)
+    assert judged(model, scaled).fit_rows == 7 * 256
+
+
+def test_who_says_whose_events_are_may_run_after_the_site():
+    class Late(EventHost):
+        def forward(self, ids_B2, number_B1, events):
+            self.features(ids_B2, number_B1)
+            up = F.leaky_relu(self.up(events.flatten(0, 1)))
+            up = torch.segment_reduce(
+                up, "sum", offsets=self.offsets(torch.arange(len(ids_B2) + 1) * 3)
+            )
+            return self.last(up).squeeze(1)
+
+    def step(model: nn.Module, seed: int) -> None:
+        (ids, number, free), clicks = make_batch(seed)
+        events = free.unsqueeze(1).repeat(1, 3, 1)
+        F.binary_cross_entropy_with_logits(model(ids, number, events), clicks).backward()
+
+    reports = []
+    for host in (EventHost, Late):
+        torch.manual_seed(0)
+        reports.append(judged(host(jagged=True), step, sites=["up"], tokens={"up": "offsets"}))
+    assert reports[0] == reports[1]
 
 
 def test_a_site_that_runs_again_after_another_forward_is_refused():

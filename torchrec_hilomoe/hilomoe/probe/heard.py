@@ -70,7 +70,7 @@ class SiteCall:
         x: Its input.
         version: Of the input then, which counts its changes in place.
         query: What routed it; None where the query's module runs after the site.
-        offsets: Where each sample's events begin; None if nobody said so.
+        offsets: Where each sample's events begin; None if nobody had said so.
         gradient: By its output, of all backward passes so far; None before the first.
     """
 
@@ -122,7 +122,9 @@ class HeardPass:
     @property
     def has_gradient(self) -> bool:
         """Whether a backward pass has reached a site."""
-        return any(call.gradient is not None for calls in self.calls.values() for call in calls)
+        return bool(self.not_finite) or any(
+            call.gradient is not None for calls in self.calls.values() for call in calls
+        )
 
     def queries(self) -> list[HeardQuery]:
         """By which rows are put into buckets; without those that have no sample."""
@@ -141,20 +143,20 @@ class HeardPass:
             if call.gradient is not None and query is not None and len(query.query_BQ):
                 yield call, query
 
-    def rows(self, site: str, *, of_events: bool) -> BucketRows | None:
+    def rows(self, site: str, tokens: str | None) -> BucketRows | None:
         """Undo the loss's division and weighting: each row's input and own gradient.
 
         Args:
             site: Its name.
-            of_events: Whether a module says whose its rows are.
+            tokens: The module that says whose its rows are, if it sees events.
 
         Returns:
             The rows of all calls of the site; None where no sample's gradient was heard.
         """
-        rows = [self._rows(site, *told, of_events=of_events) for told in self._told(site)]
+        rows = [self._rows(site, tokens, *told) for told in self._told(site)]
         return joined(rows) if rows else None
 
-    def _rows(self, site: str, call: SiteCall, query: HeardQuery, *, of_events: bool) -> BucketRows:
+    def _rows(self, site: str, tokens: str | None, call: SiteCall, query: HeardQuery) -> BucketRows:
         x, gradient, buckets = call.x, call.gradient, query.buckets
         assert gradient is not None
         assert buckets is not None
@@ -167,8 +169,9 @@ class HeardPass:
         weight_N = x_ND.new_ones(samples) if terms.weights is None else terms.weights.to(dtype)
         weighed_B, sample_N = weight_N > 0, None
         counts_N = weighed_B  # the others have no gradient to tell
-        if of_events or x.shape[:-1] != (samples,):  # a row is not a sample
-            sample_N = _samples(site, call, samples)
+        if tokens is not None or x.shape[:-1] != (samples,):  # a row is not a sample
+            offsets = self.offsets.get(tokens or "") if call.offsets is None else call.offsets
+            sample_N = _samples(site, x, offsets, samples)
             buckets, weight_N = buckets.at(sample_N), weight_N[sample_N]
             # What fills up a history of fewer events has none either.
             counts_N = weighed_B[sample_N] & delta_NO.any(dim=1)
@@ -183,9 +186,8 @@ class HeardPass:
         return rows if bool(counts_N.all()) else rows.at(counts_N)
 
 
-def _samples(site: str, call: SiteCall, samples: int) -> Tensor:
+def _samples(site: str, x: Tensor, offsets: Tensor | None, samples: int) -> Tensor:
     """Whose each row is."""
-    x, offsets = call.x, call.offsets
     sample_B = torch.arange(samples, device=x.device)
     if offsets is not None:
         return sample_B.repeat_interleave(offsets[1:] - offsets[:-1], output_size=x.shape[0])

@@ -291,7 +291,7 @@ class InteractionProbe:
                 query.buckets = self._buckets(query.query_BQ, heard.number)
         for site in self._sites:
             site.unheard += heard.not_finite.count(site.name)
-            rows = heard.rows(site.name, of_events=site.tokens is not None)
+            rows = heard.rows(site.name, site.tokens)
             if rows is not None:
                 judge = self._phase == "judge"
                 site.add(rows, heard.size(site.name), heard.number, judge=judge)
