@@ -132,6 +132,11 @@ def test_a_checkpoint_of_a_warm_up_is_as_good_as_a_plain_one_and_others_are_refu
             r"init_from is .*step_6, but .* Give --checkpoint .*step_6, or --init_from null",
         ),
         (["--checkpoint", "{plain}", "--init_from", "other"], r"init_from is other, but"),
+        (
+            [*SMALL, *BRIEF, "--resume", "{plain}"],
+            r"resume is .*, but .*nothing.*--checkpoint PATH",
+        ),
+        ([*SMALL, *BRIEF, "--out_dir", "kept"], r"out_dir is kept, but .*--json FILE, --plot FILE"),
         ([*SMALL, *BRIEF, "--dry_run"], r"dry_run is true, but .* Leave --dry_run out"),
         (
             [*SMALL, *BRIEF, "--train.teacher=teachers/one"],

@@ -5,7 +5,8 @@ Examples:
     python -m torchrec_hilomoe probe --checkpoint runs/plain/checkpoints/step_300 --json out.json
 
 A plain model is trained for --steps, or taken from a checkpoint; nothing is kept of it. Other flags
-are those of ``train``, but for --init_from, --dry_run and --train.teacher, which are refused.
+are those of ``train``, but for --init_from, --resume, --out_dir, --dry_run and --train.teacher:
+these are refused.
 """
 
 import argparse
@@ -90,6 +91,16 @@ def _refuse_ignored(config: RunConfig, own: RunConfig) -> None:
         raise ValueError(
             "probe: dry_run is true, but only a model that computes can be probed. Leave --dry_run "
             "out, or lower --steps, --fit_batches and --judge_batches."
+        )
+    if config.resume != own.resume:
+        raise ValueError(
+            f"probe: resume is {config.resume}, but a probe resumes nothing. Leave --resume out; "
+            "the model of a checkpoint is probed with --checkpoint PATH."
+        )
+    if config.out_dir != own.out_dir:
+        raise ValueError(
+            f"probe: out_dir is {config.out_dir}, but a probe has no folder. Say where the report "
+            "goes: --json FILE, --plot FILE."
         )
     teacher = config.train.teacher
     if teacher not in (None, own.train.teacher):
