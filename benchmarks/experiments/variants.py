@@ -182,6 +182,10 @@ def variants(data: Data) -> dict[str, dict[str, str]]:
         "head rank 4, auto": own | experts("head", 4, "sample") | AUTO,
         "head rank 4, by feature, random": own | experts("head", 4, "random") | by_feature,
         PROBED_VARIANT: own | experts("head", 4, "sample") | PROBED,
+        "head rank 4, probed, fast keys": own
+        | experts("head", 4, "sample")
+        | PROBED
+        | {"train.key_lr_scale": "10.0"},
         "head rank 4, probed, random": own | experts("head", 4, "random") | PROBED,
         "head rank 4, probed, ranked last": own | experts("head", 4, "sample") | RANKED_LAST,
         "all rank 4, probed": own | experts("all", 4, "sample") | PROBED,
