@@ -61,6 +61,14 @@ def test_a_recipe_is_trained_briefly_and_probed(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_written_is_named_with_its_option(plain):
+    pytest.importorskip("matplotlib")
+    argv = ["--checkpoint", plain, *BRIEF[1:], "--plot", "/dev/full"]
+    ((code, shown),) = run_ranks(probe, 1, argv, joined=False)
+    assert code == 2
+    assert "error: --plot /dev/full cannot be written: No space left on device." in shown
+
+
 @pytest.mark.slow
 def test_a_checkpoint_gives_the_same_report_on_any_number_of_ranks(plain, tmp_path):
     reports = []

@@ -14,7 +14,7 @@ from torchrec_hilomoe.command_line import AppParser, check_flags
 from torchrec_hilomoe.hilomoe.report_plots import draw_routing
 from torchrec_hilomoe.runtime.console import print_result, set_up_console
 from torchrec_hilomoe.runtime.distributed import init_distributed, PeerLostError
-from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
+from torchrec_hilomoe.runtime.paths import explain_unwritten, make_folders_for, write_text
 from torchrec_hilomoe.training.evaluation import evaluate_checkpoint, Evaluation
 
 
@@ -23,7 +23,8 @@ def show(found: Evaluation, arguments: argparse.Namespace) -> None:
     report = found.to_json(arguments.split)
     print_result(report)
     if arguments.out:
-        write_text(arguments.out, report + "\n")
+        with explain_unwritten("--out", arguments.out):
+            write_text(arguments.out, report + "\n")
     if arguments.plots and found.routing is None:
         print("drew nothing: no expert computes in this checkpoint's stage", file=sys.stderr)
     elif arguments.plots and found.routing is not None:

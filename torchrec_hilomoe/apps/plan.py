@@ -19,7 +19,7 @@ from torchrec_hilomoe.planning.plots import draw_plan
 from torchrec_hilomoe.planning.remedies import plan_or_explain
 from torchrec_hilomoe.planning.run_plan import plan_text
 from torchrec_hilomoe.runtime.console import print_result, set_up_console
-from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
+from torchrec_hilomoe.runtime.paths import explain_unwritten, make_folders_for, write_text
 from torchrec_hilomoe.runtime.pictures import check_picture
 from torchrec_hilomoe.training.inputs import schema_of
 
@@ -66,9 +66,11 @@ def main(argv: Sequence[str]) -> int:
             return 1
         print_result(plan_text(plan).rstrip("\n"))
         if asked.out:
-            write_text(asked.out, plan.to_json())
+            with explain_unwritten("--out", asked.out):
+                write_text(asked.out, plan.to_json())
         if asked.plot:
-            draw_plan(plan, asked.plot)
+            with explain_unwritten("--plot", asked.plot):
+                draw_plan(plan, asked.plot)
     except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

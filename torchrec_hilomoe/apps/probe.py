@@ -21,7 +21,7 @@ from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.hilomoe import draw_probe
 from torchrec_hilomoe.runtime.console import print_result, set_up_console
 from torchrec_hilomoe.runtime.distributed import init_distributed, PeerLostError, pg_timeout
-from torchrec_hilomoe.runtime.paths import make_folders_for, write_text
+from torchrec_hilomoe.runtime.paths import explain_unwritten, make_folders_for, write_text
 from torchrec_hilomoe.runtime.pictures import check_picture
 from torchrec_hilomoe.training import checkpoint
 from torchrec_hilomoe.training.auto_routing.probing import probe_run, ProbeOptions, route_flags
@@ -124,9 +124,11 @@ def main(argv: Sequence[str]) -> int:
             flags = f"\n{route_flags(config, report)}" if report.pays else ""
             print_result(report.table() + flags)
             if asked.json:
-                write_text(asked.json, json.dumps(report.to_json(), indent=2) + "\n")
+                with explain_unwritten("--json", asked.json):
+                    write_text(asked.json, json.dumps(report.to_json(), indent=2) + "\n")
             if asked.plot:
-                draw_probe(report, asked.plot)
+                with explain_unwritten("--plot", asked.plot):
+                    draw_probe(report, asked.plot)
     except (ValueError, ImportError, OSError, NonFiniteError, PeerLostError) as error:
         print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
         return 1 if isinstance(error, NonFiniteError | PeerLostError) else 2

@@ -21,6 +21,7 @@ from iopath.common.file_io import PathManager
 
 __all__ = [
     "explain_full_disk",
+    "explain_unwritten",
     "make_folders_for",
     "open_binary",
     "open_text",
@@ -126,15 +127,26 @@ def make_folders_for(files: Mapping[str, str | None]) -> None:
             ) from error
         if "://" in path:
             continue
-        try:
+        with explain_unwritten(option, path):
             with TemporaryFile(dir=folder):
                 pass
             if os.path.exists(path) and not os.access(path, os.W_OK):
                 raise PermissionError("it is read-only")
-        except OSError as error:
-            raise ValueError(
-                f"{option} {path} cannot be written: {error}. Name another place."
-            ) from error
+
+
+@contextmanager
+def explain_unwritten(option: str, path: str) -> Iterator[None]:
+    """Name the file that a user gave, and its option, where it cannot be written inside.
+
+    Raises:
+        ValueError: In place of the system's error, which may name another file, or none.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path} cannot be written: {error.strerror or error}. Name another place."
+        ) from error
 
 
 def rename(source: str, target: str) -> None:

@@ -13,6 +13,10 @@ from torchrec_hilomoe.hilomoe.probe import verdict
 from torchrec_hilomoe.hilomoe.probe.advice import advise, CONFIRM, Findings, PlainModel
 from torchrec_hilomoe.hilomoe.probe.verdict import look_again
 
+BELIEVE = (
+    "believe it after 300 or more steps (apps/probe.py: --steps; its run must have as many: "
+    "train.epochs, train.max_steps)."
+)
 LEARNED = PlainModel(loss=0.4, constant_loss=0.5, steps=300)
 
 
@@ -72,8 +76,8 @@ def test_a_model_that_has_not_learned_promises_nothing(plain, why):
     assert advice.verdict.startswith("cannot tell yet: ")
     assert why in advice.verdict
     assert advice.verdict.endswith(
-        "Probe one of more steps (apps/probe.py: --steps, in a run of as many: train.epochs, "
-        "train.max_steps; or --checkpoint of a longer run)."
+        "Probe one of more steps (apps/probe.py: --steps, and its run must have as many: "
+        "train.epochs, train.max_steps; or --checkpoint of a longer run)."
     )
 
 
@@ -118,6 +122,7 @@ def test_a_short_probe_warns(steps, warned):
     for totals in ((), (0.01,)):
         verdict = advised(*totals, plain=plain).verdict
         assert (f"trained for {steps} steps only" in verdict) == warned
+        assert (BELIEVE in verdict) == warned
         assert verdict.endswith(CONFIRM) == bool(totals)
 
 

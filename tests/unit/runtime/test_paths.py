@@ -20,6 +20,7 @@ from torchrec_hilomoe.data.prepare.movielens import prepare_movielens
 from torchrec_hilomoe.embeddings.frozen import load_frozen_tables
 from torchrec_hilomoe.embeddings.sparse_arch import SparseArch
 from torchrec_hilomoe.runtime.paths import (
+    explain_unwritten,
     make_folders_for,
     open_binary,
     open_text,
@@ -143,7 +144,20 @@ def test_folders_are_made_for_files_to_come(store, tmp_path):
     assert out.read_text() == "x"
     with pytest.raises(ValueError, match=r"--out .*/a is a folder\. Name a file"):
         make_folders_for({"--out": str(tmp_path / "a")})
-    with pytest.raises(ValueError, match=r"--plot /proc/x\.png cannot be written: .* Name another"):
+    with pytest.raises(
+        ValueError, match=r"--plot /proc/x\.png cannot be written: (?!.*tmp).*\. Name"
+    ):
         make_folders_for({"--plot": "/proc/x.png"})
     with pytest.raises(ValueError, match=r"--plot .*folder cannot be made: .*plan\.json is a file"):
         make_folders_for({"--plot": str(out / "below.png")})
+
+
+def test_a_file_that_fails_when_it_is_written_is_named_with_its_option():
+    full = "/dev/full"
+    want = r"--plot /dev/full cannot be written: No space left on device\. Name another place"
+    with (
+        pytest.raises(ValueError, match=want),
+        explain_unwritten("--plot", full),
+        open_text(full, "w") as sink,
+    ):
+        sink.write("x")

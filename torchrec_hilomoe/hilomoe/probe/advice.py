@@ -27,8 +27,8 @@ LASTING_GAIN = 5e-3
 PAIRED_GAIN = 3.3e-3
 FIXED_AT_STEPS = 300
 LONGER = (
-    "Probe one of more steps (apps/probe.py: --steps, in a run of as many: train.epochs, "
-    "train.max_steps; or --checkpoint of a longer run)."
+    "Probe one of more steps (apps/probe.py: --steps, and its run must have as many: "
+    "train.epochs, train.max_steps; or --checkpoint of a longer run)."
 )
 MORE_ROWS = (
     "Judge by more rows (apps/probe.py: --judge_batches): prepare more for validation "
@@ -108,8 +108,8 @@ def advise(found: Findings) -> Advice:
     if steps is not None and steps < FIXED_AT_STEPS:
         said.append(
             f"The plain model was trained for {steps} steps only, and gains shrink as a model "
-            f"learns: believe it after {FIXED_AT_STEPS} or more (--steps, in a run of as many: "
-            "train.epochs, train.max_steps)."
+            f"learns: believe it after {FIXED_AT_STEPS} or more steps (apps/probe.py: --steps; "
+            "its run must have as many: train.epochs, train.max_steps)."
         )
     said.append(CONFIRM if pays else "")
     return Advice(pays=pays, verdict=" ".join(filter(None, said)))
