@@ -318,6 +318,7 @@ def test_a_run_too_short_to_judge_says_so_and_is_plain(deciding, tmp_path):
     out, again, data = tmp_path / "out", tmp_path / "again", f"--data.path={deciding}"
     (ended,) = run_app(f"--out_dir={out}", *AUTO, *short, data)
     assert ended.code == 0, ended.shown
+    assert ended.shown.count("\nroute_by auto: counted with the widest features") == 1
     assert "\nfound: cannot judge: 0 rows of the 128 that 4 experts need" in ended.shown
     assert "The model stays plain." in ended.shown
     found = decision_of(out, 3)

@@ -126,6 +126,8 @@ def _run_in(
     timeline = timeline_of(config, loader.steps_per_epoch)
     total = timeline.total_steps
     found, auto = Found(decision=progress.decision if progress else None), None
+    if found.decision is None:
+        _tell_of_auto(config)
     if chooses_routing(config):
         window = window_of(config, timeline, loader.steps_per_epoch)
         found = find_before(config, window, progress, context)
@@ -234,7 +236,7 @@ def _run_in(
 
 
 def _tell_of_auto(config: RunConfig) -> None:
-    """Say of what a dry run has counted."""
+    """Say what the table has counted while nothing is decided."""
     if chooses_routing(config):
         logger.info(
             "route_by auto: counted with the widest features that it may find; it may find others, "
