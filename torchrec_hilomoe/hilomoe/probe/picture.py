@@ -13,7 +13,9 @@ __all__ = ["draw_probe"]
 SHOWN = 12  # features; the rest are small
 ABREAST = 3  # sites
 GAP = 0.6  # rows between features and controls
-HARM = 0.4  # of the width of gains is for losses; what is longer is cut, its number stands there
+HARM = 0.4  # of the width of gains is for losses; what is longer is cut, and an arrow says so
+LETTERS = 11, 8  # of an inch: small ones, and those of the title
+ARROW = 4  # to the left, its tip at the place
 CHOSEN, OTHER, CONTROL = "#0f766e", "#94c9c2", "#9ca3af"
 
 
@@ -75,14 +77,14 @@ def draw_probe(report: ProbeReport, file: Path | str) -> None:
         axes.set_ylim(places[-1] + 0.6, -0.6)
         for text, name in zip(axes.get_yticklabels(), names, strict=True):
             text.set_color("#6b7280" if name in report.controls else "black")
-    wide = int(11 * size[0])
+    small, large = (int(letters * size[0]) for letters in LETTERS)
     first = report.verdict.partition(". ")[0].removesuffix(".")
-    figure.suptitle(fill(f"{first}.", wide), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(fill(f"{first}.", large), x=0.01, ha="left", fontsize=12, fontweight="bold")
     rows = f"{report.fit_rows:,} rows fit, {report.held_out_rows:,} others judge"
     if WIDER not in report.controls:  # a paired probe
         rows = f"{report.held_out_rows:,} rows judge each other"
     figure.supxlabel(
-        fill(f"predicted gain of one expert layer, in 1e-4 nats a row: {rows}", wide), fontsize=9
+        fill(f"predicted gain of one expert layer, in 1e-4 nats a row: {rows}", small), fontsize=9
     )
     with open_binary(str(file), "wb") as sink:
         figure.savefig(sink, format=PurePath(file).suffix[1:] or "png", dpi=130)
@@ -122,10 +124,14 @@ def _draw_site(axes: Any, report: ProbeReport, site: str, names: list[str]) -> N
     ends = [1e4 * max(gain.high, gain.gain, 0.0) for gain in shown]
     room = max(ends) or 1.0
     for place, value, end in zip(places, values, ends, strict=True):
-        text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.1f}"
+        text = f"{value:.0f}" if abs(value) >= 10 else f"{value:z.1f}"
         axes.text(end + 0.02 * room, place, text, va="center", fontsize=8, color="#4b5563")
     lowest = min(0.0, *(1e4 * gain.low for gain in shown))
-    axes.set_xlim(max(1.05 * lowest, -HARM * room), 1.16 * room)
+    left = max(1.05 * lowest, -HARM * room)
+    axes.set_xlim(left, 1.16 * room)
+    for place, gain in zip(places, shown, strict=True):
+        if 1e4 * gain.low < left:
+            axes.plot(left, place, marker=ARROW, color="#4b5563", markersize=7)
     axes.axvline(0, color="#4b5563", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
