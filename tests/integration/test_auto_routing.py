@@ -172,6 +172,15 @@ def test_another_number_of_ranks_may_go_on_in_the_window(whole, deciding, tmp_pa
             "step 10, by route_by auto. Set it back to 3, or give another --out_dir.",
         ),
         (
+            12,
+            [
+                "--model.hilomoe.route_by=[[place],[item],[place]]",
+                "--model.hilomoe.probe_steps=null",
+            ],
+            "model.hilomoe.route_by is [[place], [item], [place]], but the experts of the "
+            "checkpoint of step 12 have learned to be routed by [[kind], ",
+        ),
+        (
             8,
             ["--seed=5", "--model.hilomoe.num_experts=2", "--model.hilomoe.sites=[all]"],
             "seed is 5 (was 0), model.hilomoe.num_experts is 2 (was 4), model.hilomoe.sites is "
@@ -185,7 +194,7 @@ def test_another_number_of_ranks_may_go_on_in_the_window(whole, deciding, tmp_pa
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["layers", "heard for others", "rank"],
+    ids=["layers", "views", "heard for others", "rank"],
 )
 def test_other_experts_are_refused_by_the_options_that_changed(
     whole, deciding, step, options, message, tmp_path

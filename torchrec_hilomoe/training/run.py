@@ -27,7 +27,7 @@ from torchrec_hilomoe.training.auto_routing import (
     found_and_brought,
     window_of,
 )
-from torchrec_hilomoe.training.auto_routing.beginning import find_before, Found
+from torchrec_hilomoe.training.auto_routing.beginning import find_before, Found, refuse_other_views
 from torchrec_hilomoe.training.inputs import (
     best_auc_of,
     loader_of,
@@ -116,6 +116,7 @@ def _run_in(
     if resumed is not None:
         resumed.check_schema(schema)
         refuse_another(resumed, teacher, config.train.teacher)
+        refuse_other_views(config, resumed)
     progress = None if resumed is None else resumed.progress
     loader = loader_of(
         config, "train", context.world, start=progress.position if progress else None

@@ -1,17 +1,20 @@
 """What routes experts, as far as it is known when a run begins or goes on."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torchrec_hilomoe.command_line import parse_saved
 from torchrec_hilomoe.config import RunConfig
 from torchrec_hilomoe.hilomoe import ProbeReport
 from torchrec_hilomoe.runtime.distributed import DistributedContext
-from torchrec_hilomoe.training.auto_routing.decision import decision_of, was_judged
+from torchrec_hilomoe.training.auto_routing.decision import decided_model, decision_of, was_judged
 from torchrec_hilomoe.training.auto_routing.probing import probe_aside
 from torchrec_hilomoe.training.auto_routing.window import Window
-from torchrec_hilomoe.training.checkpoint import Progress, RoutingDecision
+from torchrec_hilomoe.training.checkpoint import Checkpoint, Progress, RoutingDecision
+from torchrec_hilomoe.training.inputs import schedule_of
 
-__all__ = ["Found", "find_before"]
+__all__ = ["Found", "find_before", "refuse_other_views"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,36 @@ def find_before(
     if report is None:
         return Found(stopped=True)
     return Found(decision=decision_of(report, step=0), report=report)
+
+
+def refuse_other_views(config: RunConfig, saved: Checkpoint) -> None:
+    """Refuse to go on with experts whose keys have learned to be routed by other features.
+
+    Raises:
+        ValueError: If the run names features, and experts that have begun read others.
+    """
+    now = config.model.hilomoe
+    if now.route_by == "auto" or not now.enabled or not saved.has("config.yaml"):
+        return
+    where = f"{saved.path}/config.yaml"
+    own = parse_saved(saved.document("config.yaml"), [], where=where).config
+    before = decided_model(own.model, saved.progress.decision).hilomoe
+    begun = schedule_of(own).named(saved.progress.stage).active_layers != 0
+    if before.enabled and begun and before.route_by != now.route_by:
+        back = own.model.hilomoe.route_by
+        raise ValueError(
+            f"model.hilomoe.route_by is {_shown_views(now.route_by)}, but the experts of the "
+            f"checkpoint of step {saved.progress.step} have learned to be routed by "
+            f"{_shown_views(before.route_by)}. Set it back to "
+            f"{back if back == 'auto' else 'these'}, or give another --out_dir."
+        )
+
+
+def _shown_views(views: Sequence[Sequence[str]] | str | None) -> str:
+    """Views as an option has them."""
+    if views is None or isinstance(views, str):
+        return str(views or "null")
+    return f"[{', '.join('[' + ', '.join(names) + ']' for names in views)}]"
 
 
 def _still_stands(progress: Progress, window: Window) -> RoutingDecision | None:
