@@ -224,7 +224,7 @@ class InteractionProbe:
         Args:
             loss: Mean loss of the rows that judged, in nats a sample; None is not known.
             constant_loss: The same of a model that predicts their mean for all.
-            steps: Optimizer steps that the model was trained for.
+            steps: Optimizer steps that the model had been trained for when it was first heard.
 
         Raises:
             CannotJudgeError: A ``ValueError``, if too few rows have judged, or no feature varies.
