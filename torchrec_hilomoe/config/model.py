@@ -203,8 +203,8 @@ class InjectionConfig(HiLoMoEConfig):
             null takes the last two thirds of the steps before experts begin, 2000 at most, and 400
             after ``init_from``.
         confirm: Whether ``route_by`` ``auto`` measures on the validation split what its experts
-            have brought when their warm-up ends, and takes them out again where that is surely
-            nothing: less than 0.0001 nats a row.
+            have brought when their warm-up ends, and takes them out again where that is surely no
+            gain.
     """
 
     enabled: bool = True

@@ -7,7 +7,7 @@ out, and in a run that is too short to tell, the model stays plain, and the stag
 experts alone are left out.
 
 Once the experts have warmed up, rows of the validation split say what they have brought
-(`confirming`); where it is surely nothing, or a loss, they are taken out again.
+(`confirming`); where it is surely no gain, they are taken out again.
 
 A run whose warm-up is too short for that, but which is long enough itself, trains and probes a
 plain model aside first (`probing`), and then begins with what was found.

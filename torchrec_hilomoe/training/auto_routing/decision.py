@@ -19,9 +19,6 @@ __all__ = [
     "was_judged",
 ]
 
-# Nats a row: a fiftieth of what must be left to gain for experts to be advised (`LASTING_GAIN`).
-NOTHING = 1e-4
-
 
 CANNOT_JUDGE = "cannot judge"  # so begins what is said where rows tell too little
 
@@ -80,9 +77,10 @@ def decision_of(report: ProbeReport, step: int) -> RoutingDecision:
 
 
 def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDecision:
-    """A decision once it is known what experts brought: none stay that surely brought nothing.
+    """A decision once it is known what experts brought: none stay that surely brought no gain.
 
-    Where the interval holds a gain they stay: after few frozen steps its middle is chance.
+    Where the interval holds a gain they stay: after few frozen steps its middle is chance, and
+    experts have hardly begun to learn.
     """
     if brought is None:
         return decision
@@ -91,7 +89,7 @@ def confirmed(decision: RoutingDecision, brought: Brought | None) -> RoutingDeci
         f"brought {brought.gain:.3g} nats a row by the end of their warm-up ({brought.low:.3g} to "
         f"{brought.high:.3g}, {brought.rows:,} rows of the validation split)"
     )
-    if brought.high >= NOTHING:
+    if brought.high > 0:
         unsure = "" if brought.low > 0 else ", which tells neither a gain nor a loss"
         verdict = f"{decision.verdict} Experts {measured}{unsure}."
         return replace(decision, verdict=verdict, brought=brought)
