@@ -128,7 +128,7 @@ def found_and_brought(
     else:
         yield (
             f"brought: {test_auc - plain.test_auc:+.4f} test AUC; without experts it was "
-            f"{plain.test_auc:.4f}, as recorded of: {plain.command}"
+            f"{plain.test_auc:.4f} on another processor; for this one's: {plain.command}"
         )
 
 

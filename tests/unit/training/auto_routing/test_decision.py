@@ -18,7 +18,7 @@ def test_the_end_says_what_was_found_and_what_it_brought():
     recorded = Recorded(command="python apps/train.py --seed 1", test_auc=0.8756)
     found, brought = found_and_brought(FOUND, 0.8806, recorded, tested=FOUND)
     assert re.search(r"hour, category, .* 0\.0035 nats$", found)
-    assert re.search(r"\+0\.0050 .* 0\.8756, .*: python apps/train\.py --seed 1$", brought)
+    assert re.search(r"\+0\.0050 .* 0\.8756 on another.*: python apps/train\.py --seed 1$", brought)
     _, brought = found_and_brought(FOUND, 0.8806, None, tested=FOUND)
     assert brought.endswith("--model.hilomoe null")
     _, brought = found_and_brought(FOUND, 0.8806, recorded, tested=None)
