@@ -7,16 +7,9 @@ import pytest
 import torch
 
 from tests.helpers.rounding import assert_same, assert_within, float64_rounding, rounding_of
-from torchrec_hilomoe.hilomoe.probe.interactions import (
-    bucket_sums,
-    BucketRows,
-    Buckets,
-    FitSums,
-    HeldOutSums,
-    joint_weights,
-    signed_gain,
-)
+from torchrec_hilomoe.hilomoe.probe.interactions import FitSums, HeldOutSums, signed_gain
 from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
+from torchrec_hilomoe.hilomoe.probe.rows import bucket_sums, BucketRows, Buckets, joint_weights
 from torchrec_hilomoe.hilomoe.reference import BucketedRows, interaction, paired_gain
 
 BLOCKS = 3

@@ -21,7 +21,7 @@ from tests.helpers.probed_hosts import (
 from torchrec_hilomoe.hilomoe import LossTerms, ProbeReport
 from torchrec_hilomoe.hilomoe.probe.buckets import FeatureBuckets
 from torchrec_hilomoe.hilomoe.probe.gathered import SiteSums
-from torchrec_hilomoe.hilomoe.probe.interactions import BucketRows
+from torchrec_hilomoe.hilomoe.probe.rows import BucketRows
 
 
 def judged(model: nn.Module, step, **options) -> ProbeReport:

@@ -1,9 +1,10 @@
 """Which features decide: found from the gradients of a plain model, before any expert is trained.
 
-Read in this order: `interactions` (the statistic), `buckets` (a feature as a router would read it),
-`wider` (the control of as many FLOPs), `heard` (a pass of the host's), `listener` (the hooks on a
-host's loop), `gathered` (a site's sums), `probe` (all of it), `verdict` (what it means: ranking,
-intervals, views), `advice` (whether that pays, in words), `report`, `picture`.
+Read in this order: `rows` (in buckets, and their sums), `interactions` (the statistic), `buckets`
+(a feature as a router would read it), `wider` (the control of as many FLOPs), `heard` (a pass of
+the host's), `listener` (the hooks on a host's loop), `gathered` (a site's sums), `probe` (all of
+it), `verdict` (what it means: ranking, intervals, views), `advice` (whether that pays, in words),
+`report`, `picture`.
 """
 
 from torchrec_hilomoe.hilomoe.probe.checks import CannotJudgeError

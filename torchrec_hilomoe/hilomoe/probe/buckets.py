@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 from torch import Tensor
 
-from torchrec_hilomoe.hilomoe.probe.interactions import Buckets
+from torchrec_hilomoe.hilomoe.probe.rows import Buckets
 from torchrec_hilomoe.hilomoe.ranks import process_group_of, RankGroup, size_of
 from torchrec_hilomoe.hilomoe.views import parts_of
 

@@ -15,12 +15,12 @@ from torchrec_hilomoe.hilomoe.probe.buckets import FeatureBuckets
 from torchrec_hilomoe.hilomoe.probe.checks import CannotJudgeError
 from torchrec_hilomoe.hilomoe.probe.interactions import (
     add_over_ranks,
-    BucketRows,
     Directions,
     FitSums,
     HeldOutSums,
 )
 from torchrec_hilomoe.hilomoe.probe.pairs import PairSums
+from torchrec_hilomoe.hilomoe.probe.rows import BucketRows
 from torchrec_hilomoe.hilomoe.probe.verdict import Evidence
 from torchrec_hilomoe.hilomoe.probe.wider import Wider
 from torchrec_hilomoe.hilomoe.ranks import RankGroup

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrec_hilomoe.hilomoe.probe.interactions import BucketRows, Buckets, joined
+from torchrec_hilomoe.hilomoe.probe.rows import BucketRows, Buckets, joined
 
 __all__ = ["HeardPass", "HeardQuery", "LossTerms", "SiteCall"]
 

@@ -15,14 +15,8 @@ Shape legend: as in `interactions`, and
 import torch
 from torch import Tensor
 
-from torchrec_hilomoe.hilomoe.probe.interactions import (
-    BucketRows,
-    FitSums,
-    inverse_root,
-    joint_weights,
-    Statistics,
-    sums_of,
-)
+from torchrec_hilomoe.hilomoe.probe.interactions import FitSums, inverse_root, Statistics
+from torchrec_hilomoe.hilomoe.probe.rows import BucketRows, joint_weights, sums_of
 
 __all__ = ["PairSums"]
 
